@@ -1,0 +1,315 @@
+"""Every setting of a run, in typed, documented, frozen sections, and ``load``.
+
+A run is described by ``CONFIG.yaml key=value ...``; the rules of reading are in ``sections.py``.
+This file knows no torch, no deepspeed and no data: importing it is cheap.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from hourglass_dist.sections import ConfigError, Section, apply_override, parse, read_yaml, show
+
+PositiveInt = Annotated[int, Field(ge=1)]
+Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
+PositiveFloat = Annotated[float, Field(gt=0.0)]
+
+
+class RunConfig(Section):
+    """Where a run lives and what makes it repeatable."""
+
+    dir: str
+    """Run folder: settings, checkpoints, TensorBoard events and metrics.jsonl go here."""
+    seed: int = Field(default=1337, ge=0)
+    """Seeds the weights, dropout and the order of the data."""
+
+
+class DataConfig(Section):
+    """Which tokens are read, and in what portions."""
+
+    dataset: str
+    """Folder of shards made by ``hourglass data shard`` (the folder that holds index.json)."""
+    seq_len: PositiveInt
+    """Tokens in one row. Must divide the block size of the shards."""
+    batch_size: PositiveInt
+    """Rows in one optimizer step, over all ranks and all accumulation steps together."""
+
+
+class LevelConfig(Section):
+    """One resolution of the hourglass. The last level of the list is the innermost (shortest) one."""
+
+    layers: (
+        PositiveInt
+        | Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=2, max_length=2)]
+    )
+    """[pre, post]: layers on the way down and on the way up. Innermost level: one number."""
+    shorten: PositiveInt = 1
+    """How many positions of the level above make one position here. Level 0: 1. Others: 2 or more."""
+    activation_checkpointing: Literal["none", "full"] = "none"
+    """``full``: keep only each layer's input for the backward pass and recompute the rest."""
+
+    @property
+    def pre(self) -> int:
+        """Layers before the next level (all of them at the innermost level)."""
+        return self.layers if isinstance(self.layers, int) else self.layers[0]
+
+    @property
+    def post(self) -> int:
+        """Layers after the next level (none at the innermost level)."""
+        return 0 if isinstance(self.layers, int) else self.layers[1]
+
+
+class ModelConfig(Section):
+    """The hourglass language model: the function of ``hourglass-transformer-pytorch`` 0.0.6."""
+
+    dim: PositiveInt
+    """Width of the residual stream, at every level."""
+    heads: PositiveInt = 8
+    """Attention heads."""
+    dim_head: PositiveInt = 64
+    """Width of one attention head; heads x dim_head need not equal dim."""
+    levels: Annotated[list[LevelConfig], Field(min_length=1)]
+    """From full resolution inwards; the last one is the innermost."""
+    max_seq_len: PositiveInt
+    """Length of the learned position table, in tokens. The model takes any length from 1 to this."""
+    vocab_size: Annotated[int, Field(ge=2)] = 256
+    """Rows of the embedding table and of the output layer. At least the tokenizer's size."""
+    resampling: Literal["naive", "linear"] = "naive"
+    """``naive``: mean of a bucket going in, repeat coming out. ``linear``: a learned projection of the bucket."""
+    attention_resampling: bool = True
+    """Pooled tokens attend to their bucket going in, positions to their pooled token coming out."""
+    causal: bool = True
+    """False makes an encoder: no shift, every position sees every other. Training needs true."""
+    ff_mult: PositiveInt = 4
+    """Hidden width of the feed-forward layers, as a multiple of dim."""
+    attn_dropout: Fraction = 0.0
+    """Probability of dropping an attention weight."""
+    ff_dropout: Fraction = 0.0
+    """Probability of dropping a hidden unit of the feed-forward layers."""
+
+    @model_validator(mode="after")
+    def _levels_make_an_hourglass(self) -> ModelConfig:
+        *outer, inner = self.levels
+        for index, level in enumerate(self.levels):
+            if index == 0 and level.shorten != 1:
+                raise ValueError(
+                    f"model.levels.0.shorten: level 0 is full resolution: expected 1, given {level.shorten}"
+                )
+            if index > 0 and level.shorten < 2:
+                raise ValueError(
+                    f"model.levels.{index}.shorten: expected 2 or more, given {level.shorten}"
+                )
+        for index, level in enumerate(outer):
+            if isinstance(level.layers, int):
+                raise ValueError(
+                    f"model.levels.{index}.layers: a level with another one inside takes [pre, post], given {level.layers}"
+                )
+        if not isinstance(inner.layers, int):
+            raise ValueError(
+                f"model.levels.{len(outer)}.layers: the innermost level takes one number, given {inner.layers}"
+            )
+        return self
+
+    @property
+    def strides(self) -> list[int]:
+        """Full-resolution tokens under one position, level by level."""
+        strides, stride = [], 1
+        for level in self.levels:
+            stride *= level.shorten
+            strides.append(stride)
+        return strides
+
+    @property
+    def hierarchy(self) -> str:
+        """The paper's notation, e.g. ``4@1 8@3 4@1`` (layers @ stride; Nawrot et al. 2021, arXiv 2110.13711)."""
+        down = [
+            f"{level.pre}@{stride}" for level, stride in zip(self.levels, self.strides, strict=True)
+        ]
+        up = [
+            f"{level.post}@{stride}"
+            for level, stride in zip(self.levels, self.strides, strict=True)
+        ]
+        return " ".join(down + up[-2::-1])
+
+    @classmethod
+    def from_lucidrains(
+        cls,
+        *,
+        num_tokens: int,
+        dim: int,
+        max_seq_len: int,
+        depth: int | Sequence[Any],
+        shorten_factor: int | Sequence[int] | None = None,
+        heads: int = 8,
+        dim_head: int = 64,
+        attn_resampling: bool = True,
+        updown_sample_type: str = "naive",
+        causal: bool = True,
+    ) -> ModelConfig:
+        """The settings of ``HourglassTransformerLM(**kwargs)`` of hourglass-transformer-pytorch 0.0.6.
+
+        ``depth`` nests as ``(pre, inner, post)``, lists or tuples; ``shorten_factor`` is one number for every
+        nesting or one number for each. Raises ConfigError when they do not fit together.
+        """
+        levels: list[dict[str, Any]] = []
+        shorten, rest = 1, depth
+        factors = iter(
+            [shorten_factor] * 64 if isinstance(shorten_factor, int) else list(shorten_factor or ())
+        )
+        while not isinstance(rest, int):
+            if len(rest) != 3:
+                raise ConfigError(
+                    f"depth: expected (pre, inner, post) or one number, given {rest!r}"
+                )
+            pre, rest, post = rest
+            levels.append({"layers": [pre, post], "shorten": shorten})
+            shorten = next(factors, 2 if shorten_factor is None else 0)
+            if shorten == 0:
+                raise ConfigError(
+                    f"shorten_factor: {shorten_factor!r} has fewer numbers than depth has nestings"
+                )
+        levels.append({"layers": rest, "shorten": shorten})
+        settings = {
+            "dim": dim, "heads": heads, "dim_head": dim_head, "levels": levels, "max_seq_len": max_seq_len,
+            "vocab_size": num_tokens, "resampling": updown_sample_type, "attention_resampling": attn_resampling,
+            "causal": causal,
+        }  # fmt: skip
+        return parse(cls, settings, source="from_lucidrains", prefix="model")
+
+
+class OptimConfig(Section):
+    """AdamW and its learning-rate schedule."""
+
+    lr: PositiveFloat
+    """Peak learning rate."""
+    schedule: Literal["cosine", "wsd"] = "cosine"
+    """``cosine``: warm up, then half a cosine to the floor. ``wsd``: warm up, stay, then decay linearly at the end."""
+    warmup_steps: int = Field(default=0, ge=0)
+    """Optimizer steps of linear warm-up."""
+    decay_fraction: Annotated[float, Field(gt=0.0, le=1.0)] = 0.2
+    """``wsd`` only: the share of all steps that the final decay takes."""
+    min_lr_ratio: Annotated[float, Field(ge=0.0, le=1.0)] = 0.1
+    """The floor of the learning rate, as a share of the peak."""
+    beta1: Fraction = 0.9
+    """Decay of the first moment."""
+    beta2: Fraction = 0.95
+    """Decay of the second moment."""
+    eps: PositiveFloat = 1e-8
+    """Added to the root of the second moment."""
+    weight_decay: Annotated[float, Field(ge=0.0)] = 0.1
+    """Decoupled weight decay on matrices; embeddings, norms and biases have none."""
+    clip_grad_norm: Annotated[float, Field(ge=0.0)] = 1.0
+    """Largest global gradient norm; 0 turns clipping off."""
+
+
+class TrainConfig(Section):
+    """How long, how much at a time, in which precision."""
+
+    steps: PositiveInt
+    """Optimizer steps of the whole run."""
+    micro_batch_size: PositiveInt
+    """Rows in one forward pass of one rank. The accumulation steps follow from data.batch_size and the world size."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """``bf16``: bf16 weights with fp32 master weights at ZeRO stages 1-3, autocast at stage 0."""
+
+
+class EvalConfig(Section):
+    """Scoring of the held-out split."""
+
+    every: PositiveInt
+    """Optimizer steps between evaluations; the last step is always evaluated."""
+    batch_size: PositiveInt
+    """Rows in one forward pass of one rank."""
+
+
+class CheckpointConfig(Section):
+    """Saving."""
+
+    every: PositiveInt
+    """Optimizer steps between checkpoints; the last step is always saved."""
+    keep: PositiveInt = 2
+    """How many of the newest checkpoints stay on disk."""
+
+
+class MetricsConfig(Section):
+    """Looking at a run."""
+
+    every: PositiveInt = 10
+    """Optimizer steps between console lines, TensorBoard points and metrics.jsonl records."""
+
+
+class DeepSpeedConfig(Section):
+    """The part of DeepSpeed's own configuration that is passed through. The rest is derived from the other sections."""
+
+    zero_optimization: dict[str, Any] = Field(default_factory=lambda: {"stage": 1})
+    """DeepSpeed's ``zero_optimization`` block; ``stage`` is 0, 1, 2 or 3. DeepSpeed checks the other keys."""
+
+    @model_validator(mode="after")
+    def _stage_is_known(self) -> DeepSpeedConfig:
+        if self.stage not in (0, 1, 2, 3) or isinstance(self.stage, bool):
+            raise ValueError(
+                f"deepspeed.zero_optimization.stage: expected 0, 1, 2 or 3, given {show(self.stage)}"
+            )
+        return self
+
+    @property
+    def stage(self) -> int:
+        """ZeRO stage, 0 to 3."""
+        stage: int = self.zero_optimization.get("stage", 0)
+        return stage
+
+
+class Config(Section):
+    """All settings of a training run."""
+
+    run: RunConfig
+    data: DataConfig
+    model: ModelConfig
+    optim: OptimConfig
+    train: TrainConfig
+    eval: EvalConfig
+    checkpoint: CheckpointConfig
+    metrics: MetricsConfig = MetricsConfig()
+    deepspeed: DeepSpeedConfig = DeepSpeedConfig()
+
+    @model_validator(mode="after")
+    def _sections_fit_together(self) -> Config:
+        if self.data.seq_len > self.model.max_seq_len:
+            raise ValueError(
+                f"data.seq_len: {self.data.seq_len} is longer than the position table, model.max_seq_len={self.model.max_seq_len}"
+            )
+        if self.data.batch_size % self.train.micro_batch_size:
+            raise ValueError(
+                f"train.micro_batch_size: {self.train.micro_batch_size} does not divide data.batch_size={self.data.batch_size}"
+            )
+        if not self.model.causal:
+            raise ValueError(
+                "model.causal: training and generation need a causal model, given false"
+            )
+        return self
+
+    def accumulation_steps(self, world_size: int) -> int:
+        """Forward passes that one rank makes for one optimizer step.
+
+        Raises ConfigError, naming the world sizes that would do, when ``world_size`` does not divide the batch.
+        """
+        micro_batches, rest = divmod(self.data.batch_size, self.train.micro_batch_size)
+        assert rest == 0
+        if micro_batches % world_size:
+            good = [n for n in range(1, micro_batches + 1) if micro_batches % n == 0]
+            raise ConfigError(
+                f"data.batch_size: {self.data.batch_size} rows in micro batches of {self.train.micro_batch_size} "
+                f"cannot be dealt to {world_size} ranks; world sizes that can: {', '.join(map(str, good))}"
+            )
+        return micro_batches // world_size
+
+
+def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Read ``path`` and apply ``key=value`` overrides. Raises ConfigError with one line for every mistake."""
+    settings = read_yaml(path)
+    changed = [apply_override(settings, override) for override in overrides]
+    return parse(Config, settings, source=str(path), overridden=changed)
