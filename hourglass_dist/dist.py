@@ -1,0 +1,114 @@
+"""Ranks: who am I, how many are we, and the few collectives that the rest of the project uses.
+
+Started by torchrun the process group spans all ranks; started plainly it has one rank and opens no port.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+import torch.distributed as td
+from torch._C._distributed_c10d import HashStore
+
+T = TypeVar("T")
+
+TIMEOUT = timedelta(minutes=10)
+"""How long a collective may wait for a rank that does not come."""
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among the others."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this rank prints, logs and writes the files that exist once."""
+        return self.rank == 0
+
+
+def init() -> World:
+    """Join the process group: nccl where there is a GPU, gloo otherwise. Calling it again changes nothing."""
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    on_gpu = torch.cuda.is_available()
+    device = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
+    if on_gpu:
+        torch.cuda.set_device(device)
+    if not td.is_initialized():
+        backend = "nccl" if on_gpu else "gloo"
+        if "RANK" in os.environ:
+            td.init_process_group(backend, timeout=TIMEOUT)
+        else:
+            os.environ.setdefault("LOCAL_RANK", "0")
+            td.init_process_group(backend, store=HashStore(), rank=0, world_size=1, timeout=TIMEOUT)
+        atexit.register(shutdown)
+    return World(td.get_rank(), td.get_world_size(), device)
+
+
+def shutdown() -> None:
+    """Leave the process group, if there is one."""
+    if td.is_initialized():
+        td.destroy_process_group()
+
+
+def barrier() -> None:
+    """Wait until every rank has come here."""
+    td.barrier()
+
+
+def sum_over_ranks(values: Sequence[float], device: torch.device) -> list[float]:
+    """Element-wise sum over all ranks, in float64."""
+    total = torch.tensor(values, dtype=torch.float64, device=device)
+    td.all_reduce(total)
+    result: list[float] = total.tolist()
+    return result
+
+
+def gather_ints(values: Sequence[int], device: torch.device) -> list[list[int]]:
+    """The equally long lists of whole numbers of all ranks, in rank order, on every rank."""
+    mine = torch.tensor(values, dtype=torch.int64, device=device)
+    everyone = [torch.empty_like(mine) for _ in range(td.get_world_size())]
+    td.all_gather(everyone, mine)
+    return [other.tolist() for other in everyone]
+
+
+def together(action: Callable[[], T], device: torch.device) -> T:
+    """Run ``action`` on every rank; when it raises ValueError or OSError on any, raise that one on all of them.
+
+    Without this, a mistake that one rank sees (a damaged shard, a full disk) would leave the others
+    waiting in their next collective.
+    """
+    result: T | None = None
+    message, exception = b"", None
+    try:
+        result = action()
+    except (ValueError, OSError) as error:
+        exception = error
+        message = str(error).encode()[:4000] or type(error).__name__.encode()
+    lengths = [length for (length,) in gather_ints([len(message)], device)]
+    if any(lengths):
+        first = next(rank for rank, length in enumerate(lengths) if length)
+        text = torch.zeros(lengths[first], dtype=torch.uint8, device=device)
+        if td.get_rank() == first:
+            text.copy_(torch.tensor(list(message), dtype=torch.uint8))
+        td.broadcast(text, src=first)
+        raise ValueError(bytes(text.tolist()).decode(errors="replace")) from exception
+    return result  # type: ignore[return-value]  # no rank raised, so action returned
+
+
+def seed_step(seed: int, step: int, rank: int) -> None:
+    """Make the randomness of a step (dropout) a function of (seed, step, rank) alone.
+
+    A resumed run therefore needs no saved generator states.
+    """
+    torch.manual_seed(zlib.crc32(f"{seed}/{step}/{rank}".encode()))

@@ -1,0 +1,304 @@
+"""The only importer of deepspeed: a model becomes an engine with four verbs.
+
+    step(tokens_BL, targets_BL, lr)  ->  StepResult      one optimizer step on this rank's share of a batch
+    eval_loss(tokens_BL, targets_BL) ->  (nll, tokens)   no gradient, nothing changed
+    save(path)                                           this rank's share of the whole training state
+    load(folder)                                         the state, whatever wrote it (any stage, any world size)
+
+Legend: B rows of this rank, L tokens of a row.
+
+DeepSpeed 0.19.8 is used for what it is good at, sharding and communication. Batch sizes, clipping and
+precision are derived from our settings; the learning rate and the checkpoint files are ours, because
+DeepSpeed's files need pickle and the world size that wrote them.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+os.environ.setdefault("DS_IGNORE_CUDA_DETECTION", "1")
+logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+
+import deepspeed  # noqa: E402  (it logs while it is imported)
+from deepspeed.runtime.zero.config import DeepSpeedZeroConfig  # noqa: E402
+from pydantic import ValidationError  # noqa: E402
+
+from hourglass_dist import dist, fragments, optim  # noqa: E402
+from hourglass_dist.config import Config  # noqa: E402
+from hourglass_dist.fragments import Key  # noqa: E402
+from hourglass_dist.sections import ConfigError, show  # noqa: E402
+
+deepspeed.utils.logger.setLevel(logging.WARNING)
+# The shared-memory collectives compile for about a minute at start and serve inference only.
+deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+LossFunction = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+"""(model output, targets_BL) -> (nats summed over the targets that count, how many those are)."""
+
+
+class StepResult(NamedTuple):
+    """What one optimizer step did, over all ranks."""
+
+    nll: float
+    """Nats, summed over the global batch."""
+    tokens: int
+    """Targets that were scored."""
+    grad_norm: float
+    """Global gradient norm before clipping."""
+    lr: float
+
+    @property
+    def loss(self) -> float:
+        """Nats per token."""
+        return self.nll / max(1, self.tokens)
+
+
+class _Fragment(NamedTuple):
+    """A range of a parameter whose master weights and moments live on this rank."""
+
+    name: str
+    start: int  # in the flattened parameter
+    numel: int
+    flat: Tensor  # the fp32 tensor that the optimizer knows
+    offset: int  # where the range begins in ``flat``
+    mine: bool  # whether this rank is the one that saves it
+
+    def view(self, tensor: Tensor) -> Tensor:
+        return tensor.detach().view(-1).narrow(0, self.offset, self.numel)
+
+
+class Engine:
+    """A model, its AdamW and DeepSpeed around both.
+
+    Raises ConfigError when the settings do not fit the world size or DeepSpeed refuses them.
+    """
+
+    def __init__(
+        self, model: nn.Module, loss: LossFunction, config: Config, world: dist.World
+    ) -> None:
+        self._loss = loss
+        self._config = config
+        self._world = world
+        self._accumulation = config.accumulation_steps(world.size)
+        self.stage = config.deepspeed.stage
+        settings = deepspeed_settings(config, world.size)
+        model.to(world.device)
+        self._engine, *_ = deepspeed.initialize(
+            model=model,
+            optimizer=optim.adamw(model, config.optim),
+            config=settings,
+            dist_init_required=False,
+        )
+        self._module: nn.Module = self._engine.module
+
+    def step(self, tokens_BL: Tensor, targets_BL: Tensor, step: int) -> StepResult:
+        """One optimizer step, number ``step`` (0 is the first), on this rank's rows of the global batch.
+
+        The gradient is that of nats summed over the batch and divided by its number of positions, so it
+        does not depend on how the rows are dealt to ranks and micro batches.
+        """
+        self._engine.train()
+        dist.seed_step(self._config.run.seed, step, self._world.rank)
+        lr = optim.learning_rate(step, self._config.optim, self._config.train.steps)
+        for group in self._engine.optimizer.param_groups:
+            group["lr"] = lr
+        norm = math.nan
+        nll = torch.zeros((), dtype=torch.float64, device=self._world.device)
+        count = torch.zeros((), dtype=torch.float64, device=self._world.device)
+        rows = self._config.train.micro_batch_size
+        assert len(tokens_BL) == rows * self._accumulation, "batch and settings disagree"
+        for tokens, targets in zip(
+            torch.split(tokens_BL, rows), torch.split(targets_BL, rows), strict=True
+        ):
+            tokens, targets = self._place(tokens, targets)
+            micro_nll, micro_count = self._loss(self._engine(tokens), targets)
+            self._engine.backward(micro_nll / targets.numel())
+            if self.stage == 0 and self._engine.is_gradient_accumulation_boundary():
+                norm = self._clip()
+            self._engine.step()
+            nll += micro_nll.detach()
+            count += micro_count
+        total_nll, total_count = dist.sum_over_ranks([nll.item(), count.item()], nll.device)
+        if self.stage > 0:
+            norm = float(self._engine.get_global_grad_norm())
+        return StepResult(total_nll, int(total_count), norm, lr)
+
+    def _clip(self) -> float:
+        """Stage 0 only, where DeepSpeed clips but does not tell the norm."""
+        trained = [p for p in self._module.parameters() if p.requires_grad]
+        limit = self._config.optim.clip_grad_norm or math.inf
+        return float(nn.utils.clip_grad_norm_(trained, limit))
+
+    @torch.no_grad()
+    def eval_loss(self, tokens_BL: Tensor, targets_BL: Tensor) -> tuple[float, int]:
+        """(nats summed, targets scored) of this rank's rows."""
+        self._engine.eval()
+        tokens, targets = self._place(tokens_BL, targets_BL)
+        nll, count = self._loss(self._engine(tokens), targets)
+        return nll.item(), int(count)
+
+    def _place(self, *tensors: Tensor) -> list[Tensor]:
+        return [tensor.to(self._world.device, non_blocking=True) for tensor in tensors]
+
+    # --- state ---------------------------------------------------------------------------------
+
+    def save(self, folder: Path) -> str:
+        """Write this rank's file into ``folder`` and return its name."""
+        state = self._engine.optimizer.state
+        pieces: dict[Key, Tensor] = {}
+        steps = 0
+        for part in self._fragments():
+            steps = int(state[part.flat]["step"])
+            if part.mine and part.numel:
+                pieces[Key("fp32", part.name, part.start)] = part.view(part.flat)
+                for kind in MOMENTS:
+                    pieces[Key(kind, part.name, part.start)] = part.view(state[part.flat][kind])
+        for name, start, tensor, mine in self._frozen():
+            if mine and tensor.numel():
+                pieces[Key("frozen", name, start)] = tensor
+        name = fragments.file_name(self._world.rank)
+        fragments.write(folder / name, pieces, self._shapes(), steps)
+        return name
+
+    @torch.no_grad()
+    def load(self, folder: Path) -> None:
+        """Take weights and moments from a folder that ``save`` filled, at any stage and world size.
+
+        Raises ValueError when it is the state of another model.
+        """
+        reader = fragments.Reader(folder)
+        shapes = self._shapes()
+        for name in sorted(shapes.keys() | reader.shapes.keys()):
+            if shapes.get(name) != reader.shapes.get(name):
+                raise ValueError(
+                    f"{folder}: {name}: the model has shape {shapes.get(name)}, "
+                    f"the checkpoint {reader.shapes.get(name)}"
+                )
+        state = self._engine.optimizer.state
+        for part in self._fragments():
+            if part.flat not in state or not state[part.flat]:
+                state[part.flat] = {kind: torch.zeros_like(part.flat) for kind in MOMENTS}
+            step = torch.tensor(float(reader.optimizer_steps), device=part.flat.device)
+            state[part.flat]["step"] = step
+            for kind, target in [("fp32", part.flat), *((k, state[part.flat][k]) for k in MOMENTS)]:
+                part.view(target).copy_(reader.read(kind, part.name, part.start, part.numel))
+        for name, start, tensor, _ in self._frozen():
+            tensor.copy_(reader.read("frozen", name, start, tensor.numel()))
+        self._refresh_weights()
+
+    def _shapes(self) -> dict[str, tuple[int, ...]]:
+        return {
+            name: tuple(getattr(parameter, "ds_shape", parameter.shape))
+            for name, parameter in self._module.named_parameters()
+        }
+
+    def _fragments(self) -> Iterator[_Fragment]:
+        """Every range of trained weights that this rank holds, wherever this ZeRO stage keeps it."""
+        optimizer, rank = self._engine.optimizer, self._world.rank
+        names = {id(p): name for name, p in self._module.named_parameters() if p.requires_grad}
+        parameters = [p for p in self._module.parameters() if p.requires_grad]
+        if self.stage == 0:
+            for index, p in enumerate(parameters):
+                mine = index % self._world.size == rank
+                yield _Fragment(names[id(p)], 0, p.numel(), p, 0, mine)
+        elif self.stage < 3:
+            for p in parameters:
+                if (mapping := getattr(p, "_hp_mapping", None)) is not None:
+                    flat = self._flat_groups()[mapping.param_group_index]
+                    start, where = mapping.lp_fragment_address, mapping.hp_fragment_address
+                    yield _Fragment(names[id(p)], start.start, start.numel, flat, where.start, True)
+        else:
+            for flat, group in zip(
+                optimizer.fp32_partitioned_groups_flat, optimizer.fp16_groups, strict=True
+            ):
+                offset = 0
+                for p in group:
+                    size = p.partition_numel()
+                    numel = max(0, min(size, p.ds_numel - rank * size))
+                    yield _Fragment(names[id(p)], rank * size, numel, flat, offset, True)
+                    offset += size
+
+    def _flat_groups(self) -> list[Tensor]:
+        """This rank's fp32 partitions at stages 1 and 2 (bf16 at stage 1 has an optimizer of its own)."""
+        optimizer = self._engine.optimizer
+        own_bf16 = hasattr(optimizer, "fp32_groups_flat_partition")
+        flats: list[Tensor] = (
+            optimizer.fp32_groups_flat_partition
+            if own_bf16
+            else optimizer.single_partition_of_fp32_groups
+        )
+        return flats
+
+    def _frozen(self) -> Iterator[tuple[str, int, Tensor, bool]]:
+        """(name, start, flat view of this rank's range, whether this rank saves it) of untrained weights."""
+        frozen = [(n, p) for n, p in self._module.named_parameters() if not p.requires_grad]
+        for name, parameter in frozen:
+            if self.stage < 3:
+                yield name, 0, parameter.detach().view(-1), self._world.is_main
+            else:
+                partitioned: Any = parameter
+                size = partitioned.partition_numel()
+                start = size * self._world.rank
+                numel = max(0, min(size, partitioned.ds_numel - start))
+                yield name, start, partitioned.ds_tensor.detach().view(-1)[:numel], True
+
+    def _refresh_weights(self) -> None:
+        """Make the weights that the forward pass uses equal to the master weights."""
+        optimizer = self._engine.optimizer
+        if self.stage in (1, 2):
+            optimizer.update_lp_params()
+        elif self.stage == 3:
+            for index in range(len(optimizer.fp16_groups)):
+                optimizer._reassign_or_swap_out_partitioned_parameters(index)
+            if optimizer.persistent_parameters:
+                optimizer.persistent_parameters[0].all_gather(optimizer.persistent_parameters)
+
+
+def deepspeed_settings(config: Config, world_size: int) -> dict[str, Any]:
+    """DeepSpeed's configuration for a run. Raises ConfigError when DeepSpeed refuses the passed-through block."""
+    zero = dict(config.deepspeed.zero_optimization)
+    if config.deepspeed.stage == 3:
+        # DeepSpeed's own linear adds its bias in place on a tensor that checkpointing may have kept.
+        zero.setdefault("memory_efficient_linear", False)
+    _check_zero_block(zero)
+    settings: dict[str, Any] = {
+        "train_batch_size": config.data.batch_size,
+        "train_micro_batch_size_per_gpu": config.train.micro_batch_size,
+        "gradient_accumulation_steps": config.accumulation_steps(world_size),
+        "gradient_clipping": config.optim.clip_grad_norm if config.deepspeed.stage else 0.0,
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": 2**62,
+    }
+    if config.train.precision == "bf16" and config.deepspeed.stage > 0:
+        settings["bf16"] = {"enabled": True}
+        settings["data_types"] = {"grad_accum_dtype": "fp32"}
+    elif config.train.precision == "bf16":
+        # DeepSpeed's own bf16 takes a hidden optimizer step at stage 0; autocast is right.
+        settings["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
+    return settings
+
+
+def _check_zero_block(zero: dict[str, Any]) -> None:
+    try:
+        DeepSpeedZeroConfig(**zero)
+    except ValidationError as error:
+        detail = error.errors()[0]
+        path = ".".join(["deepspeed.zero_optimization", *map(str, detail["loc"])])
+        raise ConfigError(f"{path}: {detail['msg']}, given {show(detail['input'])}") from None
+
+
+def is_finite(result: StepResult) -> bool:
+    """Whether loss and gradient of a step are numbers."""
+    return math.isfinite(result.nll) and math.isfinite(result.grad_norm)

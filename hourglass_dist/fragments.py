@@ -1,0 +1,122 @@
+"""Training state on disk: flat pieces of named tensors, in one safetensors file for each rank.
+
+However ZeRO cuts a tensor, a rank holds a range of its flattened elements. That range is what is
+written, under ``kind/name@start``:
+
+    rank_00000.safetensors   fp32/blocks.0.weight@0      exp_avg/blocks.0.weight@0     ...
+    rank_00001.safetensors   fp32/blocks.0.weight@4096   exp_avg/blocks.0.weight@4096  ...
+
+A reader asks for any range of any tensor and gets it from whichever files hold it, so a state written
+by one number of ranks and one ZeRO stage is read by any other, and nothing is ever unpickled.
+Kinds: ``fp32`` (master weights), ``exp_avg``, ``exp_avg_sq`` (AdamW), ``frozen`` (weights without gradient).
+"""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+
+class Key(NamedTuple):
+    """A range of a flattened tensor, from ``start`` on."""
+
+    kind: str
+    name: str
+    start: int
+
+    def __str__(self) -> str:
+        return f"{self.kind}/{self.name}@{self.start}"
+
+    @classmethod
+    def parse(cls, text: str) -> Key:
+        """The inverse of ``str``."""
+        kind, _, rest = text.partition("/")
+        name, _, start = rest.rpartition("@")
+        return cls(kind, name, int(start))
+
+
+def file_name(rank: int) -> str:
+    """The name of a rank's file."""
+    return f"rank_{rank:05d}.safetensors"
+
+
+def write(
+    path: Path,
+    fragments: Mapping[Key, Tensor],
+    shapes: Mapping[str, tuple[int, ...]],
+    optimizer_steps: int,
+) -> None:
+    """Write one rank's flat fragments (any device, copied) and the full shapes of all tensors of the model."""
+    tensors = {str(key): piece.detach().to("cpu", copy=True) for key, piece in fragments.items()}
+    metadata = {
+        "shapes": json.dumps({name: list(shape) for name, shape in shapes.items()}),
+        "optimizer_steps": str(optimizer_steps),
+    }
+    save_file(tensors, path, metadata=metadata)
+
+
+class Reader:
+    """Reads ranges of the tensors in a folder of rank files.
+
+    Raises ValueError when the folder holds no readable state or a range of a tensor is in none of its files.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._pieces: dict[tuple[str, str], list[tuple[int, int, Path, str]]] = defaultdict(list)
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self.optimizer_steps = 0
+        paths = sorted(folder.glob("rank_*.safetensors"))
+        if not paths:
+            raise ValueError(f"{folder}: expected rank_*.safetensors files, found none")
+        for path in paths:
+            self._index(path)
+
+    def _index(self, path: Path) -> None:
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata = file.metadata() or {}
+                self.shapes = {k: tuple(v) for k, v in json.loads(metadata["shapes"]).items()}
+                self.optimizer_steps = int(metadata["optimizer_steps"])
+                for text in file.keys():  # noqa: SIM118  (a safetensors file, not a dict)
+                    key = Key.parse(text)
+                    numel = file.get_slice(text).get_shape()[0]
+                    self._pieces[key.kind, key.name].append((key.start, numel, path, text))
+        except (SafetensorError, KeyError, ValueError) as error:
+            raise ValueError(f"{path}: not a readable state file: {error}") from None
+
+    def names(self, kind: str) -> list[str]:
+        """Names of the tensors of one kind, sorted."""
+        return sorted(name for other, name in self._pieces if other == kind)
+
+    def read(self, kind: str, name: str, start: int, numel: int) -> Tensor:
+        """Elements [start, start + numel) of the flattened tensor, on the CPU in the stored dtype."""
+        parts, position, end = [], start, start + numel
+        for piece_start, piece_numel, path, text in sorted(self._pieces[kind, name]):
+            piece_end = piece_start + piece_numel
+            if piece_start <= position < piece_end and position < end:
+                stop = min(end, piece_end)
+                with safe_open(path, framework="pt") as file:
+                    parts.append(file.get_slice(text)[position - piece_start : stop - piece_start])
+                position = stop
+        if position < end:
+            raise ValueError(
+                f"{self.folder}: {kind}/{name}: elements {position} to {end} are in no file"
+            )
+        return torch.cat(parts) if parts else torch.empty(0)
+
+    def full(self, kind: str, name: str) -> Tensor:
+        """A whole tensor in its shape."""
+        shape = self.shapes[name]
+        numel = 1
+        for size in shape:
+            numel *= size
+        return self.read(kind, name, 0, numel).reshape(shape)

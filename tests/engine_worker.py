@@ -1,0 +1,54 @@
+"""Run by torchrun from test_engine.py: trains a small model on every rank and writes its losses.
+
+    engine_worker.py OUT.json '[{"stage": 1, "precision": "fp32", "steps": 20, "save": DIR, "load": DIR}, ...]'
+
+Each entry is one engine, built anew; "world" 1 .. the number of ranks is that of torchrun.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from toy import ToyModel, make_config, make_batch, toy_loss
+
+from hourglass_dist import dist
+from hourglass_dist.engine import Engine
+
+
+def run(case: dict[str, Any], world: dist.World) -> dict[str, Any]:
+    config = make_config(case["stage"], case.get("precision", "fp32"))
+    engine = Engine(ToyModel(config.run.seed), toy_loss, config, world)
+    if "load" in case:
+        engine.load(Path(case["load"]))
+    losses, norms = [], []
+    rows = config.data.batch_size // world.size
+    for step in range(case.get("first", 0), case["steps"]):
+        tokens, targets = make_batch(step, config)
+        share = slice(world.rank * rows, (world.rank + 1) * rows)
+        result = engine.step(tokens[share], targets[share], step)
+        losses.append(result.loss)
+        norms.append(result.grad_norm)
+    if "save" in case:
+        folder = Path(case["save"])
+        folder.mkdir(parents=True, exist_ok=True)
+        engine.save(folder)
+        dist.barrier()
+    nll, count = engine.eval_loss(*make_batch(10_000, config))
+    return {"losses": losses, "norms": norms, "eval": nll / count}
+
+
+def main() -> None:
+    out, cases = Path(sys.argv[1]), json.loads(sys.argv[2])
+    torch.set_num_threads(1)
+    world = dist.init()
+    results = [run(case, world) for case in cases]
+    if world.is_main:
+        out.write_text(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main()

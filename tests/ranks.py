@@ -1,0 +1,54 @@
+"""Runs a script of the tests on several ranks, the way a user would: torchrun, real processes, gloo."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+TESTS = Path(__file__).parent
+
+
+def environment() -> dict[str, str]:
+    """This process's environment, one thread a rank, and no GPU: the tests compare CPU figures."""
+    return os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+        "TORCH_CPP_LOG_LEVEL": "ERROR",
+    }
+
+
+def torchrun_command(ranks: int, *target: str) -> list[str]:
+    """The command line of ``ranks`` local ranks."""
+    return [
+        *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
+        *(f"--nproc-per-node={ranks}", *target),
+    ]  # fmt: skip
+
+
+def torchrun(ranks: int, *target: str, timeout: float = 300) -> subprocess.CompletedProcess[str]:
+    """Run ``target`` (a script, or -m and a module, with arguments) and wait; ends its whole process group."""
+    process = subprocess.Popen(
+        torchrun_command(ranks, *map(str, target)),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment(),
+        start_new_session=True,
+    )
+    try:
+        out, err = process.communicate(timeout=timeout)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.communicate()
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+
+def run_worker(ranks: int, name: str, *arguments: object) -> str:
+    """Run ``tests/NAME`` on ``ranks`` ranks; fails with its output when it does."""
+    done = torchrun(ranks, str(TESTS / name), *map(str, arguments))
+    assert done.returncode == 0, f"{name} failed:\n{done.stdout}\n{done.stderr[-6000:]}"
+    return done.stdout
