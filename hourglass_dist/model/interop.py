@@ -1,0 +1,156 @@
+"""Weights to and from ``hourglass-transformer-pytorch`` 0.0.6 (``HourglassTransformerLM``).
+
+The functions are the same, so weights only change names and how matrices are joined: here
+self-attention has one ``qkv`` matrix (rows of q, k, v) and the other two attentions have three, there
+every attention has ``to_q`` and ``to_kv``. Both directions copy, and are exact.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hourglass_dist.config import ModelConfig
+from hourglass_dist.model.hourglass import Hourglass, HourglassLM
+from hourglass_dist.model.layers import Attention, FeedForward, Layer
+from hourglass_dist.model.resample import BucketAttention, ValleyAttention
+
+FF_MULT = 4
+"""The only ``ff_mult`` that HourglassTransformerLM can be built with."""
+
+
+def to_lucidrains(model: HourglassLM) -> dict[str, Tensor]:
+    """A state_dict for ``HourglassTransformerLM(**lucidrains_kwargs(model.config))``.
+
+    Raises ValueError for a model that cannot be built there.
+    """
+    lucidrains_kwargs(model.config)
+    return {name: _join(sources) for name, sources in _names(model).items()}
+
+
+@torch.no_grad()
+def from_lucidrains(state_dict: Mapping[str, Tensor], model: HourglassLM) -> None:
+    """Copy a state_dict of ``HourglassTransformerLM`` into ``model``.
+
+    Raises ValueError, naming the key, when one is missing, unknown or of another shape; ``model`` is
+    then unchanged.
+    """
+    targets = _names(model)
+    for name in state_dict:
+        if name not in targets:
+            raise ValueError(f"lucidrains weights: {name}: no such weight in this model")
+    for name, parts in targets.items():
+        if name not in state_dict:
+            raise ValueError(f"lucidrains weights: {name}: missing")
+        expected = (sum(len(part) for part in parts), *parts[0].shape[1:])
+        given = tuple(state_dict[name].shape)
+        if given != expected:
+            raise ValueError(
+                f"lucidrains weights: {name}: expected shape {expected}, given {given}"
+            )
+    for name, parts in targets.items():
+        pieces = torch.split(state_dict[name], [len(part) for part in parts])
+        for part, piece in zip(parts, pieces, strict=True):
+            part.copy_(piece)
+
+
+def lucidrains_kwargs(config: ModelConfig) -> dict[str, Any]:
+    """The arguments of ``HourglassTransformerLM`` for this model: ``from_lucidrains`` turned around.
+
+    Dropout is left out: it cannot be set there, and has no weights. Raises ValueError when
+    ``ff_mult`` is not 4, the only one there.
+    """
+    if config.ff_mult != FF_MULT:
+        raise ValueError(
+            f"model.ff_mult: hourglass-transformer-pytorch knows {FF_MULT} only, "
+            f"given {config.ff_mult}"
+        )
+    *outer, inner = config.levels
+    depth: Any = inner.pre
+    for level in reversed(outer):
+        depth = (level.pre, depth, level.post)
+    return {
+        "num_tokens": config.vocab_size,
+        "dim": config.dim,
+        "max_seq_len": config.max_seq_len,
+        "depth": depth,
+        "shorten_factor": tuple(level.shorten for level in config.levels[1:]) or None,
+        "heads": config.heads,
+        "dim_head": config.dim_head,
+        "attn_resampling": config.attention_resampling,
+        "updown_sample_type": config.resampling,
+        "causal": config.causal,
+    }
+
+
+def _join(parts: list[Tensor]) -> Tensor:
+    return torch.cat([part.detach() for part in parts]).clone()
+
+
+Names = dict[str, list[Tensor]]
+"""A key of the reference -> the rows of ours that it holds, top to bottom (views of parameters)."""
+
+
+def _names(model: HourglassLM) -> Names:
+    is_flat = model.hourglass.is_innermost
+    return {
+        **_module("token_emb", model.tokens),
+        **_module("pos_emb", model.positions),
+        **_level("transformer", model.hourglass),
+        **_module("transformer.norm" if is_flat else "transformer.norm_out", model.norm),
+        **_module("to_logits", model.logits),
+    }
+
+
+def _level(prefix: str, level: Hourglass) -> Names:
+    if level.is_innermost:
+        return _stack(prefix, level.pre)
+    names = {
+        **_stack(f"{prefix}.pre_transformer", level.pre),
+        **_level(f"{prefix}.valley_transformer", level.inner),
+        **_stack(f"{prefix}.post_transformer", level.post),
+    }
+    for there, here in (("downsample", level.shorten.pool), ("upsample", level.lengthen.spread)):
+        if isinstance(proj := getattr(here, "proj", None), nn.Linear):
+            names |= _module(f"{prefix}.{there}.proj", proj)
+    for there, resample in (("pre", level.shorten), ("post", level.lengthen)):
+        if resample.attends:
+            block = f"{prefix}.attn_resampling_{there}_valley.layers.0"
+            names |= _layer(block, resample.attention, resample.feed_forward)
+    return names
+
+
+def _stack(prefix: str, layers: nn.ModuleList) -> Names:
+    names: Names = {}
+    for index, layer in enumerate(layers):
+        assert isinstance(layer, Layer)
+        names |= _layer(f"{prefix}.layers.{index}", layer.attention, layer.feed_forward)
+    return names
+
+
+def _layer(
+    prefix: str, attention: Attention | BucketAttention | ValleyAttention, feed_forward: FeedForward
+) -> Names:
+    if isinstance(attention, Attention):
+        q, k, v = attention.qkv.weight.detach().chunk(3)
+    else:
+        weights = (attention.query.weight, attention.key.weight, attention.value.weight)
+        q, k, v = (weight.detach() for weight in weights)
+    return {
+        **_module(f"{prefix}.0.norm", attention.norm),
+        f"{prefix}.0.fn.to_q.weight": [q],
+        f"{prefix}.0.fn.to_kv.weight": [k, v],
+        **_module(f"{prefix}.0.fn.to_out", attention.out),
+        **_module(f"{prefix}.1.norm", feed_forward.norm),
+        **_module(f"{prefix}.1.fn.0", feed_forward.hidden),
+        **_module(f"{prefix}.1.fn.3", feed_forward.out),
+    }
+
+
+def _module(prefix: str, module: nn.Module) -> Names:
+    return {
+        f"{prefix}.{name}": [parameter.detach()] for name, parameter in module.named_parameters()
+    }
