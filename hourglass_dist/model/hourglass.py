@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from hourglass_dist.config import ModelConfig
 from hourglass_dist.model.layers import Attention, FeedForward, Layer, visible_pairs
+from hourglass_dist.model.linear import Linear
 from hourglass_dist.model.resample import (
     BucketAttention,
     Lengthen,
@@ -63,7 +64,7 @@ class Hourglass(nn.Module):
         return x_BLD
 
     def _run(self, module: Callable[..., Tensor], *inputs: Tensor | None) -> Tensor:
-        """``module(*inputs)``; under activation checkpointing only the inputs are kept for later."""
+        """``module(*inputs)``; under activation checkpointing only the inputs are kept."""
         if self.recompute and self.training and torch.is_grad_enabled():
             out: Tensor = checkpoint(
                 module, *inputs, use_reentrant=False, preserve_rng_state=self.draws
@@ -85,15 +86,15 @@ class HourglassLM(nn.Module):
         self.positions = nn.Embedding(config.max_seq_len, config.dim)
         self.hourglass = Hourglass(config)
         self.norm = nn.LayerNorm(config.dim)
-        self.logits = nn.Linear(config.dim, config.vocab_size)
+        self.logits = Linear(config.dim, config.vocab_size)
         if not self.tokens.weight.is_meta:
             self.init_weights(0)
 
     def forward(self, tokens_BL: Tensor, mask_BL: Tensor | None = None) -> Tensor:
         """int64 (B, L), 1 <= L <= max_seq_len, to logits (B, L, V).
 
-        ``mask_BL`` is True at real tokens. Logits at padding mean nothing, and those at real tokens do
-        not depend on what the padding holds. Raises ValueError for any other length.
+        ``mask_BL`` is True at real tokens. Logits at padding mean nothing, and those at real tokens
+        do not depend on what the padding holds. Raises ValueError for any other length.
         """
         length = tokens_BL.shape[1]
         if not 1 <= length <= self.config.max_seq_len:

@@ -1,8 +1,8 @@
 """Weights to and from ``hourglass-transformer-pytorch`` 0.0.6 (``HourglassTransformerLM``).
 
 The functions are the same, so weights only change names and how matrices are joined: here
-self-attention has one ``qkv`` matrix (rows of q, k, v) and the other two attentions have three, there
-every attention has ``to_q`` and ``to_kv``. Both directions copy, and are exact.
+self-attention has one ``qkv`` matrix (rows of q, k, v) and the other two attentions have three,
+there every attention has ``to_q`` and ``to_kv``. Both directions copy, and are exact.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ def to_lucidrains(model: HourglassLM) -> dict[str, Tensor]:
 def from_lucidrains(state_dict: Mapping[str, Tensor], model: HourglassLM) -> None:
     """Copy a state_dict of ``HourglassTransformerLM`` into ``model``.
 
-    Raises ValueError, naming the key, when one is missing, unknown or of another shape; ``model`` is
-    then unchanged.
+    Raises ValueError, naming the key, when one is missing, unknown or of another shape; then
+    ``model`` is unchanged.
     """
     targets = _names(model)
     for name in state_dict:
@@ -58,7 +58,7 @@ def from_lucidrains(state_dict: Mapping[str, Tensor], model: HourglassLM) -> Non
 
 
 def lucidrains_kwargs(config: ModelConfig) -> dict[str, Any]:
-    """The arguments of ``HourglassTransformerLM`` for this model: ``from_lucidrains`` turned around.
+    """The arguments of ``HourglassTransformerLM`` that make this model.
 
     Dropout is left out: it cannot be set there, and has no weights. Raises ValueError when
     ``ff_mult`` is not 4, the only one there.

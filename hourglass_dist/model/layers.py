@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hourglass_dist.config import ModelConfig
+from hourglass_dist.model.linear import Linear
 
 
 def visible_pairs(valid_BL: Tensor | None, causal: bool) -> Tensor | None:
@@ -42,8 +43,8 @@ class Attention(nn.Module):
         self.dropout = config.attn_dropout
         inner = config.heads * config.dim_head
         self.norm = nn.LayerNorm(config.dim)
-        self.qkv = nn.Linear(config.dim, 3 * inner, bias=False)
-        self.out = nn.Linear(inner, config.dim)
+        self.qkv = Linear(config.dim, 3 * inner, bias=False)
+        self.out = Linear(inner, config.dim)
 
     def forward(self, x_BLD: Tensor, visible_B1LL: Tensor | None = None) -> Tensor:
         """(B, L, D) -> (B, L, D). ``visible_B1LL`` comes from ``visible_pairs``."""
@@ -69,8 +70,8 @@ class FeedForward(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(config.dim)
-        self.hidden = nn.Linear(config.dim, config.ff_mult * config.dim)
-        self.out = nn.Linear(config.ff_mult * config.dim, config.dim)
+        self.hidden = Linear(config.dim, config.ff_mult * config.dim)
+        self.out = Linear(config.ff_mult * config.dim, config.dim)
         self.dropout = config.ff_dropout
 
     def forward(self, x_BLD: Tensor) -> Tensor:

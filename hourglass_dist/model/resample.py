@@ -16,10 +16,11 @@ from torch.nn import functional as F
 
 from hourglass_dist.config import ModelConfig
 from hourglass_dist.model.layers import FeedForward
+from hourglass_dist.model.linear import Linear
 
 
 def bucket_count(length: int, shorten: int) -> int:
-    """G, the buckets that ``length`` positions need, causal (the last one ends at i*S < L) or not."""
+    """G, the buckets that ``length`` positions need, causal (i*S < L) or not."""
     return -(-length // shorten)
 
 
@@ -54,7 +55,7 @@ class LinearPool(nn.Module):
 
     def __init__(self, dim: int, shorten: int) -> None:
         super().__init__()
-        self.proj = nn.Linear(dim * shorten, dim)
+        self.proj = Linear(dim * shorten, dim)
 
     @torch.no_grad()
     def init_as_naive(self) -> None:
@@ -102,10 +103,10 @@ class BucketAttention(nn.Module):
         self.dropout = config.attn_dropout
         inner = config.heads * config.dim_head
         self.norm = nn.LayerNorm(config.dim)
-        self.query = nn.Linear(config.dim, inner, bias=False)
+        self.query = Linear(config.dim, inner, bias=False)
         self.key = HeadQueries(config.dim, inner, bias=False)
         self.value = HeadValues(config.dim, inner, bias=False)
-        self.out = nn.Linear(inner, config.dim)
+        self.out = Linear(inner, config.dim)
 
     def forward(self, pooled_BGD: Tensor, x_BGSD: Tensor, present_BGS: Tensor | None) -> Tensor:
         """(B, G, D), (B, G, S, D) -> (B, G, D). Only positions that are ``present_BGS`` are seen.
@@ -171,7 +172,7 @@ class LinearSpread(nn.Module):
     def __init__(self, dim: int, shorten: int) -> None:
         super().__init__()
         self.shorten = shorten
-        self.proj = nn.Linear(dim, dim * shorten)
+        self.proj = Linear(dim, dim * shorten)
 
     @torch.no_grad()
     def init_as_naive(self) -> None:
@@ -201,10 +202,10 @@ class ValleyAttention(nn.Module):
         self.dropout = config.attn_dropout
         inner = config.heads * config.dim_head
         self.norm = nn.LayerNorm(config.dim)
-        self.query = nn.Linear(config.dim, inner, bias=False)
-        self.key = nn.Linear(config.dim, inner, bias=False)
-        self.value = nn.Linear(config.dim, inner, bias=False)
-        self.out = nn.Linear(inner, config.dim)
+        self.query = Linear(config.dim, inner, bias=False)
+        self.key = Linear(config.dim, inner, bias=False)
+        self.value = Linear(config.dim, inner, bias=False)
+        self.out = Linear(inner, config.dim)
         for unused in (self.norm, self.query, self.key):
             unused.requires_grad_(False)
 
