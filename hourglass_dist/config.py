@@ -40,7 +40,8 @@ class DataConfig(Section):
 
 
 class LevelConfig(Section):
-    """One resolution of the hourglass. The last level of the list is the innermost (shortest) one."""
+    """One resolution of the hourglass. The last level of the list is the innermost (shortest)
+    one."""
 
     layers: (
         PositiveInt
@@ -48,7 +49,8 @@ class LevelConfig(Section):
     )
     """[pre, post]: layers on the way down and on the way up. Innermost level: one number."""
     shorten: PositiveInt = 1
-    """How many positions of the level above make one position here. Level 0: 1. Others: 2 or more."""
+    """How many positions of the level above make one position here. Level 0: 1. Others: 2 or
+    more."""
     activation_checkpointing: Literal["none", "full"] = "none"
     """``full``: keep only each layer's input for the backward pass and recompute the rest."""
 
@@ -75,11 +77,13 @@ class ModelConfig(Section):
     levels: Annotated[list[LevelConfig], Field(min_length=1)]
     """From full resolution inwards; the last one is the innermost."""
     max_seq_len: PositiveInt
-    """Length of the learned position table, in tokens. The model takes any length from 1 to this."""
+    """Length of the learned position table, in tokens. The model takes any length from 1 to
+    this."""
     vocab_size: Annotated[int, Field(ge=2)] = 256
     """Rows of the embedding table and of the output layer. At least the tokenizer's size."""
     resampling: Literal["naive", "linear"] = "naive"
-    """``naive``: mean of a bucket going in, repeat coming out. ``linear``: a learned projection of the bucket."""
+    """``naive``: mean of a bucket going in, repeat coming out. ``linear``: a learned projection of
+    the bucket."""
     attention_resampling: bool = True
     """Pooled tokens attend to their bucket going in, positions to their pooled token coming out."""
     causal: bool = True
@@ -97,7 +101,8 @@ class ModelConfig(Section):
         for index, level in enumerate(self.levels):
             if index == 0 and level.shorten != 1:
                 raise ValueError(
-                    f"model.levels.0.shorten: level 0 is full resolution: expected 1, given {level.shorten}"
+                    "model.levels.0.shorten: level 0 is full resolution: "
+                    f"expected 1, given {level.shorten}"
                 )
             if index > 0 and level.shorten < 2:
                 raise ValueError(
@@ -106,11 +111,13 @@ class ModelConfig(Section):
         for index, level in enumerate(outer):
             if isinstance(level.layers, int):
                 raise ValueError(
-                    f"model.levels.{index}.layers: a level with another one inside takes [pre, post], given {level.layers}"
+                    f"model.levels.{index}.layers: a level with another one inside takes "
+                    f"[pre, post], given {level.layers}"
                 )
         if not isinstance(inner.layers, int):
             raise ValueError(
-                f"model.levels.{len(outer)}.layers: the innermost level takes one number, given {inner.layers}"
+                f"model.levels.{len(outer)}.layers: the innermost level takes one number, "
+                f"given {inner.layers}"
             )
         return self
 
@@ -125,7 +132,8 @@ class ModelConfig(Section):
 
     @property
     def hierarchy(self) -> str:
-        """The paper's notation, e.g. ``4@1 8@3 4@1`` (layers @ stride; Nawrot et al. 2021, arXiv 2110.13711)."""
+        """The paper's notation, e.g. ``4@1 8@3 4@1`` (layers @ stride; Nawrot et al. 2021, arXiv
+        2110.13711)."""
         down = [
             f"{level.pre}@{stride}" for level, stride in zip(self.levels, self.strides, strict=True)
         ]
@@ -150,9 +158,11 @@ class ModelConfig(Section):
         updown_sample_type: str = "naive",
         causal: bool = True,
     ) -> ModelConfig:
-        """The settings of ``HourglassTransformerLM(**kwargs)`` of hourglass-transformer-pytorch 0.0.6.
+        """The settings of ``HourglassTransformerLM(**kwargs)`` of hourglass-transformer-pytorch
+        0.0.6.
 
-        ``depth`` nests as ``(pre, inner, post)``, lists or tuples; ``shorten_factor`` is one number for every
+        ``depth`` nests as ``(pre, inner, post)``, lists or tuples; ``shorten_factor`` is one number
+        for every
         nesting or one number for each. Raises ConfigError when they do not fit together.
         """
         levels: list[dict[str, Any]] = []
@@ -174,10 +184,16 @@ class ModelConfig(Section):
                 )
         levels.append({"layers": rest, "shorten": shorten})
         settings = {
-            "dim": dim, "heads": heads, "dim_head": dim_head, "levels": levels, "max_seq_len": max_seq_len,
-            "vocab_size": num_tokens, "resampling": updown_sample_type, "attention_resampling": attn_resampling,
+            "dim": dim,
+            "heads": heads,
+            "dim_head": dim_head,
+            "levels": levels,
+            "max_seq_len": max_seq_len,
+            "vocab_size": num_tokens,
+            "resampling": updown_sample_type,
+            "attention_resampling": attn_resampling,
             "causal": causal,
-        }  # fmt: skip
+        }
         return parse(cls, settings, source="from_lucidrains", prefix="model")
 
 
@@ -187,7 +203,8 @@ class OptimConfig(Section):
     lr: PositiveFloat
     """Peak learning rate."""
     schedule: Literal["cosine", "wsd"] = "cosine"
-    """``cosine``: warm up, then half a cosine to the floor. ``wsd``: warm up, stay, then decay linearly at the end."""
+    """``cosine``: warm up, then half a cosine to the floor. ``wsd``: warm up, stay, then decay
+    linearly at the end."""
     warmup_steps: int = Field(default=0, ge=0)
     """Optimizer steps of linear warm-up."""
     decay_fraction: Annotated[float, Field(gt=0.0, le=1.0)] = 0.2
@@ -212,7 +229,8 @@ class TrainConfig(Section):
     steps: PositiveInt
     """Optimizer steps of the whole run."""
     micro_batch_size: PositiveInt
-    """Rows in one forward pass of one rank. The accumulation steps follow from data.batch_size and the world size."""
+    """Rows in one forward pass of one rank. The accumulation steps follow from data.batch_size and
+    the world size."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """``bf16``: bf16 weights with fp32 master weights at ZeRO stages 1-3, autocast at stage 0."""
 
@@ -243,16 +261,19 @@ class MetricsConfig(Section):
 
 
 class DeepSpeedConfig(Section):
-    """The part of DeepSpeed's own configuration that is passed through. The rest is derived from the other sections."""
+    """The part of DeepSpeed's own configuration that is passed through. The rest is derived from
+    the other sections."""
 
     zero_optimization: dict[str, Any] = Field(default_factory=lambda: {"stage": 1})
-    """DeepSpeed's ``zero_optimization`` block; ``stage`` is 0, 1, 2 or 3. DeepSpeed checks the other keys."""
+    """DeepSpeed's ``zero_optimization`` block; ``stage`` is 0, 1, 2 or 3. DeepSpeed checks the
+    other keys."""
 
     @model_validator(mode="after")
     def _stage_is_known(self) -> DeepSpeedConfig:
         if self.stage not in (0, 1, 2, 3) or isinstance(self.stage, bool):
             raise ValueError(
-                f"deepspeed.zero_optimization.stage: expected 0, 1, 2 or 3, given {show(self.stage)}"
+                "deepspeed.zero_optimization.stage: expected 0, 1, 2 or 3, "
+                f"given {show(self.stage)}"
             )
         return self
 
@@ -280,11 +301,13 @@ class Config(Section):
     def _sections_fit_together(self) -> Config:
         if self.data.seq_len > self.model.max_seq_len:
             raise ValueError(
-                f"data.seq_len: {self.data.seq_len} is longer than the position table, model.max_seq_len={self.model.max_seq_len}"
+                f"data.seq_len: {self.data.seq_len} is longer than the position table, "
+                f"model.max_seq_len={self.model.max_seq_len}"
             )
         if self.data.batch_size % self.train.micro_batch_size:
             raise ValueError(
-                f"train.micro_batch_size: {self.train.micro_batch_size} does not divide data.batch_size={self.data.batch_size}"
+                f"train.micro_batch_size: {self.train.micro_batch_size} does not divide "
+                f"data.batch_size={self.data.batch_size}"
             )
         if not self.model.causal:
             raise ValueError(
@@ -295,21 +318,24 @@ class Config(Section):
     def accumulation_steps(self, world_size: int) -> int:
         """Forward passes that one rank makes for one optimizer step.
 
-        Raises ConfigError, naming the world sizes that would do, when ``world_size`` does not divide the batch.
+        Raises ConfigError, naming the world sizes that would do, when ``world_size`` does not
+        divide the batch.
         """
         micro_batches, rest = divmod(self.data.batch_size, self.train.micro_batch_size)
         assert rest == 0
         if micro_batches % world_size:
             good = [n for n in range(1, micro_batches + 1) if micro_batches % n == 0]
             raise ConfigError(
-                f"data.batch_size: {self.data.batch_size} rows in micro batches of {self.train.micro_batch_size} "
-                f"cannot be dealt to {world_size} ranks; world sizes that can: {', '.join(map(str, good))}"
+                f"data.batch_size: {self.data.batch_size} rows in micro batches of "
+                f"{self.train.micro_batch_size} cannot be dealt to {world_size} ranks; "
+                f"world sizes that can: {', '.join(map(str, good))}"
             )
         return micro_batches // world_size
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """Read ``path`` and apply ``key=value`` overrides. Raises ConfigError with one line for every mistake."""
+    """Read ``path`` and apply ``key=value`` overrides. Raises ConfigError with one line for every
+    mistake."""
     settings = read_yaml(path)
     changed = [apply_override(settings, override) for override in overrides]
     return parse(Config, settings, source=str(path), overridden=changed)

@@ -1,6 +1,7 @@
 """Ranks: who am I, how many are we, and the few collectives that the rest of the project uses.
 
-Started by torchrun the process group spans all ranks; started plainly it has one rank and opens no port.
+Started by torchrun the process group spans all ranks; started plainly it has one rank and opens no
+port.
 """
 
 from __future__ import annotations
@@ -38,7 +39,8 @@ class World:
 
 
 def init() -> World:
-    """Join the process group: nccl where there is a GPU, gloo otherwise. Calling it again changes nothing."""
+    """Join the process group: nccl where there is a GPU, gloo otherwise. Calling it again changes
+    nothing."""
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     on_gpu = torch.cuda.is_available()
     device = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
@@ -59,6 +61,11 @@ def shutdown() -> None:
     """Leave the process group, if there is one."""
     if td.is_initialized():
         td.destroy_process_group()
+
+
+def is_main_process() -> bool:
+    """Whether this is rank 0, known even before ``init``."""
+    return int(os.environ.get("RANK", "0")) == 0
 
 
 def barrier() -> None:
@@ -83,7 +90,8 @@ def gather_ints(values: Sequence[int], device: torch.device) -> list[list[int]]:
 
 
 def together(action: Callable[[], T], device: torch.device) -> T:
-    """Run ``action`` on every rank; when it raises ValueError or OSError on any, raise that one on all of them.
+    """Run ``action`` on every rank; when it raises ValueError or OSError on any, raise that one on
+    all of them.
 
     Without this, a mistake that one rank sees (a damaged shard, a full disk) would leave the others
     waiting in their next collective.

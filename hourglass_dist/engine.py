@@ -1,14 +1,19 @@
 """The only importer of deepspeed: a model becomes an engine with four verbs.
 
-    step(tokens_BL, targets_BL, lr)  ->  StepResult      one optimizer step on this rank's share of a batch
+    step(tokens_BL, targets_BL, lr)  ->  StepResult      one optimizer step on this rank's share of
+    a batch
     eval_loss(tokens_BL, targets_BL) ->  (nll, tokens)   no gradient, nothing changed
-    save(path)                                           this rank's share of the whole training state
-    load(folder)                                         the state, whatever wrote it (any stage, any world size)
+    save(path)                                           this rank's share of the whole training
+    state
+    load(folder)                                         the state, whatever wrote it (any stage,
+    any world size)
 
 Legend: B rows of this rank, L tokens of a row.
 
-DeepSpeed 0.19.8 is used for what it is good at, sharding and communication. Batch sizes, clipping and
-precision are derived from our settings; the learning rate and the checkpoint files are ours, because
+DeepSpeed 0.19.8 is used for what it is good at, sharding and communication. Batch sizes, clipping
+and
+precision are derived from our settings; the learning rate and the checkpoint files are ours,
+because
 DeepSpeed's files need pickle and the world size that wrote them.
 """
 
@@ -102,9 +107,11 @@ class Engine:
         self._module: nn.Module = self._engine.module
 
     def step(self, tokens_BL: Tensor, targets_BL: Tensor, step: int) -> StepResult:
-        """One optimizer step, number ``step`` (0 is the first), on this rank's rows of the global batch.
+        """One optimizer step, number ``step`` (0 is the first), on this rank's rows of the global
+        batch.
 
-        The gradient is that of nats summed over the batch and divided by its number of positions, so it
+        The gradient is that of nats summed over the batch and divided by its number of positions,
+        so it
         does not depend on how the rows are dealt to ranks and micro batches.
         """
         self._engine.train()
@@ -203,7 +210,8 @@ class Engine:
         }
 
     def _fragments(self) -> Iterator[_Fragment]:
-        """Every range of trained weights that this rank holds, wherever this ZeRO stage keeps it."""
+        """Every range of trained weights that this rank holds, wherever this ZeRO stage keeps
+        it."""
         optimizer, rank = self._engine.optimizer, self._world.rank
         names = {id(p): name for name, p in self._module.named_parameters() if p.requires_grad}
         parameters = [p for p in self._module.parameters() if p.requires_grad]
@@ -229,7 +237,8 @@ class Engine:
                     offset += size
 
     def _flat_groups(self) -> list[Tensor]:
-        """This rank's fp32 partitions at stages 1 and 2 (bf16 at stage 1 has an optimizer of its own)."""
+        """This rank's fp32 partitions at stages 1 and 2 (bf16 at stage 1 has an optimizer of its
+        own)."""
         optimizer = self._engine.optimizer
         own_bf16 = hasattr(optimizer, "fp32_groups_flat_partition")
         flats: list[Tensor] = (
@@ -240,7 +249,8 @@ class Engine:
         return flats
 
     def _frozen(self) -> Iterator[tuple[str, int, Tensor, bool]]:
-        """(name, start, flat view of this rank's range, whether this rank saves it) of untrained weights."""
+        """(name, start, flat view of this rank's range, whether this rank saves it) of untrained
+        weights."""
         frozen = [(n, p) for n, p in self._module.named_parameters() if not p.requires_grad]
         for name, parameter in frozen:
             if self.stage < 3:
@@ -265,10 +275,12 @@ class Engine:
 
 
 def deepspeed_settings(config: Config, world_size: int) -> dict[str, Any]:
-    """DeepSpeed's configuration for a run. Raises ConfigError when DeepSpeed refuses the passed-through block."""
+    """DeepSpeed's configuration for a run. Raises ConfigError when DeepSpeed refuses the
+    passed-through block."""
     zero = dict(config.deepspeed.zero_optimization)
     if config.deepspeed.stage == 3:
-        # DeepSpeed's own linear adds its bias in place on a tensor that checkpointing may have kept.
+        # DeepSpeed's own linear adds its bias in place on a tensor that checkpointing may have
+        # kept.
         zero.setdefault("memory_efficient_linear", False)
     _check_zero_block(zero)
     settings: dict[str, Any] = {
@@ -297,8 +309,3 @@ def _check_zero_block(zero: dict[str, Any]) -> None:
         detail = error.errors()[0]
         path = ".".join(["deepspeed.zero_optimization", *map(str, detail["loc"])])
         raise ConfigError(f"{path}: {detail['msg']}, given {show(detail['input'])}") from None
-
-
-def is_finite(result: StepResult) -> bool:
-    """Whether loss and gradient of a step are numbers."""
-    return math.isfinite(result.nll) and math.isfinite(result.grad_norm)

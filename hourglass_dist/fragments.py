@@ -6,9 +6,11 @@ written, under ``kind/name@start``:
     rank_00000.safetensors   fp32/blocks.0.weight@0      exp_avg/blocks.0.weight@0     ...
     rank_00001.safetensors   fp32/blocks.0.weight@4096   exp_avg/blocks.0.weight@4096  ...
 
-A reader asks for any range of any tensor and gets it from whichever files hold it, so a state written
+A reader asks for any range of any tensor and gets it from whichever files hold it, so a state
+written
 by one number of ranks and one ZeRO stage is read by any other, and nothing is ever unpickled.
-Kinds: ``fp32`` (master weights), ``exp_avg``, ``exp_avg_sq`` (AdamW), ``frozen`` (weights without gradient).
+Kinds: ``fp32`` (master weights), ``exp_avg``, ``exp_avg_sq`` (AdamW), ``frozen`` (weights without
+gradient).
 """
 
 from __future__ import annotations
@@ -54,7 +56,8 @@ def write(
     shapes: Mapping[str, tuple[int, ...]],
     optimizer_steps: int,
 ) -> None:
-    """Write one rank's flat fragments (any device, copied) and the full shapes of all tensors of the model."""
+    """Write one rank's flat fragments (any device, copied) and the full shapes of all tensors of
+    the model."""
     tensors = {str(key): piece.detach().to("cpu", copy=True) for key, piece in fragments.items()}
     metadata = {
         "shapes": json.dumps({name: list(shape) for name, shape in shapes.items()}),
@@ -66,7 +69,8 @@ def write(
 class Reader:
     """Reads ranges of the tensors in a folder of rank files.
 
-    Raises ValueError when the folder holds no readable state or a range of a tensor is in none of its files.
+    Raises ValueError when the folder holds no readable state or a range of a tensor is in none of
+    its files.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -98,7 +102,8 @@ class Reader:
         return sorted(name for other, name in self._pieces if other == kind)
 
     def read(self, kind: str, name: str, start: int, numel: int) -> Tensor:
-        """Elements [start, start + numel) of the flattened tensor, on the CPU in the stored dtype."""
+        """Elements [start, start + numel) of the flattened tensor, on the CPU in the stored
+        dtype."""
         parts, position, end = [], start, start + numel
         for piece_start, piece_numel, path, text in sorted(self._pieces[kind, name]):
             piece_end = piece_start + piece_numel

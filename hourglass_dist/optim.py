@@ -13,7 +13,8 @@ from hourglass_dist.config import OptimConfig
 def learning_rate(step: int, config: OptimConfig, total_steps: int) -> float:
     """The learning rate of optimizer step ``step`` (0 is the first one).
 
-    Linear warm-up over ``warmup_steps``; then half a cosine to ``min_lr_ratio`` (Loshchilov & Hutter
+    Linear warm-up over ``warmup_steps``; then half a cosine to ``min_lr_ratio`` (Loshchilov &
+    Hutter
     2017, arXiv 1608.03983), or a plateau and a linear decay over the last ``decay_fraction`` of all
     steps (warmup-stable-decay; Hu et al. 2024, arXiv 2404.06395).
     """
@@ -30,7 +31,8 @@ def learning_rate(step: int, config: OptimConfig, total_steps: int) -> float:
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, object]]:
     """Two groups: matrices, which decay, and embeddings, norms and biases, which do not.
 
-    Frozen parameters are left out: weight decay would shrink them, and ZeRO would wait for their gradients.
+    Frozen parameters are left out: weight decay would shrink them, and ZeRO would wait for their
+    gradients.
     """
     embeddings = {
         id(parameter)
@@ -49,7 +51,8 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, ob
 
 
 def adamw(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
-    """AdamW (Loshchilov & Hutter 2019, arXiv 1711.05101) over ``parameter_groups``, in torch's fused form."""
+    """AdamW (Loshchilov & Hutter 2019, arXiv 1711.05101) over ``parameter_groups``, in torch's
+    fused form."""
     return torch.optim.AdamW(
         parameter_groups(model, config.weight_decay),
         lr=config.lr,

@@ -1,4 +1,5 @@
-"""The strict loader under ``config.py``: one base class for sections, strict YAML, overrides, readable errors.
+"""The strict loader under ``config.py``: one base class for sections, strict YAML, overrides,
+readable errors.
 
     file.yaml  ->  strict YAML (no repeated keys, 3e-4 is a number)  ->  dict
     key=value  ->  dotted path, lists by index                       ->  the same dict
@@ -50,7 +51,7 @@ class _StrictLoader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
         for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)  # type: ignore[no-untyped-call]
+            key = self.construct_object(key_node, deep=True)
             if not isinstance(key, str):
                 raise yaml.constructor.ConstructorError(
                     None, None, f"expected a name as key, given {key!r}", key_node.start_mark
@@ -60,7 +61,7 @@ class _StrictLoader(yaml.SafeLoader):
                     None, None, f"repeated key {key!r}", key_node.start_mark
                 )
             seen.add(key)
-        mapping: dict[Any, Any] = super().construct_mapping(node, deep)  # type: ignore[no-untyped-call]
+        mapping: dict[Any, Any] = super().construct_mapping(node, deep)
         return mapping
 
 
@@ -77,7 +78,7 @@ _StrictLoader.yaml_implicit_resolvers = {
 def _resolve(tag: str, pattern: str, first: str) -> None:
     _StrictLoader.add_implicit_resolver(
         f"tag:yaml.org,2002:{tag}", re.compile(pattern), list(first)
-    )  # type: ignore[no-untyped-call]
+    )
 
 
 _resolve("bool", r"^(true|false)$", "tf")
@@ -101,7 +102,8 @@ def _parse_yaml(text: str, source: str) -> Any:
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
-    """A YAML file as a dict. Raises ConfigError when it is missing, unreadable, repeated or not a mapping."""
+    """A YAML file as a dict. Raises ConfigError when it is missing, unreadable, repeated or not a
+    mapping."""
     try:
         text = Path(path).read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
@@ -117,7 +119,8 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
 
 
 def apply_override(settings: dict[str, Any], override: str) -> str:
-    """Set one ``dotted.path=value`` in ``settings`` (lists by index) and return the path. Raises ConfigError."""
+    """Set one ``dotted.path=value`` in ``settings`` (lists by index) and return the path. Raises
+    ConfigError."""
     path, equals, text = override.partition("=")
     if not equals or not all(path.split(".")):
         raise ConfigError(
@@ -160,7 +163,8 @@ def parse(
 ) -> S:
     """Check ``settings`` against a section. Raises ConfigError with a line for every mistake.
 
-    ``source`` names the file in messages; paths in ``overridden`` (or below them) are reported as from the command line.
+    ``source`` names the file in messages; paths in ``overridden`` (or below them) are reported as
+    from the command line.
     """
     try:
         return cls.model_validate_json(json.dumps(settings), strict=True)
@@ -169,17 +173,23 @@ def parse(
         for detail in error.errors():
             path, message = _explain(cls, detail, prefix)
             from_command_line = any(path == key or path.startswith(f"{key}.") for key in overridden)
-            lines.append(
-                f"{'command line' if from_command_line else source}: {path + ': ' if path else ''}{message}"
-            )
+            where = "command line" if from_command_line else source
+            lines.append(": ".join(part for part in (where, path, message) if part))
         raise ConfigError("\n".join(dict.fromkeys(lines))) from None
 
 
 _EXPECTED = {
-    "int_type": "a whole number", "int_from_float": "a whole number", "float_type": "a number", "string_type": "text",
-    "bool_type": "true or false", "list_type": "a list", "dict_type": "a mapping", "model_type": "a mapping",
-    "model_attributes_type": "a mapping", "finite_number": "a finite number",
-}  # fmt: skip
+    "int_type": "a whole number",
+    "int_from_float": "a whole number",
+    "float_type": "a number",
+    "finite_number": "a finite number",
+    "string_type": "text",
+    "bool_type": "true or false",
+    "list_type": "a list",
+    "dict_type": "a mapping",
+    "model_type": "a mapping",
+    "model_attributes_type": "a mapping",
+}
 _LIMITS = {"ge": "at least", "gt": "more than", "le": "at most", "lt": "less than"}
 
 
@@ -258,14 +268,18 @@ def _describe(cls: type[Section], parts: Sequence[str]) -> str:
 
 
 def _nearest(cls: type[Section], parts: Sequence[str], prefix: str) -> str:
-    """`; did you mean ...?`, looking beside the wrong key first and then everywhere."""
-    beside = difflib.get_close_matches(parts[-1], list(_owner(cls, parts).model_fields), n=1)
+    """`; did you mean ...?`: the same name elsewhere, else a similar one beside the wrong key, else
+    elsewhere."""
+    name = parts[-1]
+    everywhere = {
+        path.rsplit(".", 1)[-1]: path for path, _ in paths(cls, f"{prefix}." * bool(prefix))
+    }
+    if name in everywhere:
+        return f"; did you mean {everywhere[name]}?"
+    beside = difflib.get_close_matches(name, list(_owner(cls, parts).model_fields), n=1)
     if beside:
-        return (
-            f"; did you mean {'.'.join([*([prefix] if prefix else []), *parts[:-1], beside[0]])}?"
-        )
-    everywhere = {path.rsplit(".", 1)[-1]: path for path, _ in paths(cls)}
-    elsewhere = difflib.get_close_matches(parts[-1], list(everywhere), n=1, cutoff=0.75)
+        return f"; did you mean {'.'.join([prefix] * bool(prefix) + [*parts[:-1], beside[0]])}?"
+    elsewhere = difflib.get_close_matches(name, list(everywhere), n=1, cutoff=0.75)
     return f"; did you mean {everywhere[elsewhere[0]]}?" if elsewhere else ""
 
 

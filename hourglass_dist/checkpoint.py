@@ -1,0 +1,230 @@
+"""The run folder: settings, a lock, and checkpoints that are whole or not there.
+
+    runs/NAME/
+        config.yaml                the resolved settings; a run is continued only with equal ones
+        tokenizer/                 a copy, so that the run can be exported without its dataset
+        lock                       held by the process that trains here
+        metrics.jsonl, events.*    written by metrics.py
+        checkpoints/
+            step_00000500/         rank_00000.safetensors ... manifest.json (size and crc32c of each
+            file, progress)
+            latest                 the name of the newest one
+
+A checkpoint is written under a temporary name, synced, renamed, and only then named by ``latest``:
+a process killed at any instant leaves the previous one in place and unharmed.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+import socket
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from io import TextIOWrapper
+from pathlib import Path
+from typing import Any
+
+from hourglass_dist import dist, fragments
+from hourglass_dist.config import Config, load
+from hourglass_dist.data.tokenizer import Tokenizer
+from hourglass_dist.files import checksum, replace, sync
+from hourglass_dist.sections import ConfigError, differences, to_yaml
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a run is. With the weights this is its whole state."""
+
+    step: int
+    """Optimizer steps completed."""
+    data: dict[str, Any]
+    """Position in the data, as ``Stream.state`` gives it: rows consumed by completed steps, and the
+    plan's hash."""
+    tokenizer: dict[str, str]
+    """Fingerprint of the tokenizer."""
+    stage: int
+    """ZeRO stage that wrote the state (for people; any stage reads it)."""
+
+
+class RunFolder:
+    """A run's folder, held by one process while it trains."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.checkpoints = path / "checkpoints"
+        self._lock: TextIOWrapper | None = None
+
+    def open(self, config: Config, tokenizer: Tokenizer) -> None:
+        """Take the lock, then write the settings or compare them. Raises ConfigError, having
+        changed nothing."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._take_lock()
+        written = self.path / "config.yaml"
+        if not written.exists():
+            (self.path / "tokenizer").mkdir(exist_ok=True)
+            tokenizer.save(self.path / "tokenizer")
+            replace(written, to_yaml(config))
+            return
+        changed = differences(load(written), config)
+        if changed:
+            raise ConfigError(
+                f"{self.path}: this run was started with other settings ({'; '.join(changed)}); "
+                "start the new ones elsewhere with run.dir=..."
+            )
+
+    def _take_lock(self) -> None:
+        lock = (self.path / "lock").open("a+")
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            lock.seek(0)
+            holder = lock.read().strip() or "another process"
+            raise ConfigError(f"{self.path}: {holder} is training in this folder") from None
+        lock.truncate(0)
+        lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        lock.flush()
+        self._lock = lock
+
+
+class Checkpoints:
+    """Saves and finds checkpoints. All methods are called by all ranks together."""
+
+    def __init__(self, folder: Path, keep: int, world: dist.World) -> None:
+        self.folder = folder
+        self._keep = keep
+        self._world = world
+
+    def save(self, write_state: Callable[[Path], str], progress: Progress) -> Path:
+        """Write a checkpoint; ``write_state(folder)`` writes this rank's file and returns its
+        name."""
+        target = self.folder / tag(progress.step)
+        unfinished = self.folder / f".unfinished_{tag(progress.step)}"
+        if self._world.is_main:
+            remove_unfinished(self.folder)
+            unfinished.mkdir(parents=True)
+        dist.barrier()
+
+        def write() -> list[int]:
+            path = unfinished / write_state(unfinished)
+            sync(path)
+            return [path.stat().st_size, checksum(path)]
+
+        entries = dist.gather_ints(dist.together(write, self._world.device), self._world.device)
+        if self._world.is_main:
+            files = {
+                fragments.file_name(rank): {"bytes": size, "crc32c": crc}
+                for rank, (size, crc) in enumerate(entries)
+            }
+            manifest = {"format": FORMAT, "progress": asdict(progress), "files": files}
+            replace(unfinished / "manifest.json", json.dumps(manifest, indent=1))
+            if target.exists():  # left by a run that died before it named this step in ``latest``
+                shutil.rmtree(target)
+            unfinished.rename(target)
+            sync(self.folder)
+            replace(self.folder / "latest", target.name + "\n")
+            self._retain()
+        dist.barrier()
+        return target
+
+    def _retain(self) -> None:
+        for old in complete(self.folder)[: -self._keep]:
+            shutil.rmtree(old)
+
+    def newest(self) -> tuple[Path, Progress] | None:
+        """The checkpoint to continue from, verified by all ranks together, or None when there is
+        none.
+
+        Raises ValueError when ``latest`` names a missing or damaged one, saying which is the last
+        good one.
+        """
+        path = latest(self.folder)
+        if path is None:
+            return None
+        rank, size = self._world.rank, self._world.size
+
+        def check() -> Progress:
+            try:
+                return verify(path, share=(rank, size))
+            except ValueError as error:
+                raise ValueError(f"{error}; {_advice(self.folder, path)}") from None
+
+        return path, dist.together(check, self._world.device)
+
+
+def tag(step: int) -> str:
+    """The folder name of a step's checkpoint."""
+    return f"step_{step:08d}"
+
+
+def complete(folder: Path) -> list[Path]:
+    """Checkpoints that were written to their end, oldest first."""
+    return sorted(path for path in folder.glob("step_*") if (path / "manifest.json").exists())
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Clear what a killed process left half-written."""
+    for path in folder.glob(".unfinished_*"):
+        shutil.rmtree(path)
+
+
+def latest(folder: Path) -> Path | None:
+    """The checkpoint that ``latest`` names; without that file the newest one; None when there is
+    none."""
+    try:
+        return folder / (folder / "latest").read_text().strip()
+    except FileNotFoundError:
+        found = complete(folder)
+        return found[-1] if found else None
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """A checkpoint's manifest. Raises ValueError when it is missing, unreadable or from a newer
+    version."""
+    file = path / "manifest.json"
+    try:
+        manifest: dict[str, Any] = json.loads(file.read_text())
+        version = manifest["format"]
+        Progress(**manifest["progress"])
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such checkpoint (manifest.json is missing)") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{file}: damaged: {error}") from None
+    if version > FORMAT:
+        raise ValueError(f"{file}: written by a newer version: format {version}, known {FORMAT}")
+    return manifest
+
+
+def verify(path: Path, share: tuple[int, int] = (0, 1)) -> Progress:
+    """Check size and checksum of a checkpoint's files (every n-th one from r for ``share=(r, n)``).
+
+    Raises ValueError naming the first file that is missing, truncated or altered.
+    """
+    manifest = read_manifest(path)
+    for name, expected in list(manifest["files"].items())[share[0] :: share[1]]:
+        file = path / name
+        if not file.exists():
+            raise ValueError(f"{file}: missing")
+        if (size := file.stat().st_size) != expected["bytes"]:
+            raise ValueError(f"{file}: expected {expected['bytes']} bytes, found {size}")
+        if (crc := checksum(file)) != expected["crc32c"]:
+            raise ValueError(f"{file}: expected crc32c {expected['crc32c']:08x}, found {crc:08x}")
+    return Progress(**manifest["progress"])
+
+
+def _advice(folder: Path, bad: Path) -> str:
+    for path in reversed(complete(folder)):
+        if path != bad:
+            try:
+                step = verify(path).step
+            except ValueError:
+                continue
+            return (
+                f"the last good checkpoint is step {step}; to continue from it: "
+                f"echo {path.name} > {folder / 'latest'}"
+            )
+    return "there is no other good checkpoint"

@@ -1,0 +1,149 @@
+"""``hourglass ...``: every command of the project, thin. What a command does lives in the module of
+its name."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Literal, Optional
+
+import typer
+from data_tools.cli import app as data_app
+
+from hourglass_dist import config as settings
+from hourglass_dist.sections import to_yaml
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    help="Pretrain hourglass language models: from a raw corpus to an exported checkpoint.",
+)
+app.add_typer(data_app, name="data")
+
+ConfigFile = Annotated[Path, typer.Argument(help="A YAML file such as configs/quickstart.yaml.")]
+Overrides = Annotated[
+    Optional[list[str]],  # noqa: UP045  (typer reads annotations at run time, on Python 3.10 too)
+    typer.Argument(help="Settings to change, such as train.steps=100 model.levels.1.layers=6."),
+]
+Export = Annotated[Path, typer.Argument(help="A folder made by 'hourglass export'.")]
+
+
+@app.command()
+def train(config: ConfigFile, overrides: Overrides = None) -> None:
+    """Train, or continue, the run that a settings file describes, on one rank.
+
+    The same program on every GPU, or on two CPU ranks: bash launch/torchrun.sh CONFIG key=value ...
+
+    Example: hourglass train configs/quickstart.yaml train.steps=20 run.dir=runs/try
+    """
+    from hourglass_dist.train import main as train_main
+
+    raise typer.Exit(train_main([str(config), *(overrides or [])]))
+
+
+@app.command()
+def config(config: ConfigFile, overrides: Overrides = None) -> None:
+    """Print the resolved settings, every default filled in, or one line for each mistake.
+
+    Example: hourglass config configs/quickstart.yaml optim.lr=1e-3
+    """
+    print(to_yaml(settings.load(config, overrides or ())), end="")
+
+
+@app.command()
+def plan(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    world_size: Annotated[int, typer.Option(help="Ranks that would train.", min=1)] = 1,
+) -> None:
+    """Say what a run will cost before it is started: parameters, FLOPs, memory and traffic of a
+    rank.
+
+    Example: hourglass plan configs/large_zero3.yaml --world-size 64
+    """
+    from hourglass_dist.plan import plan as make_plan
+    from hourglass_dist.plan import render
+
+    print(render(make_plan(settings.load(config, overrides or ()), world_size)), end="")
+
+
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(help="A run folder, such as runs/quickstart.")],
+    out: Annotated[Path, typer.Argument(help="The new folder.")],
+    format: Annotated[
+        Literal["hourglass", "lucidrains"],
+        typer.Option(help="'lucidrains': for hourglass-transformer-pytorch 0.0.6."),
+    ] = "hourglass",
+    step: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(help="Export this step instead of the newest one."),
+    ] = None,
+) -> None:
+    """Turn a run's checkpoint into model.safetensors, config.json and the tokenizer.
+
+    Example: hourglass export runs/quickstart exports/quickstart
+    """
+    from hourglass_dist.export import export as write_export
+
+    done = write_export(run, out, format, step)
+    print(f"{out}: step {done} of {run}")
+
+
+@app.command()
+def evaluate(
+    export: Export,
+    data: Annotated[Path, typer.Option(help="A dataset folder with a held-out split.")],
+    batch_size: Annotated[int, typer.Option(help="Rows in one forward pass.", min=1)] = 16,
+) -> None:
+    """Score an export on a held-out split, in bits per byte; every byte is scored once.
+
+    Example: hourglass evaluate exports/quickstart --data data/tinyshakespeare
+    """
+    from hourglass_dist.evaluate import evaluate_export
+
+    score = evaluate_export(export, data, batch_size)
+    print(
+        f"{export} on {data}: {score.bits_per_byte:.4f} bits/byte, {score.loss:.4f} nats/token "
+        f"({score.tokens:,} tokens, {score.bytes:,} bytes)"
+    )
+
+
+@app.command()
+def generate(
+    export: Export,
+    prompt: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="The text to continue; without it, standard input is read."),
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate.", min=1)] = 400,
+    temperature: Annotated[float, typer.Option(help="0 takes the most likely token.", min=0)] = 0.8,
+    top_k: Annotated[int, typer.Option(help="Keep the k most likely tokens; 0 keeps all.")] = 0,
+    top_p: Annotated[float, typer.Option(help="Keep the most likely tokens up to this sum.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="The same seed gives the same text.")] = 0,
+) -> None:
+    """Continue a text, token by token, to standard output.
+
+    Example: hourglass generate exports/quickstart --prompt "ROMEO:" --max-new-tokens 200
+    """
+    from hourglass_dist.generate import generate_text
+
+    text = os.fsencode(prompt) if prompt is not None else sys.stdin.buffer.read()
+    for piece in generate_text(export, text, max_new_tokens, temperature, top_k, top_p, seed):
+        print(piece, end="", flush=True)
+    print()
+
+
+def main() -> None:
+    """The console entry point: mistakes of the user are one line on stderr and exit code 2."""
+    try:
+        app()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.exit(2)

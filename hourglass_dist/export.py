@@ -1,0 +1,141 @@
+"""A training checkpoint becomes a folder that stands alone, and back into a model.
+
+    exports/NAME/
+        model.safetensors    fp32 weights under the model's own names
+        config.json          the model's settings, the tokenizer's fingerprint, where the weights
+        came from
+        tokenizer.json ...   the tokenizer
+
+The reader of the checkpoint needs neither deepspeed nor the ranks that wrote it. ``lucidrains`` is
+the
+format for hourglass-transformer-pytorch 0.0.6: its parameter names, its keyword arguments in
+config.json.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from hourglass_dist import checkpoint, fragments
+from hourglass_dist import config as settings
+from hourglass_dist.config import Config, ModelConfig
+from hourglass_dist.data.tokenizer import Fingerprint, Tokenizer, load_tokenizer, require_same
+from hourglass_dist.model.hourglass import HourglassLM
+from hourglass_dist.model.interop import lucidrains_kwargs, to_lucidrains
+from hourglass_dist.sections import parse
+
+FORMAT = 1
+Format = Literal["hourglass", "lucidrains"]
+
+
+def export(run: Path, out: Path, format: Format = "hourglass", step: int | None = None) -> int:
+    """Write the newest checkpoint of ``run`` (or that of ``step``) to the new folder ``out``;
+    returns the step.
+
+    Raises ValueError when the run has no such checkpoint, the checkpoint is damaged, or ``out``
+    exists.
+    """
+    if out.exists():
+        raise ValueError(f"{out}: already exists; choose another folder or remove it first")
+    if not (run / "config.yaml").exists():
+        raise ValueError(f"{run}: expected a run folder (with config.yaml), found none")
+    config = settings.load(run / "config.yaml")
+    folder = run / "checkpoints"
+    path = checkpoint.latest(folder) if step is None else folder / checkpoint.tag(step)
+    if path is None:
+        raise ValueError(f"{folder}: no checkpoint has been saved yet")
+    progress = checkpoint.verify(path)
+    tokenizer = load_tokenizer(run / "tokenizer")
+    saved = Fingerprint(**progress.tokenizer)
+    require_same(saved, tokenizer.fingerprint, str(path), str(run / "tokenizer"))
+    model = read_model(path, config.model)
+    unfinished = out.with_name(f".unfinished_{out.name}")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+    if format == "lucidrains":
+        tensors, about = to_lucidrains(model), {"kwargs": lucidrains_kwargs(config.model)}
+    else:
+        tensors, about = dict(model.state_dict()), {"model": config.model.model_dump(mode="json")}
+    about |= _origin(config, progress, tokenizer)
+    contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    save_file(contiguous, unfinished / "model.safetensors", metadata={"format": "pt"})
+    (unfinished / "config.json").write_text(json.dumps(about, indent=2) + "\n")
+    tokenizer.save(unfinished)
+    unfinished.rename(out)
+    return progress.step
+
+
+def _origin(config: Config, progress: checkpoint.Progress, tokenizer: Tokenizer) -> dict[str, Any]:
+    return {
+        "model_type": "hourglass_lm",
+        "architectures": ["HourglassLM"],
+        "torch_dtype": "float32",
+        "format": FORMAT,
+        "hierarchy": config.model.hierarchy,
+        "tokenizer": asdict(tokenizer.fingerprint),
+        "trained": {
+            "step": progress.step,
+            "tokens": progress.step * config.data.batch_size * config.data.seq_len,
+            "data": progress.data,
+        },
+    }
+
+
+def read_model(checkpoint_folder: Path, config: ModelConfig) -> HourglassLM:
+    """A checkpoint of any ZeRO stage and world size as a model in fp32 on the CPU."""
+    reader = fragments.Reader(checkpoint_folder)
+    frozen = set(reader.names("frozen"))
+    weights = {
+        name: reader.full("frozen" if name in frozen else "fp32", name).float()
+        for name in reader.shapes
+    }
+    return _fill(config, weights, checkpoint_folder)
+
+
+def load_export(folder: Path) -> tuple[HourglassLM, Tokenizer, dict[str, Any]]:
+    """The model (fp32, CPU, evaluation mode), the tokenizer and config.json of an export.
+
+    Raises ValueError when a file is missing, damaged, of a newer version, or of another model or
+    tokenizer.
+    """
+    if not (folder / "config.json").exists():
+        raise ValueError(f"{folder}: expected an export (with config.json), found none")
+    try:
+        about: dict[str, Any] = json.loads((folder / "config.json").read_text())
+        weights = load_file(folder / "model.safetensors")
+        saved = Fingerprint(**about["tokenizer"])
+        version = about["format"]
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise ValueError(f"{folder}: not a readable export: {error}") from None
+    if version > FORMAT:
+        raise ValueError(f"{folder}: written by a newer version: format {version}, known {FORMAT}")
+    if "model" not in about:
+        raise ValueError(f"{folder}: exported for another package (--format lucidrains)")
+    config = parse(ModelConfig, about["model"], source=str(folder / "config.json"), prefix="model")
+    tokenizer = load_tokenizer(folder)
+    require_same(saved, tokenizer.fingerprint, f"{folder}/config.json", f"{folder}'s tokenizer")
+    return _fill(config, weights, folder), tokenizer, about
+
+
+def _fill(config: ModelConfig, weights: dict[str, Tensor], source: Path) -> HourglassLM:
+    with torch.device("meta"):
+        model = HourglassLM(config)
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+    for name in sorted(expected.keys() | found.keys()):
+        if expected.get(name) != found.get(name):
+            raise ValueError(
+                f"{source}: {name}: the model has shape {expected.get(name)}, "
+                f"the file {found.get(name)}"
+            )
+    model.load_state_dict(weights, assign=True)
+    return model.eval()

@@ -1,0 +1,182 @@
+"""What a person sees of a run: a console line, TensorBoard events, and ``metrics.jsonl``.
+
+    {"step": 500, "train/loss": 1.93, "train/bits_per_byte": 2.78, ...}      every metrics.every
+    steps
+    {"step": 500, "heldout/loss": 1.95, "heldout/bits_per_byte": 2.81, ...}  at every evaluation
+
+All three say the same. A resumed run first forgets what an interrupted one recorded past its
+checkpoint.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+from torch.utils.tensorboard import SummaryWriter
+
+from hourglass_dist import dist
+from hourglass_dist.config import Config
+from hourglass_dist.data.stream import Batch
+from hourglass_dist.engine import StepResult
+from hourglass_dist.evaluate import Score, count_bytes
+from hourglass_dist.files import replace
+
+
+class Metrics:
+    """Records on the main rank; on the others every method does nothing."""
+
+    def __init__(
+        self,
+        folder: Path,
+        config: Config,
+        byte_lengths_V: np.ndarray,
+        first_step: int,
+        world: dist.World,
+    ) -> None:
+        self._config = config
+        self._byte_lengths_V = byte_lengths_V
+        self._world = world
+        self._clock = Clock(config.train.steps, config.data.batch_size * config.data.seq_len)
+        self._clock.start(first_step)
+        if world.is_main:
+            self._jsonl = folder / "metrics.jsonl"
+            forget_after(self._jsonl, first_step)
+            self._events = SummaryWriter(str(folder), purge_step=first_step + 1)  # type: ignore[no-untyped-call]
+
+    def record(self, step: int, result: StepResult, batch: Batch) -> None:
+        """Note completed step ``step`` (1 is the first). Called by all ranks, each with its rows of
+        the batch."""
+        self._clock.tick(step)
+        total = self._config.train.steps
+        if not (due(step, self._config.metrics.every) or step in (1, total)):
+            return
+        mine = count_bytes(batch.targets_BL, self._byte_lengths_V)
+        [size] = dist.sum_over_ranks([mine], self._world.device)
+        values = {
+            "train/loss": result.loss,
+            "train/bits_per_byte": result.nll / math.log(2) / max(1.0, size),
+            "train/lr": result.lr,
+            "train/grad_norm": result.grad_norm,
+            "train/tokens_per_second": self._clock.tokens_per_second,
+        }
+        if self._world.is_main:
+            self._write(step, values)
+            self._show(
+                f"step {step:>{len(str(total))}}/{total}  loss {result.loss:.4f}  "
+                f"bits/byte {values['train/bits_per_byte']:.4f}  lr {result.lr:.1e}  "
+                f"grad {result.grad_norm:.2f}  {self._clock.tokens_per_second:,.0f} tokens/s  "
+                f"{clock_time(self._clock.seconds_left)} left"
+            )
+
+    @contextmanager
+    def pause(self) -> Iterator[None]:
+        """Time spent inside is not spent on steps and does not count in their speed."""
+        begun = time.perf_counter()
+        yield
+        self._clock.pause(time.perf_counter() - begun)
+
+    def record_eval(self, step: int, score: Score) -> None:
+        """Note the held-out score after ``step``."""
+        if not self._world.is_main:
+            return
+        self._write(
+            step,
+            {
+                "heldout/loss": score.loss,
+                "heldout/bits_per_byte": score.bits_per_byte,
+                "heldout/bytes": score.bytes,
+            },
+        )
+        self.say(
+            f"step {step}: held out: loss {score.loss:.4f} nats/token, "
+            f"{score.bits_per_byte:.4f} bits/byte over {score.bytes:,} bytes"
+        )
+
+    def say(self, line: str) -> None:
+        """One lasting line on the console."""
+        if self._world.is_main:
+            print(f"\r\033[K{line}" if sys.stdout.isatty() else line, flush=True)
+
+    def _show(self, line: str) -> None:
+        """A line that the next one overwrites on a terminal, and that stays in a log file."""
+        print(f"\r\033[K{line}", end="", flush=True) if sys.stdout.isatty() else self.say(line)
+
+    def _write(self, step: int, values: Mapping[str, float]) -> None:
+        with self._jsonl.open("a") as file:
+            file.write(json.dumps({"step": step, **values}) + "\n")
+        for name, value in values.items():
+            self._events.add_scalar(name, value, step)  # type: ignore[no-untyped-call]
+
+    def close(self) -> None:
+        """Flush the TensorBoard file."""
+        if self._world.is_main:
+            self._events.close()  # type: ignore[no-untyped-call]
+
+
+class Clock:
+    """Speed and time left, from the time that training steps took."""
+
+    def __init__(self, steps: int, tokens_per_step: int) -> None:
+        self._steps = steps
+        self._tokens_per_step = tokens_per_step
+
+    def start(self, step: int) -> None:
+        """Begin after ``step`` completed steps."""
+        self._step = step
+        self._last = time.perf_counter()
+        self._smooth = 0.0
+
+    def tick(self, step: int) -> None:
+        """A step is completed; the average forgets with a horizon of 20 steps."""
+        now = time.perf_counter()
+        seconds, self._last, self._step = now - self._last, now, step
+        self._smooth = 0.95 * self._smooth + 0.05 * seconds if self._smooth else seconds
+
+    def pause(self, seconds: float) -> None:
+        """Take out time that was not spent on steps."""
+        self._last += seconds
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Over all ranks."""
+        return self._tokens_per_step / self._smooth if self._smooth else 0.0
+
+    @property
+    def seconds_left(self) -> float:
+        """Until the last step, evaluations left out."""
+        return (self._steps - self._step) * self._smooth
+
+
+def due(step: int, every: int) -> bool:
+    """Whether something that happens every so many steps happens after ``step``."""
+    return step % every == 0
+
+
+def clock_time(seconds: float) -> str:
+    """h:mm:ss, or m:ss below an hour."""
+    minutes, second = divmod(round(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    return f"{hours}:{minute:02}:{second:02}" if hours else f"{minute}:{second:02}"
+
+
+def forget_after(path: Path, step: int) -> None:
+    """Drop the records of ``metrics.jsonl`` past ``step`` and a last line that a killed process
+    left unfinished."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text().splitlines():
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        if record["step"] <= step:
+            kept.append(line + "\n")
+    replace(path, "".join(kept))
