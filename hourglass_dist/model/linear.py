@@ -21,7 +21,7 @@ _HAS_ONEDNN = hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
 class Linear(nn.Linear):
-    """``nn.Linear`` through oneDNN where that is faster: same weights, same result up to rounding."""
+    """``nn.Linear``, through oneDNN where that is faster. The same up to rounding."""
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., D) -> (..., O)."""
@@ -47,6 +47,13 @@ def _product(x_ND: Tensor, weight_OD: Tensor, bias_O: Tensor | None = None) -> T
     return out_NO
 
 
+def _weight_gradient(grad_NO: Tensor, x_ND: Tensor) -> Tensor:
+    """grad^T x, (O, D). The first factor is copied to be contiguous: it had better be the narrow one."""
+    if grad_NO.shape[1] > x_ND.shape[1]:
+        return _product(x_ND.t(), grad_NO.t()).t().contiguous()
+    return _product(grad_NO.t(), x_ND.t())
+
+
 class _OneDNNLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_ND: Tensor, weight_OD: Tensor, bias_O: Tensor | None) -> Tensor:
@@ -60,7 +67,7 @@ class _OneDNNLinear(torch.autograd.Function):
         for_x, for_weight, for_bias = ctx.needs_input_grad
         return (
             _product(grad_NO, weight_OD.t()) if for_x else None,
-            _product(grad_NO.t(), x_ND.t()) if for_weight else None,
+            _weight_gradient(grad_NO, x_ND) if for_weight else None,
             grad_NO.sum(dim=0) if for_bias else None,
         )
 
