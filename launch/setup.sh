@@ -34,7 +34,7 @@ find_interpreter() {
     fi
   done
   name=${HOURGLASS_PYTHON:-python3}
-  fail "needs Python 3.10 or newer, but $name is $("$name" -V 2>&1 | tail -n 1);" \
+  fail "needs Python 3.10 or newer, but $name is $("$name" -V 2>/dev/null || echo "not there");" \
     "install one or name one: HOURGLASS_PYTHON=/path/to/python3.11 bash launch/setup.sh"
 }
 
@@ -48,21 +48,27 @@ finished() {
   [[ $print == "$(fingerprint | cut -d' ' -f1)" ]] && { [[ $build == "$want" ]] || [[ $build == cuda && -z ${HOURGLASS_TORCH:-} ]]; }
 }
 
-# step WHAT COMMAND...: one progress line; the command's own output goes to the log and is shown when it fails.
-step() {
+# attempt WHAT COMMAND...: one progress line; the command's own output goes to the log.
+attempt() {
   local what=$1 begin=$SECONDS
   shift
   printf '%s ... ' "$what"
   if "$@" >"$log" 2>&1 </dev/null; then
     echo "$((SECONDS - begin)) s"
-    return
+  else
+    echo "failed"
+    return 1
   fi
-  echo "failed"
+}
+
+# step WHAT COMMAND...: an attempt that must succeed.
+step() {
+  attempt "$@" && return
   if grep -q 'No space left on device' "$log"; then
-    fail "$what: the disk is full; make room on $(df -P "$env" | awk 'NR == 2 {print $6}'), in ${TMPDIR:-/tmp} or in pip's cache, and run this again"
+    fail "$1: the disk is full; make room on $(df -P "$env" | awk 'NR == 2 {print $6}'), in ${TMPDIR:-/tmp} or in pip's cache, and run this again"
   fi
   tail -n 15 "$log" >&2
-  fail "$what failed (all of its output: $log); run this again to go on"
+  fail "$1 failed (all of its output: $log); run this again to go on"
 }
 
 check_room() {
@@ -75,7 +81,7 @@ check_room() {
 
 make_environment() {
   if [[ -n ${VIRTUAL_ENV:-} ]]; then
-    new_enough "$python" || fail "needs Python 3.10 or newer, but the active environment $env has $("$python" -V 2>&1 | tail -n 1)"
+    new_enough "$python" || fail "needs Python 3.10 or newer, but the active environment $env has $("$python" -V)"
     return
   fi
   "$python" -m pip --version >/dev/null 2>&1 && grep -qF "$env" "$env/bin/activate" && return
@@ -130,13 +136,13 @@ install_torch() {
   offered=$(build_of offered) || offered=unknown
   if [[ $installed != "$want" ]]; then
     [[ $installed == none ]] || step "removing the $installed build of torch" "$python" -m pip uninstall --yes torch
-    if [[ $offered == "$want" ]] || ! (step "installing $torch ($want)" uv_torch); then
+    if [[ $offered == "$want" ]] || ! attempt "installing $torch ($want)" uv_torch; then
       [[ $offered == "$want" ]] || echo "taking the build of torch that pip offers: $offered"
       step "installing $torch ($offered)" pip -c "$pins" -c "$cuda_pins" "$torch"
     fi
   fi
   if [[ $want == cuda ]] && has_gpu && ! "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/dev/null; then
-    (step "installing $torch for this machine's driver" uv_torch) || echo "torch does not see the GPU: is its driver too old?"
+    attempt "installing $torch for this machine's driver" uv_torch || echo "torch does not see the GPU: is its driver too old?"
   fi
 }
 
@@ -154,7 +160,7 @@ make_environment
 forget_broken
 step "updating pip" pip --upgrade -c "$pins" pip setuptools
 install_torch
-step "installing hourglass_dist and what it needs" pip -c "$pins" --build-constraint "$pins" -e "$root[test]"
+step "installing hourglass_dist and what it needs" pip -c "$pins" --build-constraint "$pins" -e "${root}[test]"
 { fingerprint && echo "$want"; } >"$stamp.new"
 mv "$stamp.new" "$stamp"
 echo "the environment is ready: source $env/bin/activate"
