@@ -17,6 +17,10 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+MANY_ROWS = 1024
+"""oneDNN builds a kernel for every new shape. Training repeats its shapes; generation does not, and
+only gains where one product costs more than a kernel."""
+
 _HAS_ONEDNN = hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
@@ -38,6 +42,7 @@ def _pays(x: Tensor, weight_OD: Tensor) -> bool:
         and x.dtype == weight_OD.dtype == torch.float32
         and not torch.is_autocast_enabled("cpu")
         and not torch.compiler.is_compiling()
+        and (torch.is_grad_enabled() or x.shape[:-1].numel() >= MANY_ROWS)
     )
 
 
@@ -48,7 +53,7 @@ def _product(x_ND: Tensor, weight_OD: Tensor, bias_O: Tensor | None = None) -> T
 
 
 def _weight_gradient(grad_NO: Tensor, x_ND: Tensor) -> Tensor:
-    """grad^T x, (O, D). The first factor is copied to be contiguous: it had better be the narrow one."""
+    """grad^T x, (O, D). oneDNN copies its first factor, so the narrow one comes first."""
     if grad_NO.shape[1] > x_ND.shape[1]:
         return _product(x_ND.t(), grad_NO.t()).t().contiguous()
     return _product(grad_NO.t(), x_ND.t())
