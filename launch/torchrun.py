@@ -1,0 +1,25 @@
+"""torchrun, except that a failed program ends with its own exit code and its own last words, not with torchrun's traceback."""
+
+import logging
+import signal
+import sys
+
+from torch.distributed import run
+from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+try:
+    run.main()
+except ChildFailedError as error:
+    rank, failure = error.get_first_failure()
+    if failure.exitcode < 0:
+        name = signal.Signals(-failure.exitcode).name
+        hint = " (often: out of memory)" if name == "SIGKILL" else ""
+        print(f"rank {rank} was ended by {name}{hint}", file=sys.stderr)
+        sys.exit(128 - failure.exitcode)
+    if failure.exitcode != 2:
+        print(f"rank {rank} ended with exit code {failure.exitcode}", file=sys.stderr)
+    sys.exit(failure.exitcode)
+except SignalException as error:
+    sys.exit(128 + error.sigval.value)
