@@ -1,6 +1,7 @@
 """Run by torchrun from test_engine.py: trains a small model on every rank and writes its losses.
 
-    engine_worker.py OUT.json '[{"stage": 1, "precision": "fp32", "steps": 20, "save": DIR, "load": DIR}, ...]'
+    engine_worker.py OUT.json '[{"stage": 1, "precision": "fp32", "steps": 20, "save": DIR, "load":
+    DIR}, ...]'
 
 Each entry is one engine, built anew; "world" 1 .. the number of ranks is that of torchrun.
 """
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from toy import ToyModel, make_config, make_batch, toy_loss
+from toy import ToyModel, make_batch, make_config, toy_loss
 
 from hourglass_dist import dist
 from hourglass_dist.engine import Engine

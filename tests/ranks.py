@@ -1,4 +1,5 @@
-"""Runs a script of the tests on several ranks, the way a user would: torchrun, real processes, gloo."""
+"""Runs a script of the tests on several ranks, the way a user would: torchrun, real processes,
+gloo."""
 
 from __future__ import annotations
 
@@ -29,7 +30,8 @@ def torchrun_command(ranks: int, *target: str) -> list[str]:
 
 
 def torchrun(ranks: int, *target: str, timeout: float = 300) -> subprocess.CompletedProcess[str]:
-    """Run ``target`` (a script, or -m and a module, with arguments) and wait; ends its whole process group."""
+    """Run ``target`` (a script, or -m and a module, with arguments) and wait; ends its whole
+    process group."""
     process = subprocess.Popen(
         torchrun_command(ranks, *map(str, target)),
         stdout=subprocess.PIPE,

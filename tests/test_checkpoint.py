@@ -1,0 +1,144 @@
+"""Checkpoints are whole or not there: every way to damage one is noticed, and named."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from hourglass_dist import dist, fragments
+from hourglass_dist.checkpoint import Checkpoints, Progress, complete, latest, tag, verify
+from hourglass_dist.fragments import Key
+
+
+def write_state(folder: Path) -> str:
+    weight = torch.arange(600.0)
+    pieces = {Key("fp32", "w", 0): weight[:400], Key("fp32", "w", 400): weight[400:]}
+    fragments.write(folder / fragments.file_name(0), pieces, {"w": (20, 30)}, optimizer_steps=7)
+    return fragments.file_name(0)
+
+
+def progress(step: int) -> Progress:
+    return Progress(step, {"next_row": step * 4}, {"model_sha256": "a", "vocab_sha256": "b"}, 1)
+
+
+@pytest.fixture
+def checkpoints(tmp_path: Path) -> Checkpoints:
+    made = Checkpoints(tmp_path / "checkpoints", keep=2, world=dist.init())
+    for step in (5, 10):
+        made.save(write_state, progress(step))
+    return made
+
+
+def test_the_newest_is_found_with_its_progress(checkpoints: Checkpoints) -> None:
+    found = checkpoints.newest()
+    assert found is not None
+    assert found[0].name == tag(10)
+    assert found[1] == progress(10)
+
+
+def test_only_the_newest_are_kept(checkpoints: Checkpoints) -> None:
+    checkpoints.save(write_state, progress(15))
+    assert [path.name for path in complete(checkpoints.folder)] == [tag(10), tag(15)]
+
+
+def test_any_range_is_read_back(checkpoints: Checkpoints) -> None:
+    reader = fragments.Reader(checkpoints.folder / tag(10))
+    assert torch.equal(reader.full("fp32", "w"), torch.arange(600.0).reshape(20, 30))
+    assert torch.equal(reader.read("fp32", "w", 390, 20), torch.arange(390.0, 410.0))
+    assert reader.optimizer_steps == 7
+    with pytest.raises(ValueError, match="elements 600 to 610 are in no file"):
+        reader.read("fp32", "w", 590, 20)
+
+
+@pytest.mark.parametrize("name", [fragments.file_name(0), "manifest.json"])
+@pytest.mark.parametrize("damage", ["truncate", "flip", "remove"])
+def test_damage_is_named_with_the_last_good_step(
+    checkpoints: Checkpoints, name: str, damage: str
+) -> None:
+    file = checkpoints.folder / tag(10) / name
+    if damage == "remove":
+        file.unlink()
+    else:
+        data = bytearray(file.read_bytes())
+        data[len(data) // 2] ^= 1
+        file.write_bytes(data[: len(data) // 2] if damage == "truncate" else data)
+    with pytest.raises(ValueError, match=rf"{tag(10)}.*last good checkpoint is step 5") as caught:
+        checkpoints.newest()
+    assert "\n" not in str(caught.value)
+    (checkpoints.folder / "latest").write_text(tag(5) + "\n")  # the advice that was given
+    found = checkpoints.newest()
+    assert found is not None
+    assert found[1].step == 5
+
+
+def test_every_flipped_byte_of_the_state_is_noticed(checkpoints: Checkpoints) -> None:
+    file = checkpoints.folder / tag(10) / fragments.file_name(0)
+    whole = file.read_bytes()
+    for position in range(0, len(whole), 97):
+        file.write_bytes(whole[:position] + bytes([whole[position] ^ 64]) + whole[position + 1 :])
+        with pytest.raises(ValueError, match="crc32c"):
+            verify(checkpoints.folder / tag(10))
+
+
+def test_latest_naming_a_missing_checkpoint(checkpoints: Checkpoints) -> None:
+    (checkpoints.folder / "latest").write_text("step_00000099\n")
+    with pytest.raises(ValueError, match=r"step_00000099: no such checkpoint.*step 10"):
+        checkpoints.newest()
+
+
+def test_without_latest_the_newest_complete_one_counts(checkpoints: Checkpoints) -> None:
+    (checkpoints.folder / "latest").unlink()
+    (checkpoints.folder / tag(99)).mkdir()  # no manifest: never completed
+    newest = latest(checkpoints.folder)
+    assert newest is not None
+    assert newest.name == tag(10)
+
+
+def test_a_failed_write_leaves_the_last_one_and_the_next_save_clears_up(
+    checkpoints: Checkpoints,
+) -> None:
+    def full_disk(folder: Path) -> str:
+        (folder / "rank_00000.safetensors").write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(ValueError, match="No space left on device"):
+        checkpoints.save(full_disk, progress(15))
+    found = checkpoints.newest()
+    assert found is not None
+    assert found[1].step == 10
+    checkpoints.save(write_state, progress(20))
+    assert sorted(os.listdir(checkpoints.folder)) == ["latest", tag(10), tag(20)]
+
+
+SAVE_FOREVER = """
+import sys
+from pathlib import Path
+sys.path.insert(0, {tests!r})
+from test_checkpoint import Checkpoints, dist, progress, write_state
+checkpoints = Checkpoints(Path({folder!r}), keep=2, world=dist.init())
+for step in range(1, 100_000):
+    checkpoints.save(write_state, progress(step))
+    print(step, flush=True)
+"""
+
+
+def test_killed_at_any_instant_leaves_a_whole_checkpoint(tmp_path: Path) -> None:
+    """A process that does nothing but save, killed 12 times at arbitrary moments of it."""
+    folder = tmp_path / "checkpoints"
+    script = SAVE_FOREVER.format(tests=str(Path(__file__).parent), folder=str(folder))
+    reader = Checkpoints(folder, keep=2, world=dist.init())
+    for attempt in range(12):
+        process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE)
+        assert process.stdout is not None
+        said = [process.stdout.readline() for _ in range(2 + attempt)][-1]
+        process.kill()
+        process.wait()
+        process.stdout.close()
+        found = reader.newest()
+        assert found is not None
+        assert found[1].step >= int(said)

@@ -1,0 +1,52 @@
+"""The learning rate as a function of the step, and which weights decay."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+from toy import ToyModel
+
+from hourglass_dist.config import OptimConfig
+from hourglass_dist.optim import learning_rate, parameter_groups
+
+TOTAL = 1000
+
+
+def curve(config: OptimConfig) -> list[float]:
+    return [learning_rate(step, config, TOTAL) for step in range(TOTAL)]
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "wsd"])
+def test_rises_to_the_peak_and_falls_to_the_floor(schedule: str) -> None:
+    rates = curve(OptimConfig(lr=2.0, schedule=schedule, warmup_steps=100, min_lr_ratio=0.1))
+    peak = rates.index(max(rates))
+    assert rates[100] == max(rates) == 2.0
+    assert all(a < b for a, b in itertools.pairwise(rates))
+    assert all(a >= b for a, b in zip(rates[peak:], rates[peak + 1 :], strict=False))
+    assert rates[0] == pytest.approx(2.0 / 101)
+    assert learning_rate(TOTAL, OptimConfig(lr=2.0, schedule=schedule), TOTAL) == pytest.approx(0.2)
+
+
+def test_wsd_stays_on_its_plateau_until_the_decay() -> None:
+    rates = curve(OptimConfig(lr=1.0, schedule="wsd", warmup_steps=10, decay_fraction=0.25))
+    assert set(rates[10:751]) == {1.0}
+    assert rates[751] < 1.0
+
+
+def test_cosine_is_halfway_in_the_middle() -> None:
+    config = OptimConfig(lr=1.0, schedule="cosine", min_lr_ratio=0.0)
+    assert learning_rate(TOTAL // 2, config, TOTAL) == pytest.approx(0.5)
+
+
+def test_matrices_decay_and_nothing_else() -> None:
+    model = ToyModel(0)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    decays, stays = (
+        {names[id(p)] for p in group["params"]}  # type: ignore[attr-defined]
+        for group in parameter_groups(model, 0.1)
+    )
+    assert decays == {"up.weight", "down.weight", "head.weight"}
+    assert "mix.weight" not in stays  # frozen: in no group
+    norms_and_biases = {"up.bias", "down.bias", "norm.weight", "norm.bias", "head.bias"}
+    assert stays == {"embedding.weight"} | norms_and_biases
