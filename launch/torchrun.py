@@ -1,4 +1,4 @@
-"""torchrun, except that a failed program ends with its own exit code and its own last words, not with torchrun's traceback."""
+"""torchrun, but a program that fails ends with its own exit code and words, not torchrun's."""
 
 import logging
 import signal

@@ -1,0 +1,63 @@
+"""Each file in configs/ loads, survives a round trip, can be dealt to its ranks, and builds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from hourglass_dist.config import load
+from hourglass_dist.model.hourglass import HourglassLM
+from hourglass_dist.sections import to_yaml
+
+FILES = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
+
+# Name: the ranks that its header promises, the paper's notation, the parameters in millions.
+PROMISES = {
+    "quickstart": ((1, 2), "1@1 4@2 1@1", (1, 6)),
+    "tiny_bpe": ((1, 2), "1@1 4@2 1@1", (1, 6)),
+    "enwik8": ((1, 2, 4, 8), "4@1 8@3 4@1", (110, 180)),
+    "base_zero2": ((1, 2, 4, 8), "2@1 2@2 16@8 2@2 2@1", (300, 450)),
+    "large_zero3": ((64,), "1@1 2@2 24@8 2@2 1@1", (6000, 8000)),
+}
+
+
+def test_every_file_is_covered() -> None:
+    assert [file.stem for file in FILES] == sorted(PROMISES)
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_it_says_the_same_after_a_round_trip(file: Path, tmp_path: Path) -> None:
+    config = load(file)
+    copy = tmp_path / "copy.yaml"
+    copy.write_text(to_yaml(config))
+    assert load(copy) == config
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_it_keeps_the_promises_of_its_header(file: Path) -> None:
+    config = load(file)
+    ranks, hierarchy, (least, most) = PROMISES[file.stem]
+    for world_size in ranks:
+        assert config.accumulation_steps(world_size) >= 1
+    assert config.model.hierarchy == hierarchy
+    with torch.device("meta"):
+        model = HourglassLM(config.model)
+    millions = sum(parameter.numel() for parameter in model.parameters()) / 1e6
+    assert least <= millions <= most
+    assert model(torch.zeros(1, config.data.seq_len, dtype=torch.int64, device="meta")).shape == (
+        1, config.data.seq_len, config.model.vocab_size,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_its_header_gives_the_command_that_runs_it(file: Path) -> None:
+    header = [line for line in file.read_text().splitlines() if line.startswith("#")]
+    commands = [
+        f"launch/torchrun.sh configs/{file.name}",
+        f"launch/slurm.sbatch configs/{file.name}",
+    ]
+    if file.stem == "quickstart":
+        commands.append("launch/quickstart.sh")
+    assert any(command in line for command in commands for line in header)
