@@ -1,0 +1,317 @@
+"""Corpus -> dataset: documents are split, encoded, shuffled all together, packed and written.
+
+    inputs -> documents -> parts of a split -> ids -> spill files by shuffle key
+    every spill file in turn: sorted by key -> Packer -> ShardWriter -> tars -> index.json
+
+A document's place is a hash of (seed, its number), so the same inputs give the same bytes.
+Everything is written into a hidden folder beside the new one, which gets its name when it is whole;
+memory holds one spill file and one shard at a time.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import math
+import os
+import shutil
+import struct
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO, get_args
+
+import numpy as np
+import numpy.typing as npt
+
+from data_tools.corpus import find_inputs, read_documents
+from data_tools.split import Rule, parse_rule
+from hourglass_dist.data.shards import (
+    Manifest,
+    Recipe,
+    Split,
+    dtype_name,
+    dtype_of,
+    flush_folder,
+    sha256_of,
+)
+from hourglass_dist.data.tokenizer import Tokenizer
+from hourglass_dist.data.write import Packer, ShardWriter
+from hourglass_dist.sections import differences
+
+SPLITS: tuple[Split, ...] = get_args(Split)
+SPILL_BYTES = 1 << 28
+"""About how much of the corpus is in memory at once."""
+
+
+@dataclass
+class Counts:
+    """What has been read so far, for one split."""
+
+    documents: int = 0
+    tokens: int = 0
+    """With one end-of-text token per document."""
+    text_bytes: int = 0
+
+
+@dataclass
+class Progress:
+    """How far the reading is; handed to the caller's callback after every document."""
+
+    files: int = 0
+    empty_documents: int = 0
+    splits: dict[Split, Counts] = field(default_factory=lambda: {s: Counts() for s in SPLITS})
+
+    @property
+    def documents(self) -> int:
+        """Documents, or parts of them, that were not empty."""
+        return sum(counts.documents for counts in self.splits.values())
+
+    @property
+    def text_bytes(self) -> int:
+        """UTF-8 bytes of all text."""
+        return sum(counts.text_bytes for counts in self.splits.values())
+
+
+Report = Callable[[Progress], None]
+
+
+@dataclass(frozen=True)
+class Job:
+    """A dataset to be made."""
+
+    inputs: tuple[Path, ...]
+    rule: Rule
+    tokenizer: Tokenizer
+    recipe: Recipe
+
+
+def plan_job(
+    inputs: Sequence[Path],
+    tokenizer: Tokenizer,
+    *,
+    held_out: str,
+    separator: str | None = None,
+    text_field: str = "text",
+    seed: int = 0,
+    block_tokens: int = 2**19,
+    shard_blocks: int = 64,
+    source: str | None = None,
+) -> Job:
+    """Find the inputs and settle the recipe. Raises ValueError for anything that cannot work."""
+    if separator == "":
+        raise ValueError("--separator: expected at least one character, given none")
+    rule = parse_rule(held_out)
+    files = tuple(find_inputs([*inputs, *rule.inputs]))
+    recipe = Recipe(
+        source=source or files[0].name.partition(".")[0],
+        inputs_sha256=_hash_inputs(files),
+        separator=separator,
+        text_field=text_field,
+        held_out=held_out,
+        seed=seed,
+        block_tokens=block_tokens,
+        shard_blocks=shard_blocks,
+    )
+    return Job(files, rule, tokenizer, recipe)
+
+
+def _hash_inputs(files: Sequence[Path]) -> str:
+    lines = [[path.name, path.stat().st_size, sha256_of(path)] for path in files]
+    return hashlib.sha256(json.dumps(lines).encode()).hexdigest()
+
+
+def find_finished(job: Job, out: Path) -> Manifest | None:
+    """The dataset of this job when ``out`` already holds it; None when ``out`` is free.
+
+    Raises ValueError when ``out`` holds anything else, naming what differs.
+    """
+    if not out.exists():
+        return None
+    try:
+        manifest = Manifest.load(out)
+    except ValueError as error:
+        raise ValueError(f"{out}: already exists and is no dataset ({error})") from None
+    changed = differences(manifest.recipe, job.recipe)
+    if manifest.tokenizer != job.tokenizer.fingerprint:
+        changed.append("another tokenizer")
+    if changed:
+        raise ValueError(
+            f"{out}: already exists, made with other settings ({'; '.join(changed)}); "
+            "choose another folder or remove it first"
+        )
+    manifest.verify(full=False)
+    return manifest
+
+
+def count(job: Job, report: Report) -> Progress:
+    """Read and encode everything, write nothing."""
+    progress = Progress()
+    for _ in _encoded(job, progress, report):
+        pass
+    _require_text(job, progress)
+    return progress
+
+
+def make_dataset(job: Job, out: Path, report: Report) -> Manifest:
+    """Write the dataset to the new folder ``out``.
+
+    Raises ValueError, leaving nothing behind, when the inputs are damaged or have no text.
+    """
+    dtype = dtype_name(job.tokenizer.vocab_size)
+    with _workspace(out) as folder:
+        spill = _Spill(folder / "spill", dtype_of(dtype), _partitions(job, dtype_of(dtype)))
+        progress = Progress()
+        for split, key, ids in _encoded(job, progress, report):
+            spill.add(split, key, ids)
+        _require_text(job, progress)
+        shards = []
+        for split in SPLITS:
+            packer = Packer(job.recipe.block_tokens, job.tokenizer.eos_id, dtype)
+            lengths, recipe = job.tokenizer.byte_lengths(), job.recipe
+            writer = ShardWriter(folder, split, dtype, recipe.source, recipe.shard_blocks, lengths)
+            for ids in spill.read(split):
+                for block in packer.add(ids):
+                    writer.add(block)
+            for block in packer.finish():
+                writer.add(block)
+            shards += writer.finish()
+        spill.remove()
+        job.tokenizer.save(folder)
+        Manifest.make(
+            folder,
+            tokenizer=job.tokenizer.fingerprint,
+            eos_id=job.tokenizer.eos_id,
+            dtype=dtype,
+            recipe=job.recipe,
+            shards=tuple(shards),
+        ).save()
+    return Manifest.load(out)
+
+
+def _encoded(
+    job: Job, progress: Progress, report: Report
+) -> Iterator[tuple[Split, int, npt.NDArray[Any]]]:
+    """(split, shuffle key, ids) of every part of every document."""
+    number = 0
+    for path in job.inputs:
+        for document in read_documents(path, job.recipe.separator, job.recipe.text_field):
+            for split, text in job.rule.parts(document, path) if document else ():
+                if text:
+                    ids = job.tokenizer.encode(text)
+                    counts = progress.splits[split]
+                    counts.documents += 1
+                    counts.tokens += len(ids) + 1
+                    counts.text_bytes += len(text.encode())
+                    yield split, _shuffle_key(job.recipe.seed, number), ids
+            progress.empty_documents += not document
+            number += 1
+            report(progress)
+        progress.files += 1
+
+
+def _shuffle_key(seed: int, number: int) -> int:
+    """A document's place in the shuffled corpus, 0 ... 2**64 - 1."""
+    digest = hashlib.blake2b(f"{seed} {number}".encode(), digest_size=8, person=b"shuffle").digest()
+    return int.from_bytes(digest, "big")
+
+
+def _require_text(job: Job, progress: Progress) -> None:
+    if not progress.documents:
+        raise ValueError(
+            f"{job.inputs[0]}: empty corpus: {len(job.inputs)} input files without any text"
+        )
+    for split in SPLITS:
+        wanted = split == "train" or job.rule.text != "none"
+        if wanted and not progress.splits[split].documents:
+            raise ValueError(
+                f"--held-out {job.rule.text}: no text is left for split {split!r} "
+                f"({progress.documents} documents in all)"
+            )
+
+
+# --- the shuffle ---------------------------------------------------------------------------------
+
+
+def _partitions(job: Job, dtype: np.dtype[Any]) -> int:
+    """How many spill files keep one of them near SPILL_BYTES; text unpacks to about 4 times."""
+    compressed = (".gz", ".zst")
+    size = sum(p.stat().st_size * (4 if p.suffix in compressed else 1) for p in job.inputs)
+    return min(max(1, math.ceil(size * dtype.itemsize / SPILL_BYTES)), 256)
+
+
+class _Spill:
+    """Documents on disk in files by ranges of their keys; read back sorted by key, file by file."""
+
+    _HEADER = struct.Struct("<QQ")  # key, ids
+
+    def __init__(self, folder: Path, dtype: np.dtype[Any], partitions: int) -> None:
+        self._folder, self._dtype, self._partitions = folder, dtype, partitions
+        self._files: dict[Path, BinaryIO] = {}
+        folder.mkdir()
+
+    def add(self, split: Split, key: int, ids: npt.NDArray[Any]) -> None:
+        """Append a document."""
+        path = self._path(split, key * self._partitions >> 64)
+        if path not in self._files:
+            self._files[path] = path.open("wb")
+        self._files[path].write(self._HEADER.pack(key, len(ids)))
+        self._files[path].write(ids.astype(self._dtype).tobytes())
+
+    def read(self, split: Split) -> Iterator[npt.NDArray[Any]]:
+        """The documents of a split in the order of their keys."""
+        for path in (self._path(split, i) for i in range(self._partitions)):
+            if path in self._files:
+                self._files.pop(path).close()
+                yield from self._sorted(path.read_bytes())
+                path.unlink()
+
+    def remove(self) -> None:
+        """Remove the folder."""
+        shutil.rmtree(self._folder)
+
+    def _sorted(self, data: bytes) -> list[npt.NDArray[Any]]:
+        documents, position = [], 0
+        while position < len(data):
+            key, length = self._HEADER.unpack_from(data, position)
+            position += self._HEADER.size
+            documents.append((key, np.frombuffer(data, self._dtype, length, position)))
+            position += length * self._dtype.itemsize
+        return [ids for _, ids in sorted(documents, key=lambda document: document[0])]
+
+    def _path(self, split: Split, partition: int) -> Path:
+        return self._folder / f"{split}-{partition}"
+
+
+# --- all or nothing ------------------------------------------------------------------------------
+
+
+@contextmanager
+def _workspace(out: Path) -> Iterator[Path]:
+    """A hidden folder beside ``out`` that becomes ``out`` at the end, and vanishes on an error.
+
+    What a killed process left there is swept away. Raises ValueError when another process is
+    writing ``out``.
+    """
+    folder = out.with_name(f".{out.name}.unfinished")
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"{out}: another process is writing this dataset") from None
+        for left in folder.iterdir():
+            shutil.rmtree(left) if left.is_dir() else left.unlink()
+        try:
+            yield folder
+            flush_folder(folder)
+            folder.rename(out)
+            flush_folder(out.parent)
+        except BaseException:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+    finally:
+        os.close(lock)

@@ -1,0 +1,109 @@
+"""Which text is kept out of training, as a rule in one word.
+
+hash:0.01     documents whose content hashes below 1 % (a repeated document lands on one side)
+last:0.1      the last tenth of the characters of every document (nanoGPT's split)
+input:PATH    the documents of one input file or folder
+none          nothing
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+
+from data_tools.corpus import find_inputs
+from hourglass_dist.data.shards import Split
+
+Parts = Iterator[tuple[Split, str]]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """No text is held out."""
+
+    text: str
+    """The rule as it was given."""
+
+    @property
+    def inputs(self) -> tuple[Path, ...]:
+        """Input files that the rule itself names."""
+        return ()
+
+    def parts(self, document: str, source: Path) -> Parts:
+        """The document's parts with their splits; ``source`` is the file that it came from."""
+        yield "train", document
+
+
+@dataclass(frozen=True)
+class ByHash(Rule):
+    """Documents by their content."""
+
+    fraction: Fraction
+
+    def parts(self, document: str, source: Path) -> Parts:
+        """The whole document, to one side."""
+        digest = hashlib.blake2b(document.encode(), digest_size=8, person=b"held out")
+        held_out = int.from_bytes(digest.digest(), "big") < self.fraction * 2**64
+        yield "heldout" if held_out else "train", document
+
+
+@dataclass(frozen=True)
+class ByEnd(Rule):
+    """The end of every document."""
+
+    fraction: Fraction
+
+    def parts(self, document: str, source: Path) -> Parts:
+        """The first floor((1 - fraction) * n) characters, and the others."""
+        cut = math.floor(len(document) * (1 - self.fraction))
+        yield "train", document[:cut]
+        yield "heldout", document[cut:]
+
+
+@dataclass(frozen=True)
+class ByInput(Rule):
+    """Documents by the file that they came from."""
+
+    files: frozenset[Path]
+
+    @property
+    def inputs(self) -> tuple[Path, ...]:
+        """The files held out."""
+        return tuple(sorted(self.files))
+
+    def parts(self, document: str, source: Path) -> Parts:
+        """The whole document, to the side of its file."""
+        yield "heldout" if source in self.files else "train", document
+
+
+def parse_rule(text: str) -> Rule:
+    """The rule ``none``, ``hash:FRACTION``, ``last:FRACTION`` or ``input:PATH``.
+
+    Raises ValueError for anything else.
+    """
+    kind, _, value = text.partition(":")
+    if text == "none":
+        return Rule(text)
+    if kind == "hash":
+        return ByHash(text, _fraction(value))
+    if kind == "last":
+        return ByEnd(text, _fraction(value))
+    if kind == "input" and value:
+        return ByInput(text, frozenset(find_inputs([Path(value)])))
+    raise ValueError(
+        f"--held-out: expected hash:0.01, last:0.1, input:PATH or none, given {text!r}"
+    )
+
+
+def _fraction(text: str) -> Fraction:
+    try:
+        fraction = Fraction(text)
+    except (ValueError, ZeroDivisionError):
+        fraction = Fraction(0)
+    if not 0 < fraction < 1:
+        raise ValueError(f"--held-out: expected a fraction between 0 and 1, given {text!r}")
+    return fraction
