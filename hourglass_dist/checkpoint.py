@@ -27,6 +27,8 @@ from io import TextIOWrapper
 from pathlib import Path
 from typing import Any
 
+import google_crc32c
+
 from hourglass_dist import dist, fragments
 from hourglass_dist.config import Config, load
 from hourglass_dist.data.tokenizer import Tokenizer
@@ -121,6 +123,7 @@ class Checkpoints:
                 for rank, (size, crc) in enumerate(entries)
             }
             manifest = {"format": FORMAT, "progress": asdict(progress), "files": files}
+            manifest["crc32c"] = _own_checksum(manifest)
             replace(unfinished / "manifest.json", json.dumps(manifest, indent=1))
             if target.exists():  # left by a run that died before it named this step in ``latest``
                 shutil.rmtree(target)
@@ -188,7 +191,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
     file = path / "manifest.json"
     try:
         manifest: dict[str, Any] = json.loads(file.read_text())
-        version = manifest["format"]
+        version, crc = manifest["format"], manifest.pop("crc32c")
         Progress(**manifest["progress"])
     except FileNotFoundError:
         raise ValueError(f"{path}: no such checkpoint (manifest.json is missing)") from None
@@ -196,7 +199,14 @@ def read_manifest(path: Path) -> dict[str, Any]:
         raise ValueError(f"{file}: damaged: {error}") from None
     if version > FORMAT:
         raise ValueError(f"{file}: written by a newer version: format {version}, known {FORMAT}")
+    if crc != _own_checksum(manifest):
+        raise ValueError(f"{file}: damaged: its content does not fit its own checksum")
     return manifest
+
+
+def _own_checksum(manifest: dict[str, Any]) -> int:
+    """crc32c of a manifest without its checksum."""
+    return google_crc32c.value(json.dumps(manifest, sort_keys=True).encode())
 
 
 def verify(path: Path, share: tuple[int, int] = (0, 1)) -> Progress:

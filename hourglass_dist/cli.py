@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Annotated, Literal, Optional
 
 import typer
-from data_tools.cli import app as data_app
 
+from data_tools.cli import app as data_app
 from hourglass_dist import config as settings
-from hourglass_dist.sections import to_yaml
+from hourglass_dist.sections import print_error, to_yaml
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -145,5 +145,5 @@ def main() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        print_error(error)
         sys.exit(2)

@@ -22,6 +22,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,19 +30,19 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-os.environ.setdefault("DS_IGNORE_CUDA_DETECTION", "1")
-logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
 
-import deepspeed  # noqa: E402  (it logs while it is imported)
-from deepspeed.runtime.zero.config import DeepSpeedZeroConfig  # noqa: E402
-from pydantic import ValidationError  # noqa: E402
+import deepspeed
+from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+from pydantic import ValidationError
 
-from hourglass_dist import dist, fragments, optim  # noqa: E402
-from hourglass_dist.config import Config  # noqa: E402
-from hourglass_dist.fragments import Key  # noqa: E402
-from hourglass_dist.sections import ConfigError, show  # noqa: E402
+from hourglass_dist import dist, fragments, optim
+from hourglass_dist.config import Config
+from hourglass_dist.fragments import Key
+from hourglass_dist.sections import ConfigError, show
 
 deepspeed.utils.logger.setLevel(logging.WARNING)
+warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
 # The shared-memory collectives compile for about a minute at start and serve inference only.
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 

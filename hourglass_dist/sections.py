@@ -15,6 +15,7 @@ from __future__ import annotations
 import difflib
 import json
 import re
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -27,6 +28,12 @@ S = TypeVar("S", bound="Section")
 
 class ConfigError(ValueError):
     """The settings are wrong. ``str(error)`` has one line for every mistake found."""
+
+
+def print_error(error: Exception) -> None:
+    """A mistake of the user on stderr, one line for each."""
+    for line in (str(error) or type(error).__name__).splitlines():
+        print(f"error: {line}", file=sys.stderr, flush=True)
 
 
 class Section(BaseModel):

@@ -27,6 +27,7 @@ from hourglass_dist.engine import Engine, StepResult
 from hourglass_dist.evaluate import evaluate
 from hourglass_dist.metrics import Metrics, due
 from hourglass_dist.model.hourglass import HourglassLM, sum_loss
+from hourglass_dist.sections import print_error
 
 
 def train(config: Config) -> None:
@@ -170,7 +171,7 @@ def main(arguments: Sequence[str]) -> int:
         train(settings.load(arguments[0], arguments[1:]))
     except (ValueError, OSError) as error:
         if dist.is_main_process():
-            print(f"error: {error}", file=sys.stderr, flush=True)
+            print_error(error)
         return 2
     except FloatingPointError as error:
         if dist.is_main_process():

@@ -3,11 +3,13 @@ gloo."""
 
 from __future__ import annotations
 
+import contextlib
 import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
+
+import psutil
 
 TESTS = Path(__file__).parent
 
@@ -29,6 +31,17 @@ def torchrun_command(ranks: int, *target: str) -> list[str]:
     ]  # fmt: skip
 
 
+def kill_tree(process: subprocess.Popen[str]) -> None:
+    """SIGKILL to a torchrun and all its ranks, which are in sessions of their own, and wait."""
+    agent = psutil.Process(process.pid)
+    family = [*agent.children(recursive=True), agent]
+    for member in family:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            member.kill()
+    process.communicate()
+    psutil.wait_procs(family, timeout=30)
+
+
 def torchrun(ranks: int, *target: str, timeout: float = 300) -> subprocess.CompletedProcess[str]:
     """Run ``target`` (a script, or -m and a module, with arguments) and wait; ends its whole
     process group."""
@@ -38,14 +51,12 @@ def torchrun(ranks: int, *target: str, timeout: float = 300) -> subprocess.Compl
         stderr=subprocess.PIPE,
         text=True,
         env=environment(),
-        start_new_session=True,
     )
     try:
         out, err = process.communicate(timeout=timeout)
     finally:
         if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.communicate()
+            kill_tree(process)
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
 
@@ -54,3 +65,18 @@ def run_worker(ranks: int, name: str, *arguments: object) -> str:
     done = torchrun(ranks, str(TESTS / name), *map(str, arguments))
     assert done.returncode == 0, f"{name} failed:\n{done.stdout}\n{done.stderr[-6000:]}"
     return done.stdout
+
+
+def hourglass(*arguments: object, stdin: bytes = b"") -> subprocess.CompletedProcess[str]:
+    """Run the ``hourglass`` command and wait."""
+    done = subprocess.run(
+        [Path(sys.executable).with_name("hourglass"), *map(str, arguments)],
+        input=stdin,
+        capture_output=True,
+        env=environment(),
+        timeout=300,
+        check=False,
+    )
+    return subprocess.CompletedProcess(
+        done.args, done.returncode, done.stdout.decode(), done.stderr.decode()
+    )
