@@ -13,11 +13,7 @@ bash launch/setup.sh
 source "${VIRTUAL_ENV:-.venv}/bin/activate"
 
 say "2/6 data: Tiny Shakespeare, byte by byte, the last tenth held out"
-if [[ -f $data/index.json ]]; then
-  echo "$data is there"
-else
-  hourglass data shard data_tools/corpora/tinyshakespeare.txt.gz --out "$data" --held-out-tail 0.1
-fi
+hourglass data shard data_tools/corpora/tinyshakespeare.txt.gz --held-out last:0.1 --out "$data"
 
 say "3/6 training"
 gpus=$(nvidia-smi -L 2>/dev/null | wc -l || true)
@@ -31,13 +27,11 @@ fi
 bash launch/torchrun.sh "$config" "${settings[@]}"
 
 say "4/6 export"
-newest=$(cat "$run/checkpoints/latest")
-if [[ -d $export && $(cat "$export.of" 2>/dev/null) == "$newest" ]]; then
-  echo "$export is there"
+if [[ $export/config.json -nt $run/checkpoints/latest ]]; then
+  echo "$export is up to date"
 else
   rm -rf "$export"
   hourglass export "$run" "$export"
-  echo "$newest" >"$export.of"
 fi
 
 say "5/6 score on the held-out text"
@@ -49,7 +43,7 @@ hourglass generate "$export" --prompt "ROMEO:" --max-new-tokens 400
 say "done"
 cat <<EOF
 run           $run (settings, checkpoints, metrics.jsonl)
-TensorBoard   $run/tensorboard
+TensorBoard   $run (its events)
 export        $export (model.safetensors, config.json, tokenizer)
 
 Try next, after: source ${VIRTUAL_ENV:-.venv}/bin/activate
