@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated, Literal, Optional
 
 import typer
 from rich.console import Console
@@ -13,10 +14,15 @@ from rich.progress import Progress as Bar
 from rich.progress import SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from data_tools import shard as sharding
-from hourglass_dist.data.shards import Manifest
+from data_tools.inspect import describe, documents
+from data_tools.tokenizer import train_tokenizer
+from data_tools.verify import verify as verify_dataset
+from hourglass_dist.data.shards import Manifest, Split
 from hourglass_dist.data.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
 
-app = typer.Typer(no_args_is_help=True, help="Prepare a corpus: tokenizer, shards; look at them.")
+app = typer.Typer(
+    no_args_is_help=True, help="Prepare a corpus: train a tokenizer, make shards, look at them."
+)
 
 Inputs = Annotated[
     list[Path],
@@ -27,6 +33,45 @@ Separator = Annotated[
     typer.Option(help=r"What stands between documents in .txt files, such as '\n\n'."),
 ]
 TextField = Annotated[str, typer.Option(help="The field of the text in .jsonl files.")]
+
+
+Dataset = Annotated[Path, typer.Argument(help="A folder made by 'hourglass data shard'.")]
+
+
+@app.command()
+def tokenizer(
+    inputs: Inputs,
+    out: Annotated[Path, typer.Option(help="The new folder.")],
+    kind: Annotated[
+        Literal["unigram", "bpe"],
+        typer.Option(help="unigram encodes about four times as fast as bpe."),
+    ] = "unigram",
+    vocab_size: Annotated[int, typer.Option(help="Pieces, 258 specials included.")] = 8192,
+    separator: Separator = None,
+    text_field: TextField = "text",
+    max_lines: Annotated[
+        int, typer.Option(help="Lines to train on, drawn at random.", min=1)
+    ] = 1_000_000,
+    seed: Annotated[int, typer.Option(help="Of the draw.", min=0)] = 0,
+) -> None:
+    """Train a lossless sentencepiece tokenizer. (Bytes, the default of 'shard', need none.)
+
+    Example: hourglass data tokenizer data_tools/corpora --kind bpe --vocab-size 2048 --out data/bpe
+    """
+    with _live_line() as show:
+        trained = train_tokenizer(
+            inputs,
+            out,
+            kind=kind,
+            vocab_size=vocab_size,
+            separator=_unescape(separator),
+            text_field=text_field,
+            max_lines=max_lines,
+            seed=seed,
+            report=lambda lines: show(f"{lines:,} lines") if lines % 1000 == 0 else None,
+        )
+    model = trained.fingerprint.model_sha256
+    print(f"{out}: {kind}, {trained.vocab_size:,} ids, model sha256 {model}")
 
 
 @app.command()
@@ -75,7 +120,15 @@ def shard(
     if finished:
         print(f"already there: {_summary(finished)}")
         return
-    with _progress_line() as report:
+    with _live_line() as show:
+
+        def report(progress: sharding.Progress) -> None:
+            if progress.documents % 100 == 0:
+                show(
+                    f"{progress.files} files, {progress.documents:,} documents, "
+                    f"{progress.text_bytes / 1e6:,.1f} MB"
+                )
+
         if dry_run:
             _print_counts(sharding.count(job, report), out)
         else:
@@ -110,19 +163,40 @@ def _print_counts(progress: sharding.Progress, out: Path) -> None:
     print(f"{out}: nothing written (--dry-run)")
 
 
+@app.command()
+def inspect(
+    dataset: Dataset,
+    show: Annotated[int, typer.Option(help="Print this many documents, too.", min=0)] = 0,
+    split: Annotated[Split, typer.Option(help="Whose documents.")] = "train",
+    characters: Annotated[int, typer.Option(help="Of each document, at most.", min=1)] = 400,
+) -> None:
+    """Say what is in a dataset.
+
+    Example: hourglass data inspect data/tinyshakespeare --show 1
+    """
+    manifest, tokenizer = Manifest.load(dataset), load_tokenizer(dataset)
+    print(describe(manifest, tokenizer))
+    for number, text in enumerate(islice(documents(manifest, split, tokenizer), show), 1):
+        more = f" ({len(text):,} characters)" if len(text) > characters else ""
+        print(f"\n--- {split} document {number}{more}\n{text[:characters]}")
+
+
+@app.command()
+def verify(dataset: Dataset) -> None:
+    """Check manifest, tokenizer, every file's hash and every block of a dataset.
+
+    Example: hourglass data verify data/tinyshakespeare
+    """
+    with _live_line() as show:
+        manifest = verify_dataset(dataset, lambda shard: show(shard.path))
+    print(f"whole: {_summary(manifest)}")
+
+
 @contextmanager
-def _progress_line() -> Iterator[sharding.Report]:
-    """A live line on stderr, when that is a terminal."""
+def _live_line() -> Iterator[Callable[[str], None]]:
+    """A function that shows a line on stderr, over the one before, when that is a terminal."""
     columns = SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()
-    with Bar(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("reading")
-
-        def report(progress: sharding.Progress) -> None:
-            if progress.documents % 100 == 0:
-                bar.update(
-                    task,
-                    description=f"{progress.files} files, {progress.documents:,} documents, "
-                    f"{progress.text_bytes / 1e6:,.1f} MB",
-                )
-
-        yield report
+    console = Console(stderr=True)
+    with Bar(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("")
+        yield lambda line: bar.update(task, description=line)

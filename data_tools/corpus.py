@@ -30,7 +30,7 @@ def find_inputs(paths: Sequence[Path]) -> list[Path]:
 
     Raises ValueError when a path is missing, a file is of an unknown kind or a folder has no input.
     """
-    found: dict[Path, None] = {}
+    found: dict[Path, Path] = {}  # by resolved path
     for path in paths:
         if path.is_dir():
             files = sorted(file for file in path.rglob("*") if _is_input(file))
@@ -42,8 +42,9 @@ def find_inputs(paths: Sequence[Path]) -> list[Path]:
             raise ValueError(f"{path}: unknown kind of file: expected {', '.join(SUFFIXES)}")
         else:
             files = [path]
-        found |= dict.fromkeys(files)
-    return list(found)
+        for file in files:
+            found.setdefault(file.resolve(), file)
+    return list(found.values())
 
 
 def _is_input(path: Path) -> bool:

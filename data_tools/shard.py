@@ -10,15 +10,12 @@ memory holds one spill file and one shard at a time.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import math
-import os
 import shutil
 import struct
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, get_args
@@ -28,13 +25,13 @@ import numpy.typing as npt
 
 from data_tools.corpus import find_inputs, read_documents
 from data_tools.split import Rule, parse_rule
+from data_tools.workspace import new_folder
 from hourglass_dist.data.shards import (
     Manifest,
     Recipe,
     Split,
     dtype_name,
     dtype_of,
-    flush_folder,
     sha256_of,
 )
 from hourglass_dist.data.tokenizer import Tokenizer
@@ -161,7 +158,7 @@ def make_dataset(job: Job, out: Path, report: Report) -> Manifest:
     Raises ValueError, leaving nothing behind, when the inputs are damaged or have no text.
     """
     dtype = dtype_name(job.tokenizer.vocab_size)
-    with _workspace(out) as folder:
+    with new_folder(out) as folder:
         spill = _Spill(folder / "spill", dtype_of(dtype), _partitions(job, dtype_of(dtype)))
         progress = Progress()
         for split, key, ids in _encoded(job, progress, report):
@@ -283,35 +280,3 @@ class _Spill:
 
     def _path(self, split: Split, partition: int) -> Path:
         return self._folder / f"{split}-{partition}"
-
-
-# --- all or nothing ------------------------------------------------------------------------------
-
-
-@contextmanager
-def _workspace(out: Path) -> Iterator[Path]:
-    """A hidden folder beside ``out`` that becomes ``out`` at the end, and vanishes on an error.
-
-    What a killed process left there is swept away. Raises ValueError when another process is
-    writing ``out``.
-    """
-    folder = out.with_name(f".{out.name}.unfinished")
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = os.open(folder, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"{out}: another process is writing this dataset") from None
-        for left in folder.iterdir():
-            shutil.rmtree(left) if left.is_dir() else left.unlink()
-        try:
-            yield folder
-            flush_folder(folder)
-            folder.rename(out)
-            flush_folder(out.parent)
-        except BaseException:
-            shutil.rmtree(folder, ignore_errors=True)
-            raise
-    finally:
-        os.close(lock)

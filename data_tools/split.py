@@ -13,6 +13,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import cache
 from pathlib import Path
 
 from data_tools.corpus import find_inputs
@@ -66,9 +67,10 @@ class ByEnd(Rule):
 
 @dataclass(frozen=True)
 class ByInput(Rule):
-    """Documents by the file that they came from."""
+    """Documents by the file that they came from, however its path is spelled."""
 
     files: frozenset[Path]
+    """Resolved paths."""
 
     @property
     def inputs(self) -> tuple[Path, ...]:
@@ -77,7 +79,12 @@ class ByInput(Rule):
 
     def parts(self, document: str, source: Path) -> Parts:
         """The whole document, to the side of its file."""
-        yield "heldout" if source in self.files else "train", document
+        yield "heldout" if _resolved(source) in self.files else "train", document
+
+
+@cache
+def _resolved(path: Path) -> Path:
+    return path.resolve()
 
 
 def parse_rule(text: str) -> Rule:
@@ -93,7 +100,7 @@ def parse_rule(text: str) -> Rule:
     if kind == "last":
         return ByEnd(text, _fraction(value))
     if kind == "input" and value:
-        return ByInput(text, frozenset(find_inputs([Path(value)])))
+        return ByInput(text, frozenset(map(_resolved, find_inputs([Path(value)]))))
     raise ValueError(
         f"--held-out: expected hash:0.01, last:0.1, input:PATH or none, given {text!r}"
     )

@@ -301,7 +301,7 @@ def flush_folder(folder: Path) -> None:
 
 
 class ShardReader:
-    """Rows of a split by (shard, row). Keeps ``max_open`` shards open at most; close it after use."""
+    """Rows of a split by (shard, row), from at most ``max_open`` open files. Close it after use."""
 
     def __init__(self, manifest: Manifest, split: Split, seq_len: int, max_open: int = 128) -> None:
         """Raises ValueError when ``seq_len`` does not divide a block."""

@@ -1,0 +1,129 @@
+"""Training a sentencepiece tokenizer that loses nothing, the same one every time.
+
+    inputs -> documents -> lines of at most 4,192 bytes -> sentencepiece -> tokenizer.json + .model
+
+Byte fallback spells what no piece covers; there is no dummy prefix and no normalisation. The result
+depends on the order of the input and on the number of threads, so both are fixed.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Literal
+
+import sentencepiece
+
+from data_tools.corpus import find_inputs, read_documents
+from data_tools.workspace import new_folder
+from hourglass_dist.data.tokenizer import SentencePieceTokenizer, Tokenizer
+
+Kind = Literal["unigram", "bpe"]
+
+MAX_LINE_BYTES = 4192
+"""sentencepiece leaves longer lines out; here they are cut."""
+_BETWEEN = re.compile("[\n\t\0\u2581\u2585]")
+"""Characters that never stand inside a piece: two are reserved by sentencepiece."""
+
+
+def train_tokenizer(
+    inputs: Sequence[Path],
+    out: Path,
+    *,
+    kind: Kind,
+    vocab_size: int,
+    separator: str | None = None,
+    text_field: str = "text",
+    max_lines: int = 1_000_000,
+    seed: int = 0,
+    report: Callable[[int], None] = lambda lines: None,
+) -> Tokenizer:
+    """Train on ``inputs`` and write the new folder ``out``.
+
+    ``max_lines`` lines, drawn at random by ``seed``, are used at most; ``report`` is told how many
+    have been read. Raises ValueError when ``out`` exists, the inputs are damaged or have no text,
+    or sentencepiece cannot make ``vocab_size`` pieces of them.
+    """
+    if out.exists():
+        raise ValueError(f"{out}: already exists; choose another folder or remove it first")
+    files = find_inputs(inputs)
+    lines = _Lines(files, separator, text_field, report)
+    with new_folder(out) as folder:
+        model = io.BytesIO()
+        sentencepiece.set_random_generator_seed(seed)
+        try:
+            sentencepiece.SentencePieceTrainer.train(
+                sentence_iterator=iter(lines),
+                model_writer=model,
+                model_type=kind,
+                vocab_size=vocab_size,
+                input_sentence_size=max_lines,
+                shuffle_input_sentence=True,
+                max_sentence_length=MAX_LINE_BYTES,
+                num_threads=1,
+                byte_fallback=True,
+                add_dummy_prefix=False,
+                normalization_rule_name="identity",
+                remove_extra_whitespaces=False,
+                allow_whitespace_only_pieces=True,
+                split_digits=True,
+                unk_id=0,
+                eos_id=1,
+                bos_id=-1,
+                pad_id=-1,
+                minloglevel=2,
+            )
+        except RuntimeError as error:
+            raise ValueError(lines.problem or _explain(error, vocab_size, lines.count)) from None
+        tokenizer = SentencePieceTokenizer(model.getvalue(), str(out))
+        tokenizer.save(folder)
+    return tokenizer
+
+
+class _Lines:
+    """The lines of a corpus; ``problem`` keeps what it raises, which sentencepiece would hide."""
+
+    def __init__(
+        self,
+        files: Sequence[Path],
+        separator: str | None,
+        text_field: str,
+        report: Callable[[int], None],
+    ) -> None:
+        self.count = 0
+        self.problem = ""
+        self._files, self._separator, self._text_field = files, separator, text_field
+        self._report = report
+
+    def __iter__(self) -> Iterator[str]:
+        try:
+            for path in self._files:
+                for document in read_documents(path, self._separator, self._text_field):
+                    yield from self._lines_of(document)
+        except ValueError as error:
+            self.problem = str(error)
+            raise
+        if not self.count:
+            self.problem = (
+                f"{self._files[0]}: empty corpus: {len(self._files)} input files without any text"
+            )
+
+    def _lines_of(self, document: str) -> Iterator[str]:
+        longest = MAX_LINE_BYTES // 4  # characters: none has more than four bytes
+        for line in _BETWEEN.split(document):
+            for begin in range(0, len(line), longest):
+                self.count += 1
+                self._report(self.count)
+                yield line[begin : begin + longest]
+
+
+def _explain(error: RuntimeError, vocab_size: int, lines: int) -> str:
+    """sentencepiece's complaint as a sentence about the option that the user gave."""
+    message = str(error)
+    if limit := re.search(r"set it to a value <= (\d+)", message):
+        return f"--vocab-size: expected at most {limit[1]} for this corpus, given {vocab_size}"
+    if limit := re.search(r"smaller than required_chars\. \d+ vs (\d+)", message):
+        return f"--vocab-size: expected at least {limit[1]} for this corpus, given {vocab_size}"
+    return f"sentencepiece failed on {lines} lines of text: {' '.join(message.split())}"
