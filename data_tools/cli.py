@@ -56,7 +56,9 @@ def tokenizer(
 ) -> None:
     """Train a lossless sentencepiece tokenizer. (Bytes, the default of 'shard', need none.)
 
-    Example: hourglass data tokenizer data_tools/corpora --kind bpe --vocab-size 2048 --out data/bpe
+    Example:
+
+    hourglass data tokenizer data_tools/corpora --vocab-size 2048 --out data/try_2k
     """
     with _live_line() as show:
         trained = train_tokenizer(
@@ -103,7 +105,9 @@ def shard(
 ) -> None:
     """Turn a corpus into a dataset: encoded, shuffled, packed into WebDataset shards.
 
-    Example: hourglass data shard data_tools/corpora --held-out last:0.1 --out data/tinyshakespeare
+    Example:
+
+    hourglass data shard data_tools/corpora --held-out last:0.1 --out data/try
     """
     job = sharding.plan_job(
         inputs,
@@ -172,7 +176,7 @@ def inspect(
 ) -> None:
     """Say what is in a dataset.
 
-    Example: hourglass data inspect data/tinyshakespeare --show 1
+    Example: hourglass data inspect data/try --show 1
     """
     manifest, tokenizer = Manifest.load(dataset), load_tokenizer(dataset)
     print(describe(manifest, tokenizer))
@@ -185,7 +189,7 @@ def inspect(
 def verify(dataset: Dataset) -> None:
     """Check manifest, tokenizer, every file's hash and every block of a dataset.
 
-    Example: hourglass data verify data/tinyshakespeare
+    Example: hourglass data verify data/try
     """
     with _live_line() as show:
         manifest = verify_dataset(dataset, lambda shard: show(shard.path))

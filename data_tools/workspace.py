@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from hourglass_dist.data.shards import flush_folder
+from hourglass_dist.files import sync
 
 
 @contextmanager
@@ -31,9 +31,9 @@ def new_folder(out: Path) -> Iterator[Path]:
             shutil.rmtree(left) if left.is_dir() else left.unlink()
         try:
             yield folder
-            flush_folder(folder)
+            sync(folder)
             folder.rename(out)
-            flush_folder(out.parent)
+            sync(out.parent)
         except BaseException:
             shutil.rmtree(folder, ignore_errors=True)
             raise

@@ -98,7 +98,8 @@ class _Layout:
 @lru_cache(maxsize=8)
 def _layout(plan: Plan, epoch: int) -> _Layout:
     # Raw Philox output is the same in every version of numpy; Generator.permutation may change.
-    keys = np.random.Philox(key=[plan.seed, epoch]).random_raw(len(plan.rows_per_shard))
+    key = np.array([plan.seed, epoch], dtype=np.uint64)
+    keys = np.random.Philox(key=key).random_raw(len(plan.rows_per_shard))
     shards = np.argsort(keys, kind="stable")
     rows = np.asarray(plan.rows_per_shard, dtype=np.int64)
     return _Layout(shards, np.cumsum(rows[shards]))

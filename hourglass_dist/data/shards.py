@@ -32,6 +32,7 @@ import numpy.typing as npt
 from pydantic import Field, NonNegativeInt, PositiveInt
 
 from hourglass_dist.data.tokenizer import Fingerprint
+from hourglass_dist.files import replace
 from hourglass_dist.sections import Section, parse
 
 FORMAT = 1
@@ -169,7 +170,7 @@ class Manifest(Section):
     def save(self) -> None:
         """Write index.json, the commit point of a dataset: atomically, after everything else."""
         text = json.dumps(self.model_dump(mode="json"), indent=1) + "\n"
-        write_atomically(self.folder / INDEX_FILE, text.encode())
+        replace(self.folder / INDEX_FILE, text)
 
     def _identity(self) -> str:
         content = self.model_dump(mode="json", exclude={"dataset_id"})
@@ -271,30 +272,6 @@ def sha256_of(path: Path) -> str:
         while count := file.readinto(buffer):
             digest.update(view[:count])
     return digest.hexdigest()
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file under a temporary name, force it to the disk and give it its name."""
-    unfinished = path.with_name(f".{path.name}.unfinished")
-    with unfinished.open("wb") as file:
-        file.write(content)
-        flush_to_disk(file.fileno())
-    unfinished.rename(path)
-    flush_folder(path.parent)
-
-
-def flush_to_disk(descriptor: int) -> None:
-    """Wait until an open file is on the disk."""
-    os.fsync(descriptor)
-
-
-def flush_folder(folder: Path) -> None:
-    """Wait until the names in a folder are on the disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 # --- reading by position -------------------------------------------------------------------------

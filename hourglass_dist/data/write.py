@@ -23,10 +23,9 @@ from hourglass_dist.data.shards import (
     Shard,
     Split,
     dtype_of,
-    flush_folder,
-    flush_to_disk,
     sha256_of,
 )
+from hourglass_dist.files import sync
 
 
 @dataclass(frozen=True)
@@ -116,15 +115,16 @@ class ShardWriter:
         number = len(self.shards)
         path = self._folder / f"{self._split}-{number:06d}.tar"
         unfinished = path.with_name(f".{path.name}.unfinished")
-        with unfinished.open("wb") as file:
-            with webdataset.TarWriter(file, encoder=False, mtime=0) as tar:
-                for i, block in enumerate(self._blocks):
-                    tar.write(self._sample(f"{self._split}-{number:06d}-{i:06d}", block))
-            file.flush()
-            flush_to_disk(file.fileno())
+        with (
+            unfinished.open("wb") as file,
+            webdataset.TarWriter(file, encoder=False, mtime=0) as tar,
+        ):
+            for i, block in enumerate(self._blocks):
+                tar.write(self._sample(f"{self._split}-{number:06d}-{i:06d}", block))
+        sync(unfinished)
         self.shards.append(self._entry(unfinished, path.name))
         unfinished.rename(path)
-        flush_folder(self._folder)
+        sync(self._folder)
         self._blocks = []
 
     def _sample(self, key: str, block: Block) -> dict[str, Any]:
