@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -13,8 +14,9 @@ from torch import Tensor, nn
 from hourglass_dist.config import LevelConfig, ModelConfig
 from hourglass_dist.model.hourglass import HourglassLM, sum_loss
 from hourglass_dist.model.interop import lucidrains_kwargs, to_lucidrains
+from hourglass_dist.model.layers import visible_pairs
 from hourglass_dist.model.linear import Linear
-from hourglass_dist.model.resample import ValleyAttention
+from hourglass_dist.model.resample import Shorten, ValleyAttention
 
 VOCAB, LONGEST = 29, 26
 
@@ -151,6 +153,28 @@ def test_a_mask_of_ones_is_no_mask_and_padding_behind_is_not_there(
         alone = model(tokens_BL[:, :length])
         assert not differs(model(tokens_BL[:, :length], mask_BL[:, :length]), alone).any()
         assert not differs(model(tokens_BL, mask_BL)[:, :length], alone).any()
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_every_position_sees_itself_and_no_other_padding(causal: bool) -> None:
+    valid_BL = random_masks(13)
+    visible_BLL = visible_pairs(valid_BL, causal)
+    assert visible_BLL is not None
+    for valid_L, visible_LL in zip(valid_BL, visible_BLL[:, 0], strict=True):
+        for query, key in itertools.product(range(13), repeat=2):
+            wanted = query == key or (bool(valid_L[key]) and (key < query or not causal))
+            assert visible_LL[query, key] == wanted
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_a_bucket_is_real_when_a_token_in_it_is(causal: bool) -> None:
+    shorten = Shorten(build("by 3", causal=causal).config, 3)
+    valid_BL = random_masks(13)
+    for valid_L, real_G in zip(valid_BL, shorten.shorten_mask(valid_BL), strict=True):  # type: ignore[arg-type]
+        for bucket in range(5):
+            first = 3 * bucket - (2 if causal else 0)
+            wanted = any(valid_L[place] for place in range(first, first + 3) if 0 <= place < 13)
+            assert real_G[bucket] == wanted
 
 
 @pytest.mark.parametrize("length", [0, LONGEST + 1])
