@@ -151,6 +151,7 @@ want=${HOURGLASS_TORCH:-$(has_gpu && echo cuda || echo cpu)}
 [[ -z ${VIRTUAL_ENV:-} || -x $python ]] || fail "VIRTUAL_ENV is $VIRTUAL_ENV, which is no virtual environment"
 exec 9<"$root/launch" && flock 9
 if finished; then
+  echo "the environment is ready: $env"
   exit 0
 fi
 
@@ -163,4 +164,4 @@ install_torch
 step "installing hourglass_dist and what it needs" pip -c "$pins" --build-constraint "$pins" -e "${root}[test]"
 { fingerprint && echo "$want"; } >"$stamp.new"
 mv "$stamp.new" "$stamp"
-echo "the environment is ready: source $env/bin/activate"
+echo "the environment is ready: $env"
