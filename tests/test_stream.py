@@ -1,0 +1,210 @@
+"""The stream: the same batches on any number of ranks, from any point, every token once."""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import threading
+import time
+from collections import Counter
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from datasets import make, plain_webdataset, refusal, words
+
+from data_tools.tokenizer import train_tokenizer
+from hourglass_dist.data.shards import Manifest
+from hourglass_dist.data.stream import Batch, Stream, held_out_rows
+from hourglass_dist.data.tokenizer import load_tokenizer
+
+WORLDS = [1, 2, 3, 4, 6, 12]  # all that divide a batch of 12
+
+
+@pytest.fixture(scope="module")
+def manifest(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
+    return make(tmp_path_factory.mktemp("stream"), words(80))
+
+
+def global_batches(
+    manifest: Manifest, world: int, steps: int, start_row: int = 0, seed: int = 5
+) -> list[Batch]:
+    """The batches of all ranks put together."""
+    ranks = [Stream(manifest, "train", 8, 12, seed, rank, world) for rank in range(world)]
+    streams = [stream.batches(start_row) for stream in ranks]
+    whole = []
+    for parts in islice(zip(*streams, strict=True), steps):
+        whole.append(
+            Batch(
+                torch.cat([part.tokens_BL for part in parts]),
+                torch.cat([part.targets_BL for part in parts]),
+                parts[0].first_row,
+                np.concatenate([part.row_ids for part in parts]),
+            )
+        )
+    for stream in streams:
+        stream.close()
+    return whole
+
+
+def assert_same(a: list[Batch], b: list[Batch]) -> None:
+    assert len(a) == len(b)
+    for one, other in zip(a, b, strict=True):
+        assert torch.equal(one.tokens_BL, other.tokens_BL)
+        assert torch.equal(one.targets_BL, other.targets_BL)
+        assert one.first_row == other.first_row
+        assert np.array_equal(one.row_ids, other.row_ids)
+
+
+def test_a_batch_is_int64_and_shifted(manifest: Manifest) -> None:
+    batch = global_batches(manifest, 1, 1)[0]
+    for tensor in (batch.tokens_BL, batch.targets_BL):
+        assert tensor.shape == (12, 8)
+        assert tensor.dtype == torch.int64
+    real = batch.targets_BL[:, :-1] >= 0
+    assert torch.equal(batch.tokens_BL[:, 1:][real], batch.targets_BL[:, :-1][real])
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_every_world_size_reads_the_same_batches(manifest: Manifest, world: int) -> None:
+    assert_same(global_batches(manifest, world, 40), global_batches(manifest, 1, 40))
+
+
+@pytest.mark.parametrize("done", [1, 7, 23])
+def test_a_cold_start_goes_on_where_it_was(manifest: Manifest, done: int) -> None:
+    """Also on another number of ranks, and across the end of an epoch."""
+    whole = global_batches(manifest, 2, 40)
+    assert_same(global_batches(manifest, 3, 40 - done, start_row=done * 12), whole[done:])
+
+
+def test_every_token_is_a_target_once_an_epoch(manifest: Manifest) -> None:
+    stream = Stream(manifest, "train", 8, 1, 5)
+    batches = stream.batches()
+    for _ in range(3):
+        epoch = [next(batches).targets_BL for _ in range(stream.plan.total_rows)]
+        targets = torch.cat(epoch).flatten()
+        blocks = plain_webdataset(manifest, "train")
+        real = Counter(t for ids, about in blocks for t in ids[: about["tokens"]].tolist())
+        assert Counter(targets[targets >= 0].tolist()) == real
+    batches.close()
+
+
+def test_seeds_give_other_batches(manifest: Manifest) -> None:
+    one, other = (global_batches(manifest, 1, 1, seed=seed)[0] for seed in (1, 2))
+    assert not torch.equal(one.targets_BL, other.targets_BL)
+
+
+# --- state ---------------------------------------------------------------------------------------
+
+
+def test_the_state_survives_json(manifest: Manifest) -> None:
+    stream = Stream(manifest, "train", 8, 12, 5, 1, 2)
+    state = json.loads(json.dumps(stream.state(36)))
+    assert state["next_row"] == 36
+    for rank in range(3):
+        Stream(manifest, "train", 8, 12, 5, rank, 3).check(state)
+
+
+@pytest.mark.parametrize(
+    ("settings", "field"),
+    [((16, 12, 5), "seq_len"), ((8, 6, 5), "lanes"), ((8, 12, 6), "seed")],
+)
+def test_the_state_of_another_stream(
+    manifest: Manifest, settings: tuple[int, int, int], field: str
+) -> None:
+    state = Stream(manifest, "train", 8, 12, 5).state(0)
+    other = Stream(manifest, "train", *settings)
+    assert refusal(lambda: other.check(state)).startswith(f"data: {field} differs")
+
+
+def test_the_state_of_another_dataset(manifest: Manifest, tmp_path: Path) -> None:
+    other = Stream(make(tmp_path, words(80, seed=1)), "train", 8, 12, 5)
+    state = Stream(manifest, "train", 8, 12, 5).state(0)
+    assert refusal(lambda: other.check(state)).startswith("data: dataset_id differs")
+    assert "plan differs" in refusal(lambda: other.check(other.state(0) | {"plan": "x"}))
+    assert "split differs" in refusal(lambda: other.check(other.state(0) | {"split": "heldout"}))
+    assert "dataset_id differs" in refusal(lambda: other.check({}))
+
+
+def test_worlds_and_lengths_that_do_not_fit(manifest: Manifest) -> None:
+    message = refusal(lambda: Stream(manifest, "train", 8, 12, 5, 0, 5))
+    assert "these can: 1, 2, 3, 4, 6, 12" in message
+    assert "near lengths" in refusal(lambda: Stream(manifest, "train", 7, 12, 5))
+    assert "start row" in refusal(lambda: Stream(manifest, "train", 8, 12, 5).batches(-1))
+
+
+# --- the thread ----------------------------------------------------------------------------------
+
+
+def readers() -> list[threading.Thread]:
+    return [t for t in threading.enumerate() if t.name == "hourglass-read-ahead"]
+
+
+def test_the_thread_ends_with_the_generator(manifest: Manifest) -> None:
+    files = len(os.listdir("/proc/self/fd")) if Path("/proc/self/fd").exists() else 0
+    stream = Stream(manifest, "train", 8, 12, 5)
+    closed, collected = stream.batches(), stream.batches()
+    next(closed)
+    next(collected)
+    assert len(readers()) == 2
+    begin = time.monotonic()
+    closed.close()
+    del collected
+    gc.collect()
+    assert not readers()
+    assert time.monotonic() - begin < 1
+    if files:
+        assert len(os.listdir("/proc/self/fd")) == files
+
+
+def test_what_the_thread_raises_is_raised_here(tmp_path: Path) -> None:
+    manifest = make(tmp_path, words(80))
+    batches = Stream(manifest, "train", 8, 12, 5).batches()
+    for shard in manifest.split("train"):  # verified, then cut behind its back
+        os.truncate(manifest.folder / shard.path, 600)
+    assert "truncated shard: expected" in refusal(lambda: next(batches))
+    assert not readers()
+
+
+# --- evaluation ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 5, 64])
+@pytest.mark.parametrize("batch_size", [1, 4, 7, 1000])
+def test_every_held_out_token_is_scored_once(
+    manifest: Manifest, world: int, batch_size: int
+) -> None:
+    ranks = [
+        list(held_out_rows(manifest, "heldout", 8, batch_size, r, world)) for r in range(world)
+    ]
+    shapes = {tuple(tuple(batch.targets_BL.shape) for batch in batches) for batches in ranks}
+    assert len(shapes) == 1  # the same forward passes on every rank
+    whole = [batch for batches in ranks for batch in batches]
+    ids = np.concatenate([batch.row_ids for batch in whole])
+    assert sorted(ids[ids >= 0]) == list(range(sum(manifest.rows("heldout", 8))))
+    assert (ids < 0).sum() < world
+    targets = torch.cat([batch.targets_BL for batch in whole]).flatten()
+    blocks = plain_webdataset(manifest, "heldout")
+    real = [t for split_ids, about in blocks for t in split_ids[: about["tokens"]].tolist()]
+    assert targets[targets >= 0].tolist() == real
+
+
+@pytest.mark.parametrize("seq_len", [4, 32])
+def test_every_held_out_byte_is_scored_once_by_every_tokenizer(
+    tmp_path: Path, seq_len: int
+) -> None:
+    (tmp_path / "text.txt").write_text("\n".join(words(80)))
+    bpe = train_tokenizer([tmp_path / "text.txt"], tmp_path / "bpe", kind="bpe", vocab_size=300)
+    totals = []
+    for name, tokenizer in (("bytes", None), ("bpe", bpe)):
+        (tmp_path / name).mkdir(exist_ok=True)
+        manifest = make(tmp_path / name, words(80), tokenizer)
+        lengths = load_tokenizer(manifest.folder).byte_lengths()
+        batches = list(held_out_rows(manifest, "heldout", seq_len, 8))
+        targets = torch.cat([batch.targets_BL for batch in batches]).flatten().numpy()
+        totals.append(lengths[targets[targets >= 0]].sum())
+        assert totals[-1] == sum(s.text_bytes for s in manifest.split("heldout"))
+    assert totals[0] == totals[1] > 0
