@@ -1,0 +1,139 @@
+"""Text from an export: prompt bytes -> ids -> one forward pass and one draw per new token -> text.
+
+In names: L tokens of the context, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from hourglass_dist.data.tokenizer import StreamDecoder
+from hourglass_dist.export import load_export
+from hourglass_dist.model.hourglass import HourglassLM
+
+
+def generate_text(
+    export: Path,
+    prompt: bytes,
+    max_new_tokens: int,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    seed: int = 0,
+) -> Iterator[str]:
+    """The text that continues ``prompt``, piece by piece; the same seed gives the same text.
+
+    Raises ValueError before the first piece when the export is not readable, the prompt is not
+    valid for its tokenizer, or a sampling setting is out of range.
+    """
+    check_sampling(temperature, top_k, top_p)
+    model, tokenizer, _ = load_export(export)
+    context = [tokenizer.eos_id, *tokenizer.encode_prompt(prompt)]
+    generator = torch.Generator().manual_seed(seed)
+    decoder = StreamDecoder(tokenizer)
+    for token in generate(
+        model,
+        context,
+        max_new_tokens,
+        eos_id=tokenizer.eos_id,
+        vocab_size=tokenizer.vocab_size,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        generator=generator,
+    ):
+        if piece := decoder.feed([token]):
+            yield piece
+    if rest := decoder.flush():
+        yield rest
+
+
+def generate(
+    model: HourglassLM,
+    context: Sequence[int],
+    max_new_tokens: int,
+    *,
+    eos_id: int | None = None,
+    vocab_size: int | None = None,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    generator: torch.Generator | None = None,
+) -> Iterator[int]:
+    """Up to ``max_new_tokens`` ids that continue ``context``; ends before ``eos_id``.
+
+    ``context`` is one id or more: training text begins with the end-of-text id, so prompts should.
+    Ids from ``vocab_size`` on (the tokenizer's, where the model has spare rows) are never drawn.
+    Puts ``model`` into evaluation mode. Raises ValueError for an empty context.
+    """
+    if not context:
+        raise ValueError("generate: expected at least one token of context, given none")
+    model.eval()
+    ids = list(context)
+    for _ in range(max_new_tokens):
+        logits_V = next_logits(model, ids)[:vocab_size]
+        token = sample(logits_V, temperature, top_k, top_p, generator)
+        if token == eos_id:
+            return
+        ids.append(token)
+        yield token
+
+
+@torch.no_grad()
+def next_logits(model: HourglassLM, ids: Sequence[int]) -> Tensor:
+    """(V,): logits of the token after ``ids``, of which the model sees as many as have room."""
+    start = context_start(len(ids), model.config.max_seq_len, model.config.strides[-1])
+    device = model.tokens.weight.device
+    tokens_1L = torch.tensor([ids[start:]], dtype=torch.int64, device=device)
+    logits_V: Tensor = model(tokens_1L)[0, -1]
+    return logits_V
+
+
+def context_start(length: int, room: int, stride: int) -> int:
+    """How many of ``length`` tokens to drop so that the rest fits into ``room``.
+
+    A multiple of ``stride``, the tokens under one position of the innermost level: every token then
+    stays at its place in its bucket. At least one token is left.
+    """
+    excess = max(0, length - room)
+    return min(-(-excess // stride) * stride, length - 1)
+
+
+def sample(
+    logits_V: Tensor,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    generator: torch.Generator | None = None,
+) -> int:
+    """Draw an id from softmax(logits / temperature), of the likeliest ids only.
+
+    Temperature 0 takes the likeliest id. ``top_k`` keeps that many ids (0: all), ``top_p`` the
+    fewest ids whose probabilities, after ``top_k``, sum to at least that (nucleus sampling, Holtzman
+    et al. 2020, arXiv 1904.09751). ``generator`` is on the CPU. Raises ValueError for settings out
+    of range.
+    """
+    check_sampling(temperature, top_k, top_p)
+    logits_V = logits_V.detach().double().cpu()
+    if temperature == 0:
+        return int(logits_V.argmax())
+    kept_K, ids_K = logits_V.topk(min(top_k, len(logits_V)) if top_k else len(logits_V))
+    probabilities_K = ((kept_K - kept_K[0]) / temperature).softmax(dim=0)
+    before_K = probabilities_K.cumsum(dim=0) - probabilities_K
+    probabilities_K = probabilities_K.masked_fill(before_K >= top_p, 0.0)
+    return int(ids_K[torch.multinomial(probabilities_K, 1, generator=generator)])
+
+
+def check_sampling(temperature: float, top_k: int, top_p: float) -> None:
+    """Raise ValueError when a sampling setting is out of range."""
+    if not (math.isfinite(temperature) and temperature >= 0):
+        raise ValueError(f"temperature: expected a number of 0 or more, given {temperature}")
+    if top_k < 0:
+        raise ValueError(f"top_k: expected 0 (all) or more, given {top_k}")
+    if not 0 < top_p <= 1:
+        raise ValueError(f"top_p: expected more than 0 and at most 1, given {top_p}")
