@@ -38,6 +38,7 @@ say "5/6 score on the held-out text"
 hourglass evaluate "$export" --data "$data"
 
 say "6/6 a sample"
+printf 'ROMEO:'
 hourglass generate "$export" --prompt "ROMEO:" --max-new-tokens 400
 
 say "done"
