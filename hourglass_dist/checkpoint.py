@@ -74,6 +74,7 @@ class RunFolder:
             return
         changed = differences(load(written), config)
         if changed:
+            self.close()
             raise ConfigError(
                 f"{self.path}: this run was started with other settings ({'; '.join(changed)}); "
                 "start the new ones elsewhere with run.dir=..."
@@ -91,6 +92,11 @@ class RunFolder:
         lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         lock.flush()
         self._lock = lock
+
+    def close(self) -> None:
+        """Let another process train here. The end of this process does the same."""
+        if self._lock:
+            self._lock.close()
 
 
 class Checkpoints:
@@ -206,7 +212,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
 
 def _own_checksum(manifest: dict[str, Any]) -> int:
     """crc32c of a manifest without its checksum."""
-    return google_crc32c.value(json.dumps(manifest, sort_keys=True).encode())
+    return int(google_crc32c.value(json.dumps(manifest, sort_keys=True).encode()))
 
 
 def verify(path: Path, share: tuple[int, int] = (0, 1)) -> Progress:

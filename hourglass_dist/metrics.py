@@ -48,7 +48,7 @@ class Metrics:
         if world.is_main:
             self._jsonl = folder / "metrics.jsonl"
             forget_after(self._jsonl, first_step)
-            self._events = SummaryWriter(str(folder), purge_step=first_step + 1)  # type: ignore[no-untyped-call]
+            self._events = SummaryWriter(str(folder), purge_step=first_step + 1)
 
     def record(self, step: int, result: StepResult, batch: Batch) -> None:
         """Note completed step ``step`` (1 is the first). Called by all ranks, each with its rows of
@@ -112,12 +112,12 @@ class Metrics:
         with self._jsonl.open("a") as file:
             file.write(json.dumps({"step": step, **values}) + "\n")
         for name, value in values.items():
-            self._events.add_scalar(name, value, step)  # type: ignore[no-untyped-call]
+            self._events.add_scalar(name, value, step)
 
     def close(self) -> None:
         """Flush the TensorBoard file."""
         if self._world.is_main:
-            self._events.close()  # type: ignore[no-untyped-call]
+            self._events.close()
 
 
 class Clock:

@@ -23,7 +23,7 @@ from hourglass_dist.config import Config
 from hourglass_dist.data.shards import Manifest
 from hourglass_dist.data.stream import Batch, Stream, held_out_rows
 from hourglass_dist.data.tokenizer import Tokenizer, load_tokenizer, require_same
-from hourglass_dist.engine import Engine, StepResult
+from hourglass_dist.engine import Engine, StepResult, deepspeed_settings
 from hourglass_dist.evaluate import evaluate
 from hourglass_dist.metrics import Metrics, due
 from hourglass_dist.model.hourglass import HourglassLM, sum_loss
@@ -38,7 +38,7 @@ def train(config: Config) -> None:
     FloatingPointError when loss or gradient stop being numbers.
     """
     world = dist.init()
-    config.accumulation_steps(world.size)
+    deepspeed_settings(config, world.size)  # refuses what does not fit, before anything is written
     manifest, tokenizer = dist.together(lambda: open_dataset(config), world.device)
     stream = dist.together(lambda: open_stream(config, manifest, world), world.device)
     run = RunFolder(Path(config.run.dir))
@@ -53,7 +53,7 @@ def train(config: Config) -> None:
         check_progress(progress, stream, tokenizer, path)
         if step >= config.train.steps:
             say(world, f"{run.path}: finished: all {config.train.steps} steps are done")
-            return
+            return run.close()
     model = HourglassLM(config.model)
     model.init_weights(config.run.seed)
     engine = Engine(model, sum_loss, config, world)
@@ -84,6 +84,7 @@ def train(config: Config) -> None:
                 path = checkpoints.save(engine.save, progress)
             metrics.say(f"step {step}: saved {path}")
     metrics.close()
+    run.close()
 
 
 def open_dataset(config: Config) -> tuple[Manifest, Tokenizer]:

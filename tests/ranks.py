@@ -26,7 +26,7 @@ def environment() -> dict[str, str]:
 def torchrun_command(ranks: int, *target: str) -> list[str]:
     """The command line of ``ranks`` local ranks."""
     return [
-        *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
+        *(sys.executable, str(TESTS.parent / "launch" / "torchrun.py"), "--standalone"),
         *(f"--nproc-per-node={ranks}", *target),
     ]  # fmt: skip
 
