@@ -58,7 +58,7 @@ def tokenizer(
 
     Example:
 
-    hourglass data tokenizer data_tools/corpora --vocab-size 2048 --out data/try_2k
+    hourglass data tokenizer data_tools/corpora --vocab-size 2048 --out data/tok
     """
     with _live_line() as show:
         trained = train_tokenizer(

@@ -94,12 +94,13 @@ def _text_of(line: bytes, where: str, text_field: str) -> str:
     text = record[text_field]
     if not isinstance(text, str):
         raise ValueError(f"{where}: field {text_field!r}: expected text, given {show(text)}")
-    surrogate = next((i for i, c in enumerate(text) if "\ud800" <= c <= "\udfff"), None)
-    if surrogate is not None:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
         raise ValueError(
-            f"{where}: field {text_field!r}: lone surrogate U+{ord(text[surrogate]):04X} "
-            f"at character {surrogate}"
-        )
+            f"{where}: field {text_field!r}: lone surrogate U+{ord(text[error.start]):04X} "
+            f"at character {error.start}"
+        ) from None
     return text
 
 

@@ -16,7 +16,6 @@ from typing import Any
 import google_crc32c
 import numpy as np
 import numpy.typing as npt
-import webdataset
 
 from hourglass_dist.data.shards import (
     DTypeName,
@@ -112,6 +111,8 @@ class ShardWriter:
         return self.shards
 
     def _write(self) -> None:
+        import webdataset  # it imports torch, a second that other data commands need not wait
+
         number = len(self.shards)
         path = self._folder / f"{self._split}-{number:06d}.tar"
         unfinished = path.with_name(f".{path.name}.unfinished")
