@@ -114,9 +114,9 @@ def sample(
     """Draw an id from softmax(logits / temperature), of the likeliest ids only.
 
     Temperature 0 takes the likeliest id. ``top_k`` keeps that many ids (0: all), ``top_p`` the
-    fewest ids whose probabilities, after ``top_k``, sum to at least that (nucleus sampling, Holtzman
-    et al. 2020, arXiv 1904.09751). ``generator`` is on the CPU. Raises ValueError for settings out
-    of range.
+    fewest ids whose probabilities, after ``top_k``, sum to at least that (nucleus sampling;
+    Holtzman et al. 2020, arXiv 1904.09751). ``generator`` is on the CPU. Raises ValueError for
+    settings out of range.
     """
     check_sampling(temperature, top_k, top_p)
     logits_V = logits_V.detach().double().cpu()

@@ -1,0 +1,262 @@
+"""What a run will cost before it is started: memory, operations and traffic of one rank.
+
+In names: P trained parameters, W ranks. Bytes of P as DeepSpeed 0.19.8 keeps them, measured on two
+ranks (live tensors after a step, and the sizes that the collectives were called with):
+
+    stage  precision  weights  gradients    master    moments
+    0      both       4 P      4 P          -         8 P
+    1      fp32       4 P      4 P          4 P / W   8 P / W
+    1      bf16       2 P      2 P + 4 P    4 P / W   8 P / W    (the sum of micro batches is fp32)
+    2      fp32       4 P      4 P / W      4 P / W   8 P / W
+    2      bf16       2 P      4 P / W      4 P / W   8 P / W
+    3      fp32       4 P / W  4 P / W      4 P / W   8 P / W
+    3      bf16       2 P / W  4 P / W      4 P / W   8 P / W
+
+Stages 2 and 3 add a buffer of ``reduce_bucket_size`` elements, stage 3 also gathers up to
+``stage3_max_live_parameters`` weights at a time. A rank sends, with rings:
+
+    0, 1   one all-reduce of the gradients a step;  1 also one all-gather of the weights
+    2      one all-reduce a micro batch, one all-gather of the weights a step
+    3      two all-gathers of the weights and one reduce-scatter of the gradients a micro batch
+           (one all-gather when ``stage3_max_live_parameters`` lets the weights stay)
+"""
+
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass
+
+from rich.console import Console
+from rich.table import Table
+
+from hourglass_dist.config import Config
+from hourglass_dist.model.cost import LevelCost, ModelCost, model_cost
+
+MASTER_BYTES, MOMENT_BYTES, SUM_BYTES = 4, 8, 4
+"""Of one parameter: the fp32 weight, AdamW's two moments in fp32, the fp32 sum of its gradients."""
+REDUCE_BUCKET, MAX_LIVE_PARAMETERS = 500_000_000, 1_000_000_000
+"""DeepSpeed's defaults, in elements."""
+
+
+@dataclass(frozen=True)
+class RankMemory:
+    """Bytes of one rank at the end of a backward pass."""
+
+    weights: int
+    gradients: int
+    master: int
+    """fp32 copies of the weights, in the optimizer."""
+    moments: int
+    gathered: int
+    """At most: weights of other ranks that are here for the moment."""
+    buffer: int
+    """Where gradients wait for their reduction."""
+    activations: int
+    """Of one micro batch."""
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return (
+            self.weights
+            + self.gradients
+            + self.master
+            + self.moments
+            + self.gathered
+            + self.buffer
+            + self.activations
+        )
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run, its model's cost and that of one of its ranks."""
+
+    config: Config
+    world_size: int
+    micro_batches: int
+    """Of one rank, in one optimizer step."""
+    cost: ModelCost
+    memory: RankMemory
+    traffic: int
+    """Bytes that one rank sends in one optimizer step."""
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Over all ranks."""
+        return self.config.data.batch_size * self.config.data.seq_len
+
+    @property
+    def tokens(self) -> int:
+        """Of the whole run."""
+        return self.config.train.steps * self.tokens_per_step
+
+    @property
+    def training_flops(self) -> float:
+        """Of the whole run, without recomputation."""
+        return self.tokens * self.cost.training_flops_per_token
+
+
+def plan(config: Config, world_size: int) -> Plan:
+    """The cost of ``config`` on ``world_size`` ranks.
+
+    Raises ConfigError when the batch cannot be dealt to that many ranks.
+    """
+    micro_batches = config.accumulation_steps(world_size)
+    cost = model_cost(
+        config.model,
+        config.data.seq_len,
+        rows=config.train.micro_batch_size,
+        bytes_per_number=2 if config.train.precision == "bf16" else 4,
+    )
+    return Plan(
+        config=config,
+        world_size=world_size,
+        micro_batches=micro_batches,
+        cost=cost,
+        memory=_memory(config, cost, world_size),
+        traffic=_traffic(config, cost.trained_parameters, world_size, micro_batches),
+    )
+
+
+def _weight_bytes(config: Config) -> int:
+    """Of one weight as the forward pass uses it; stage 0 in bf16 is autocast over fp32 weights."""
+    return 2 if config.train.precision == "bf16" and config.deepspeed.stage > 0 else 4
+
+
+def _memory(config: Config, cost: ModelCost, world_size: int) -> RankMemory:
+    stage, weight_bytes = config.deepspeed.stage, _weight_bytes(config)
+    trained = cost.trained_parameters
+    share = -(-trained // world_size)
+    summed_apart = stage == 1 and weight_bytes < SUM_BYTES
+    zero = config.deepspeed.zero_optimization
+    bucket = int(zero.get("reduce_bucket_size", REDUCE_BUCKET)) if stage >= 2 else 0
+    return RankMemory(
+        weights=weight_bytes
+        * (-(-cost.parameters // world_size) if stage == 3 else cost.parameters),
+        gradients=SUM_BYTES * (share if stage >= 2 else trained)
+        + (weight_bytes * trained if summed_apart else 0),
+        master=MASTER_BYTES * share if stage > 0 else 0,
+        moments=MOMENT_BYTES * (share if stage > 0 else trained),
+        gathered=weight_bytes * min(_max_live(config), cost.parameters) if stage == 3 else 0,
+        buffer=bucket * weight_bytes if zero.get("contiguous_gradients", True) else 0,
+        activations=cost.activation_bytes,
+    )
+
+
+def _traffic(config: Config, trained: int, world_size: int, micro_batches: int) -> int:
+    stage, sent = config.deepspeed.stage, _weight_bytes(config) * trained
+    gathers = 1 if trained <= _max_live(config) else 2
+    # In units of (W - 1) / W times all bytes: an all-reduce is 2, the other two are 1.
+    units = {0: 2, 1: 2 + 1, 2: 2 * micro_batches + 1, 3: (gathers + 1) * micro_batches}[stage]
+    return units * sent * (world_size - 1) // world_size
+
+
+def _max_live(config: Config) -> int:
+    zero = config.deepspeed.zero_optimization
+    return int(zero.get("stage3_max_live_parameters", MAX_LIVE_PARAMETERS))
+
+
+def render(plan: Plan) -> str:
+    """The plan as text, 100 columns wide."""
+    out = io.StringIO()
+    console = Console(file=out, width=100, highlight=False)
+    console.print(_headline(plan))
+    console.print(_level_table(plan))
+    console.print(_rank_table(plan))
+    console.print(_summary(plan))
+    return "\n".join(line.rstrip() for line in out.getvalue().splitlines()) + "\n"
+
+
+def _headline(plan: Plan) -> str:
+    config = plan.config
+    return (
+        f"{config.model.hierarchy}, width {config.model.dim}: "
+        f"{plan.cost.parameters:,} parameters, rows of {config.data.seq_len} tokens, "
+        f"{config.train.precision}, ZeRO-{config.deepspeed.stage}, ranks: {plan.world_size}"
+    )
+
+
+def _level_table(plan: Plan) -> Table:
+    cost = plan.cost
+    table = Table(title="Model", title_justify="left")
+    table.add_column("level")
+    for name in ("stride", "parameters", "FLOPs/token", "share", "activations"):
+        table.add_column(name, justify="right")
+    for part in cost.parts:
+        table.add_row(*_level_row(part, cost))
+    largest = max(part.recompute_bytes for part in cost.parts)
+    if largest:
+        table.add_row("one recomputed layer", "", "", "", "", show_bytes(largest))
+    table.add_section()
+    total = f"{cost.parameters:,}", show_count(cost.flops_per_token), "100.0 %"
+    table.add_row("all", "", *total, show_bytes(cost.activation_bytes))
+    return table
+
+
+def _level_row(part: LevelCost, cost: ModelCost) -> list[str]:
+    flops = part.flops / cost.length
+    return [
+        "embeddings, output" if part is cost.ends else part.name,
+        str(part.stride),
+        f"{part.parameters:,}",
+        show_count(flops),
+        f"{flops / cost.flops_per_token:.1%}".replace("%", " %"),
+        show_bytes(part.activation_bytes),
+    ]
+
+
+def _rank_table(plan: Plan) -> Table:
+    memory = plan.memory
+    table = Table(title="One rank", title_justify="left")
+    table.add_column("memory")
+    table.add_column("bytes", justify="right")
+    rows = {
+        "weights": memory.weights,
+        "gradients": memory.gradients,
+        "optimizer: fp32 weights": memory.master,
+        "optimizer: moments": memory.moments,
+        "gathered weights": memory.gathered,
+        "reduction buffer": memory.buffer,
+        "activations": memory.activations,
+    }
+    for name, value in rows.items():
+        table.add_row(name, show_bytes(value))
+    table.add_section()
+    table.add_row("in all", show_bytes(memory.total))
+    return table
+
+
+def _summary(plan: Plan) -> str:
+    cost, config = plan.cost, plan.config
+    hardware = cost.hardware_flops_per_token
+    recomputed = f", {show_count(hardware)} with recomputation" if _recomputes(cost) else ""
+    return (
+        f"A step: {plan.tokens_per_step:,} tokens; each rank runs {plan.micro_batches} x "
+        f"{config.train.micro_batch_size} rows and sends {show_bytes(plan.traffic)}.\n"
+        f"A token: {show_count(cost.training_flops_per_token)} FLOPs forward and backward"
+        f"{recomputed}.\n"
+        f"The run: {config.train.steps:,} steps, {show_count(plan.tokens)} tokens, "
+        f"{show_count(plan.training_flops)} FLOPs."
+    )
+
+
+def _recomputes(cost: ModelCost) -> bool:
+    return any(part.recompute_flops or part.recompute_bytes for part in cost.parts)
+
+
+def show_bytes(count: int) -> str:
+    """Bytes in the largest binary unit that leaves at least 1: ``1.5 MiB``."""
+    value, units = float(count), ["B", "KiB", "MiB", "GiB", "TiB"]
+    while value >= 1024 and len(units) > 1:
+        value /= 1024
+        units.pop(0)
+    return f"{value:.0f} {units[0]}" if units[0] == "B" else f"{value:.2f} {units[0]}"
+
+
+def show_count(count: float) -> str:
+    """A count with three digits: ``1.05 T``."""
+    for power, unit in enumerate(("", " k", " M", " G", " T", " P", " E")):
+        if count < 1000 ** (power + 1):
+            return f"{count / 1000**power:.3g}{unit}"
+    return f"{count / 1000**7:.3g} Z"

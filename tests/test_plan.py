@@ -1,0 +1,128 @@
+"""A plan says what its formulas say, for every stage, and prints it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from hourglass_dist.config import Config, load
+from hourglass_dist.model.cost import model_cost
+from hourglass_dist.plan import plan, render, show_bytes, show_count
+from hourglass_dist.sections import ConfigError
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+
+
+def quickstart(stage: int, precision: str = "fp32", *more: str) -> Config:
+    return load(
+        CONFIGS / "quickstart.yaml",
+        [
+            f"deepspeed.zero_optimization.stage={stage}",
+            "deepspeed.zero_optimization.reduce_bucket_size=1000",
+            f"train.precision={precision}",
+            "data.batch_size=32",
+            "train.micro_batch_size=4",
+            *more,
+        ],
+    )
+
+
+# Bytes of a trained parameter on one of two ranks, as measured: weights, gradients, master, moments.
+MEASURED = {
+    (0, "fp32"): (4, 4, 0, 8),
+    (0, "bf16"): (4, 4, 0, 8),
+    (1, "fp32"): (4, 4, 2, 4),
+    (1, "bf16"): (2, 6, 2, 4),
+    (2, "fp32"): (4, 2, 2, 4),
+    (2, "bf16"): (2, 2, 2, 4),
+    (3, "fp32"): (2, 2, 2, 4),
+    (3, "bf16"): (1, 2, 2, 4),
+}
+
+
+@pytest.mark.parametrize(("stage", "precision"), MEASURED)
+def test_memory_on_two_ranks_is_what_was_measured(stage: int, precision: str) -> None:
+    made = plan(quickstart(stage, precision), 2)
+    trained = made.cost.trained_parameters
+    memory = made.memory
+    parts = (memory.gradients, memory.master, memory.moments)
+    assert tuple(part / trained for part in parts) == pytest.approx(MEASURED[stage, precision][1:])
+    assert memory.weights / made.cost.parameters == pytest.approx(MEASURED[stage, precision][0])
+    width = 2 if precision == "bf16" else 4
+    assert memory.buffer == (1000 * width if stage >= 2 else 0)
+    assert memory.gathered == (width * made.cost.parameters if stage == 3 else 0)
+    rest = memory.gathered + memory.buffer + memory.activations
+    assert memory.total == memory.weights + sum(parts) + rest
+
+
+@pytest.mark.parametrize(
+    ("stage", "precision", "sent"),
+    # Four micro batches; half of what a collective holds goes out once, twice for an all-reduce.
+    [
+        (0, "fp32", 4.0), (0, "bf16", 4.0), (1, "fp32", 6.0), (1, "bf16", 3.0),
+        (2, "fp32", 18.0), (2, "bf16", 9.0), (3, "fp32", 16.0), (3, "bf16", 8.0),
+    ],
+)  # fmt: skip
+def test_traffic_on_two_ranks(stage: int, precision: str, sent: float) -> None:
+    made = plan(quickstart(stage, precision), 2)
+    assert made.micro_batches == 4
+    assert made.traffic / made.cost.trained_parameters == pytest.approx(sent)
+
+
+def test_weights_that_may_not_stay_are_gathered_twice() -> None:
+    few = "deepspeed.zero_optimization.stage3_max_live_parameters=1000"
+    made = plan(quickstart(3, "fp32", few), 2)
+    assert made.memory.gathered == 4000
+    assert made.traffic / made.cost.trained_parameters == pytest.approx(24.0)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_one_rank_sends_nothing(stage: int) -> None:
+    assert plan(quickstart(stage), 1).traffic == 0
+
+
+def test_activations_and_operations_are_those_of_a_micro_batch() -> None:
+    config = quickstart(1, "bf16")
+    made = plan(config, 2)
+    length = config.data.seq_len
+    assert made.cost == model_cost(config.model, length, rows=4, bytes_per_number=2)
+    assert made.memory.activations == made.cost.activation_bytes
+    assert made.tokens == config.train.steps * 32 * length
+    assert made.training_flops == made.tokens * 3 * made.cost.flops_per_token
+
+
+def test_a_world_that_does_not_divide_the_batch_is_refused() -> None:
+    with pytest.raises(ConfigError, match="world sizes that can: 1, 2, 4, 8"):
+        plan(quickstart(1), 3)
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_config_has_a_plan_with_all_levels(path: Path) -> None:
+    config = load(path)
+    text = render(plan(config, 1))
+    assert config.model.hierarchy in text
+    for level in range(len(config.model.levels)):
+        assert f" level {level} " in text
+    for row in ("weights", "gradients", "optimizer: moments", "activations", "in all"):
+        assert f" {row} " in text
+    assert max(map(len, text.splitlines())) <= 100
+
+
+def test_sizes_are_shown_in_their_unit() -> None:
+    assert [show_bytes(n) for n in (0, 1023, 1024, 3 * 2**29, 2**52)] == [
+        "0 B", "1023 B", "1.00 KiB", "1.50 GiB", "4096.00 TiB",
+    ]  # fmt: skip
+    counts = (7.0, 999, 1000, 1.05e12, 1.25e22, 3e25)
+    assert [show_count(n) for n in counts] == ["7", "999", "1 k", "1.05 T", "12.5 Z", "3e+04 Z"]
+
+
+def test_a_plan_needs_neither_deepspeed_nor_a_model_in_memory() -> None:
+    code = (
+        "import sys; from hourglass_dist.config import load; from hourglass_dist.plan import plan;"
+        f"plan(load({str(CONFIGS / 'large_zero3.yaml')!r}), 64);"
+        "assert 'deepspeed' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
