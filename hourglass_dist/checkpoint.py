@@ -1,7 +1,7 @@
 """The run folder: settings, a lock, and checkpoints that are whole or not there.
 
     runs/NAME/
-        config.yaml                the resolved settings; a run is continued only with equal ones
+        config.yaml                the resolved settings; see MAY_CHANGE
         tokenizer/                 a copy, so that the run can be exported without its dataset
         lock                       held by the process that trains here
         metrics.jsonl, events.*    written by metrics.py
@@ -19,6 +19,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import re
 import shutil
 import socket
 from collections.abc import Callable
@@ -36,6 +37,12 @@ from hourglass_dist.files import checksum, replace, sync
 from hourglass_dist.sections import ConfigError, differences, to_yaml
 
 FORMAT = 1
+MAY_CHANGE = re.compile(
+    r"run\.dir|data\.dataset|train\.micro_batch_size|deepspeed\.|eval\.|checkpoint\.|metrics\.|"
+    r"model\.levels\.\d+\.activation_checkpointing"
+)
+"""Settings that may differ when a run is continued: they decide where and how, not what is learned
+(a dataset is known by its id, wherever it lies)."""
 
 
 @dataclass(frozen=True)
@@ -67,18 +74,17 @@ class RunFolder:
         self.path.mkdir(parents=True, exist_ok=True)
         self._take_lock()
         written = self.path / "config.yaml"
-        if not written.exists():
-            (self.path / "tokenizer").mkdir(exist_ok=True)
-            tokenizer.save(self.path / "tokenizer")
-            replace(written, to_yaml(config))
-            return
-        changed = differences(load(written), config)
-        if changed:
+        changed = differences(load(written), config) if written.exists() else []
+        refused = [change for change in changed if not MAY_CHANGE.match(change)]
+        if refused:
             self.close()
             raise ConfigError(
-                f"{self.path}: this run was started with other settings ({'; '.join(changed)}); "
+                f"{self.path}: this run was started with other settings ({'; '.join(refused)}); "
                 "start the new ones elsewhere with run.dir=..."
             )
+        (self.path / "tokenizer").mkdir(exist_ok=True)
+        tokenizer.save(self.path / "tokenizer")
+        replace(written, to_yaml(config))
 
     def _take_lock(self) -> None:
         lock = (self.path / "lock").open("a+")

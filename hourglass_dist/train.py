@@ -53,7 +53,8 @@ def train(config: Config) -> None:
         check_progress(progress, stream, tokenizer, path)
         if step >= config.train.steps:
             say(world, f"{run.path}: finished: all {config.train.steps} steps are done")
-            return run.close()
+            run.close()
+            return
     model = HourglassLM(config.model)
     model.init_weights(config.run.seed)
     engine = Engine(model, sum_loss, config, world)

@@ -107,10 +107,11 @@ def test_another_run_in_the_same_folder(
 ) -> None:
     arguments = [str(tiny_config), f"data.dataset={dataset}", f"run.dir={run_folder}"]
     before = listing(run_folder)
-    assert train.main([*arguments, "optim.lr=2e-3"]) == 2
+    assert train.main([*arguments, "optim.lr=2e-3", "model.levels.1.layers=3"]) == 2
     line = capsys.readouterr().err
     assert "optim.lr: 0.001 -> 0.002" in line
-    assert "deepspeed.zero_optimization.stage: 2 -> 1" in line
+    assert "model.levels.1.layers: 2 -> 3" in line
+    assert "deepspeed" not in line  # the state can be read at any stage
     assert listing(run_folder) == before
 
     arguments.append("deepspeed.zero_optimization.stage=2")

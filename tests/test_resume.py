@@ -70,11 +70,13 @@ def test_killed_and_continued_equals_undisturbed(
 def test_one_rank_continues_what_two_began(
     tiny_config: Path, dataset: Path, tmp_path: Path
 ) -> None:
-    """The same global batches on another number of ranks: equal losses up to rounding."""
+    """Another number of ranks, ZeRO stage and micro batch: the same losses up to rounding."""
     arguments = command(tiny_config, dataset, tmp_path / "run", 2)
     kill_after(12, arguments, tmp_path / "run")
     whole = torchrun(1, *command(tiny_config, dataset, tmp_path / "whole", 2))
-    again = torchrun(1, *arguments)
+    again = torchrun(
+        1, *arguments, "deepspeed.zero_optimization.stage=3", "train.micro_batch_size=4"
+    )
     assert again.returncode == whole.returncode == 0, again.stderr[-3000:]
     for step, loss in losses(tmp_path / "whole").items():
         assert losses(tmp_path / "run")[step] == pytest.approx(loss, abs=1e-5)
