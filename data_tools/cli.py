@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
@@ -17,6 +17,7 @@ from data_tools import shard as sharding
 from data_tools.inspect import describe, documents
 from data_tools.tokenizer import train_tokenizer
 from data_tools.verify import verify as verify_dataset
+from data_tools.workspace import Show
 from hourglass_dist.data.shards import Manifest, Split
 from hourglass_dist.data.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
 
@@ -70,7 +71,7 @@ def tokenizer(
             text_field=text_field,
             max_lines=max_lines,
             seed=seed,
-            report=lambda lines: show(f"{lines:,} lines") if lines % 1000 == 0 else None,
+            show=show,
         )
     model = trained.fingerprint.model_sha256
     print(f"{out}: {kind}, {trained.vocab_size:,} ids, model sha256 {model}")
@@ -125,18 +126,10 @@ def shard(
         print(f"already there: {_summary(finished)}")
         return
     with _live_line() as show:
-
-        def report(progress: sharding.Progress) -> None:
-            if progress.documents % 100 == 0:
-                show(
-                    f"{progress.files} files, {progress.documents:,} documents, "
-                    f"{progress.text_bytes / 1e6:,.1f} MB"
-                )
-
         if dry_run:
-            _print_counts(sharding.count(job, report), out)
+            _print_counts(sharding.count(job, show), out)
         else:
-            print(_summary(sharding.make_dataset(job, out, report)))
+            print(_summary(sharding.make_dataset(job, out, show)))
 
 
 def _load(tokenizer: str) -> Tokenizer:
@@ -155,6 +148,8 @@ def _summary(manifest: Manifest) -> str:
         tokens = sum(shard.tokens for shard in shards)
         text = sum(shard.text_bytes for shard in shards)
         parts.append(f"{split} {tokens:,} tokens ({text:,} bytes) in {len(shards)} shards")
+    if manifest.empty_documents:
+        parts.append(f"{manifest.empty_documents:,} empty documents left out")
     return f"{manifest.folder}: {', '.join(parts)}, id {manifest.dataset_id[:12]}"
 
 
@@ -164,6 +159,8 @@ def _print_counts(progress: sharding.Progress, out: Path) -> None:
             f"{split}: {counts.documents:,} documents, {counts.text_bytes:,} bytes, "
             f"{counts.tokens:,} tokens"
         )
+    if progress.empty_documents:
+        print(f"left out: {progress.empty_documents:,} empty documents")
     print(f"{out}: nothing written (--dry-run)")
 
 
@@ -192,12 +189,12 @@ def verify(dataset: Dataset) -> None:
     Example: hourglass data verify data/try
     """
     with _live_line() as show:
-        manifest = verify_dataset(dataset, lambda shard: show(shard.path))
+        manifest = verify_dataset(dataset, show)
     print(f"whole: {_summary(manifest)}")
 
 
 @contextmanager
-def _live_line() -> Iterator[Callable[[str], None]]:
+def _live_line() -> Iterator[Show]:
     """A function that shows a line on stderr, over the one before, when that is a terminal."""
     columns = SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()
     console = Console(stderr=True)

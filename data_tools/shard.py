@@ -15,7 +15,7 @@ import json
 import math
 import shutil
 import struct
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, get_args
@@ -25,10 +25,11 @@ import numpy.typing as npt
 
 from data_tools.corpus import find_inputs, read_documents
 from data_tools.split import Rule, parse_rule
-from data_tools.workspace import new_folder
+from data_tools.workspace import Show, new_folder, silent
 from hourglass_dist.data.shards import (
     Manifest,
     Recipe,
+    Shard,
     Split,
     dtype_name,
     dtype_of,
@@ -55,7 +56,7 @@ class Counts:
 
 @dataclass
 class Progress:
-    """How far the reading is; handed to the caller's callback after every document."""
+    """How far the reading is."""
 
     files: int = 0
     empty_documents: int = 0
@@ -71,8 +72,9 @@ class Progress:
         """UTF-8 bytes of all text."""
         return sum(counts.text_bytes for counts in self.splits.values())
 
-
-Report = Callable[[Progress], None]
+    def __str__(self) -> str:
+        size = f"{self.text_bytes / 1e6:,.1f} MB"
+        return f"{self.files} files, {self.documents:,} documents, {size}"
 
 
 @dataclass(frozen=True)
@@ -143,16 +145,16 @@ def find_finished(job: Job, out: Path) -> Manifest | None:
     return manifest
 
 
-def count(job: Job, report: Report) -> Progress:
+def count(job: Job, show: Show = silent) -> Progress:
     """Read and encode everything, write nothing."""
     progress = Progress()
-    for _ in _encoded(job, progress, report):
+    for _ in _encoded(job, progress, show):
         pass
     _require_text(job, progress)
     return progress
 
 
-def make_dataset(job: Job, out: Path, report: Report) -> Manifest:
+def make_dataset(job: Job, out: Path, show: Show = silent) -> Manifest:
     """Write the dataset to the new folder ``out``.
 
     Raises ValueError, leaving nothing behind, when the inputs are damaged or have no text.
@@ -161,20 +163,14 @@ def make_dataset(job: Job, out: Path, report: Report) -> Manifest:
     with new_folder(out) as folder:
         spill = _Spill(folder / "spill", dtype_of(dtype), _partitions(job, dtype_of(dtype)))
         progress = Progress()
-        for split, key, ids in _encoded(job, progress, report):
+        for split, key, ids in _encoded(job, progress, show):
             spill.add(split, key, ids)
         _require_text(job, progress)
         shards = []
         for split in SPLITS:
-            packer = Packer(job.recipe.block_tokens, job.tokenizer.eos_id, dtype)
-            lengths, recipe = job.tokenizer.byte_lengths(), job.recipe
-            writer = ShardWriter(folder, split, dtype, recipe.source, recipe.shard_blocks, lengths)
-            for ids in spill.read(split):
-                for block in packer.add(ids):
-                    writer.add(block)
-            for block in packer.finish():
-                writer.add(block)
-            shards += writer.finish()
+            for shard in _write(job, folder, split, spill.read(split)):
+                shards.append(shard)
+                show(f"{progress}; wrote {shard.path}")
         spill.remove()
         job.tokenizer.save(folder)
         Manifest.make(
@@ -183,13 +179,26 @@ def make_dataset(job: Job, out: Path, report: Report) -> Manifest:
             eos_id=job.tokenizer.eos_id,
             dtype=dtype,
             recipe=job.recipe,
+            empty_documents=progress.empty_documents,
             shards=tuple(shards),
         ).save()
     return Manifest.load(out)
 
 
+def _write(
+    job: Job, folder: Path, split: Split, documents: Iterable[npt.NDArray[Any]]
+) -> Iterator[Shard]:
+    """Pack the documents of a split and write them; yields every shard when it is on the disk."""
+    tokenizer, recipe = job.tokenizer, job.recipe
+    packer = Packer(recipe.block_tokens, tokenizer.eos_id, dtype_name(tokenizer.vocab_size))
+    writer = ShardWriter(folder, split, recipe.source, recipe.shard_blocks, tokenizer)
+    for block in packer.pack(documents):
+        yield from writer.add(block)
+    yield from writer.finish()
+
+
 def _encoded(
-    job: Job, progress: Progress, report: Report
+    job: Job, progress: Progress, show: Show
 ) -> Iterator[tuple[Split, int, npt.NDArray[Any]]]:
     """(split, shuffle key, ids) of every part of every document."""
     number = 0
@@ -205,7 +214,8 @@ def _encoded(
                     yield split, _shuffle_key(job.recipe.seed, number), ids
             progress.empty_documents += not document
             number += 1
-            report(progress)
+            if number % 100 == 0:
+                show(str(progress))
         progress.files += 1
 
 

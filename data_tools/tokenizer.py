@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
 import sentencepiece
 
 from data_tools.corpus import find_inputs, read_documents
-from data_tools.workspace import new_folder
+from data_tools.workspace import Show, new_folder, silent
 from hourglass_dist.data.tokenizer import SentencePieceTokenizer, Tokenizer
 
 Kind = Literal["unigram", "bpe"]
@@ -38,18 +38,18 @@ def train_tokenizer(
     text_field: str = "text",
     max_lines: int = 1_000_000,
     seed: int = 0,
-    report: Callable[[int], None] = lambda lines: None,
+    show: Show = silent,
 ) -> Tokenizer:
     """Train on ``inputs`` and write the new folder ``out``.
 
-    ``max_lines`` lines, drawn at random by ``seed``, are used at most; ``report`` is told how many
-    have been read. Raises ValueError when ``out`` exists, the inputs are damaged or have no text,
-    or sentencepiece cannot make ``vocab_size`` pieces of them.
+    ``max_lines`` lines, drawn at random by ``seed``, are used at most. Raises ValueError when
+    ``out`` exists, the inputs are damaged or have no text, or sentencepiece cannot make
+    ``vocab_size`` pieces of them.
     """
     if out.exists():
         raise ValueError(f"{out}: already exists; choose another folder or remove it first")
     files = find_inputs(inputs)
-    lines = _Lines(files, separator, text_field, report)
+    lines = _Lines(files, separator, text_field, show)
     with new_folder(out) as folder:
         model = io.BytesIO()
         sentencepiece.set_random_generator_seed(seed)
@@ -86,16 +86,12 @@ class _Lines:
     """The lines of a corpus; ``problem`` keeps what it raises, which sentencepiece would hide."""
 
     def __init__(
-        self,
-        files: Sequence[Path],
-        separator: str | None,
-        text_field: str,
-        report: Callable[[int], None],
+        self, files: Sequence[Path], separator: str | None, text_field: str, show: Show
     ) -> None:
         self.count = 0
         self.problem = ""
         self._files, self._separator, self._text_field = files, separator, text_field
-        self._report = report
+        self._show = show
 
     def __iter__(self) -> Iterator[str]:
         try:
@@ -115,7 +111,8 @@ class _Lines:
         for line in _BETWEEN.split(document):
             for begin in range(0, len(line), longest):
                 self.count += 1
-                self._report(self.count)
+                if self.count % 1000 == 0:
+                    self._show(f"{self.count:,} lines")
                 yield line[begin : begin + longest]
 
 

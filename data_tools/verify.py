@@ -6,7 +6,6 @@ was: that every block is what the format promises and adds up to what the manife
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import google_crc32c
@@ -14,12 +13,13 @@ import numpy as np
 import numpy.typing as npt
 
 from data_tools.blocks import Sample, read_samples
+from data_tools.workspace import Show, silent
 from hourglass_dist.data.shards import Manifest, Shard
 from hourglass_dist.data.tokenizer import Tokenizer, load_tokenizer, require_same
 
 
-def verify(folder: Path, report: Callable[[Shard], None] = lambda shard: None) -> Manifest:
-    """Check everything; ``report`` is told of every shard that was found right.
+def verify(folder: Path, show: Show = silent) -> Manifest:
+    """Check everything.
 
     Raises ValueError for the first thing that is wrong: the file, the expected, the found.
     """
@@ -32,8 +32,8 @@ def verify(folder: Path, report: Callable[[Shard], None] = lambda shard: None) -
         )
     manifest.verify()
     for shard in manifest.shards:
+        show(shard.path)
         _check_shard(manifest, shard, tokenizer)
-        report(shard)
     return manifest
 
 

@@ -5,11 +5,18 @@ from __future__ import annotations
 import fcntl
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from hourglass_dist.files import sync
+
+Show = Callable[[str], None]
+"""Shows a line about how far a long step is, over the line before."""
+
+
+def silent(line: str) -> None:
+    """Shows nothing."""
 
 
 @contextmanager
@@ -20,6 +27,7 @@ def new_folder(out: Path) -> Iterator[Path]:
     writing ``out``.
     """
     folder = out.with_name(f".{out.name}.unfinished")
+    missing = [parent for parent in folder.parents if not parent.exists()]  # nearest first
     folder.mkdir(parents=True, exist_ok=True)
     lock = os.open(folder, os.O_RDONLY)
     try:
@@ -36,6 +44,9 @@ def new_folder(out: Path) -> Iterator[Path]:
             sync(out.parent)
         except BaseException:
             shutil.rmtree(folder, ignore_errors=True)
+            for parent in missing:
+                with suppress(OSError):  # it is in use by now
+                    parent.rmdir()
             raise
     finally:
         os.close(lock)

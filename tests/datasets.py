@@ -46,11 +46,7 @@ def make(
     corpus.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     sizes = {"block_tokens": 64, "shard_blocks": 3} | settings
     job = plan_job([corpus], tokenizer or ByteTokenizer(), held_out=held_out, **sizes)
-    return make_dataset(job, folder / "dataset", ignore)
-
-
-def ignore(progress: object) -> None:
-    """A report that nobody reads."""
+    return make_dataset(job, folder / "dataset")
 
 
 def words(count: int, seed: int = 0) -> list[str]:

@@ -18,7 +18,7 @@ from typing import Any
 
 import google_crc32c
 import pytest
-from datasets import ignore, make, refusal, words
+from datasets import make, refusal, words
 from ranks import environment
 
 from data_tools.inspect import documents
@@ -80,7 +80,7 @@ def test_held_out_by_input_is_by_file_however_it_is_spelled(
         (tmp_path / f"{name}.txt").write_text(f"text of {name}")
     monkeypatch.chdir(tmp_path)
     job = plan_job([tmp_path], ByteTokenizer(), held_out="input:./sub/../b.txt", block_tokens=16)
-    manifest = make_dataset(job, tmp_path / "dataset", ignore)
+    manifest = make_dataset(job, tmp_path / "dataset")
     texts = {s: list(documents(manifest, s, ByteTokenizer())) for s in ("train", "heldout")}
     assert texts["heldout"] == ["text of b"]
     assert sorted(texts["train"]) == ["text of a", "text of sub/c"]
@@ -114,9 +114,11 @@ def test_the_shuffle_does_not_depend_on_the_memory_used(
 
 
 def test_a_dry_run_counts_what_a_real_one_writes(tmp_path: Path) -> None:
-    manifest = make(tmp_path, words(100))
+    manifest = make(tmp_path, [*words(100), "", ""])
     job = plan_job([tmp_path / "corpus.jsonl"], ByteTokenizer(), held_out="hash:0.3")
-    for split_name, counts in count(job, ignore).splits.items():
+    progress = count(job)
+    assert progress.empty_documents == manifest.empty_documents == 2
+    for split_name, counts in progress.splits.items():
         found = manifest.split(split_name)
         assert counts.tokens == sum(s.tokens for s in found)
         assert counts.text_bytes == sum(s.text_bytes for s in found)
@@ -188,7 +190,8 @@ def rewrite(manifest: Manifest, change: Callable[[bytearray, int], object], **fi
     change(data, first.offsets[0])
     (manifest.folder / first.path).write_bytes(data)
     fields = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()} | fields
-    kept = {name: getattr(manifest, name) for name in ("tokenizer", "eos_id", "dtype", "recipe")}
+    same = ("tokenizer", "eos_id", "dtype", "recipe", "empty_documents")
+    kept = {name: getattr(manifest, name) for name in same}
     shards = (first.model_copy(update=fields), *others)
     Manifest.make(manifest.folder, **kept, shards=shards).save()
     return manifest.folder

@@ -115,7 +115,7 @@ def test_only_the_last_block_of_a_split_is_padded(manifest: Manifest) -> None:
 def test_packing_is_concatenation(lengths: list[int], block: int) -> None:
     packer = Packer(block, 255, "u8")
     texts = [np.full(length, i, np.uint8) for i, length in enumerate(lengths)]
-    blocks = [b for ids in texts for b in packer.add(ids)] + list(packer.finish())
+    blocks = list(packer.pack(texts))
     flat = [token for ids in texts for token in [*ids.tolist(), 255]]
     packed = [token for b in blocks for token in b.tokens_T[: b.tokens].tolist()]
     assert packed == flat

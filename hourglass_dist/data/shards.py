@@ -125,6 +125,8 @@ class Manifest(Section):
     """Type of the ids: the extension of the tokens member."""
     recipe: Recipe
     """How the dataset was made."""
+    empty_documents: NonNegativeInt
+    """Input documents without any text, left out."""
     shards: tuple[Shard, ...] = Field(min_length=1)
     """All shards, of both splits, in the order in which they were written."""
 

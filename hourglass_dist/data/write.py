@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,9 +21,11 @@ from hourglass_dist.data.shards import (
     DTypeName,
     Shard,
     Split,
+    dtype_name,
     dtype_of,
     sha256_of,
 )
+from hourglass_dist.data.tokenizer import Tokenizer
 from hourglass_dist.files import sync
 
 
@@ -51,8 +53,14 @@ class Packer:
         self._documents = 0  # that have ended so far
         self._first_document = 0
 
-    def add(self, ids: npt.NDArray[Any]) -> Iterator[Block]:
-        """Append a document and its eos; yields the blocks that it fills."""
+    def pack(self, documents: Iterable[npt.NDArray[Any]]) -> Iterator[Block]:
+        """The blocks of documents (their ids, without eos)."""
+        for ids in documents:
+            yield from self._add(ids)
+        if self._filled:
+            yield self._cut()
+
+    def _add(self, ids: npt.NDArray[Any]) -> Iterator[Block]:
         size = len(self._tokens_T)
         rest = np.append(ids.astype(self._tokens_T.dtype), self._tokens_T.dtype.type(self._eos_id))
         while len(rest):
@@ -65,11 +73,6 @@ class Packer:
                 self._documents += 1
             if self._filled == size:
                 yield self._cut()
-
-    def finish(self) -> Iterator[Block]:
-        """Yields the last block, padded, when there is one."""
-        if self._filled:
-            yield self._cut()
 
     def _cut(self) -> Block:
         ends = np.array(self._ends, dtype="<u4")
@@ -86,47 +89,47 @@ class ShardWriter:
         self,
         folder: Path,
         split: Split,
-        dtype: DTypeName,
         source: str,
         shard_blocks: int,
-        byte_lengths_V: npt.NDArray[np.int64],
+        tokenizer: Tokenizer,
     ) -> None:
-        """``byte_lengths_V``: bytes of text per id, for the count in the manifest."""
-        self.shards: list[Shard] = []
-        self._folder, self._split, self._dtype = folder, split, dtype
-        self._source, self._shard_blocks = source, shard_blocks
-        self._byte_lengths_V = byte_lengths_V
+        """``source`` stands in every sample, ``shard_blocks`` is how many make a shard."""
+        self._folder, self._split, self._source = folder, split, source
+        self._dtype = dtype_name(tokenizer.vocab_size)
+        self._shard_blocks = shard_blocks
+        self._byte_lengths_V = tokenizer.byte_lengths()
         self._blocks: list[Block] = []
+        self._written = 0
 
-    def add(self, block: Block) -> None:
-        """Append a block; a shard is written when it is full."""
+    def add(self, block: Block) -> Iterator[Shard]:
+        """Append a block; yields the manifest entry of the shard that it completes."""
         self._blocks.append(block)
         if len(self._blocks) == self._shard_blocks:
-            self._write()
+            yield self._write()
 
-    def finish(self) -> list[Shard]:
-        """Write what is left and return the manifest entries of all shards."""
+    def finish(self) -> Iterator[Shard]:
+        """Write the blocks that are left; yields the entry of their shard."""
         if self._blocks:
-            self._write()
-        return self.shards
+            yield self._write()
 
-    def _write(self) -> None:
+    def _write(self) -> Shard:
         import webdataset  # it imports torch, a second that other data commands need not wait
 
-        number = len(self.shards)
-        path = self._folder / f"{self._split}-{number:06d}.tar"
+        path = self._folder / f"{self._split}-{self._written:06d}.tar"
         unfinished = path.with_name(f".{path.name}.unfinished")
         with (
             unfinished.open("wb") as file,
             webdataset.TarWriter(file, encoder=False, mtime=0) as tar,
         ):
             for i, block in enumerate(self._blocks):
-                tar.write(self._sample(f"{self._split}-{number:06d}-{i:06d}", block))
+                tar.write(self._sample(f"{path.stem}-{i:06d}", block))
         sync(unfinished)
-        self.shards.append(self._entry(unfinished, path.name))
+        shard = self._entry(unfinished, path.name)
         unfinished.rename(path)
         sync(self._folder)
         self._blocks = []
+        self._written += 1
+        return shard
 
     def _sample(self, key: str, block: Block) -> dict[str, Any]:
         members = {
