@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
+import weakref
 from typing import Any
 
 import pytest
@@ -320,6 +322,22 @@ def test_the_fast_linear_layer_is_a_linear_layer(wide_in: int, wide_out: int, bi
         gradients.append([out, given.grad, *(p.grad for p in layer.parameters())])
     for mine, wanted in zip(*gradients, strict=True):
         torch.testing.assert_close(mine, wanted, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_linear_layer_does_not_hold_a_weight_that_is_taken_away(dtype: torch.dtype) -> None:
+    """As ZeRO-3 does between the forward and the backward pass."""
+    layer = Linear(64, 64, dtype=dtype)
+    x = torch.randn(5, 64, dtype=dtype, requires_grad=True)
+    out = layer(x)
+    weight, gathered = layer.weight.detach().clone(), weakref.ref(layer.weight.untyped_storage())
+    layer.weight.data = torch.empty(0, dtype=dtype)
+    gc.collect()
+    assert gathered() is None
+    layer.weight.data = weight
+    out.sum().backward()
+    assert x.grad is not None
+    torch.testing.assert_close(x.grad, weight.sum(0).expand(5, -1), rtol=0.02, atol=0.05)
 
 
 def test_the_fast_linear_layer_keeps_frozen_weights_and_follows_autocast() -> None:

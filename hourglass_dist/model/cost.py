@@ -133,8 +133,6 @@ class _Part(NamedTuple):
 
     parameters: int
     flops: int
-    last_flops: int
-    """Of the last product, which a recomputation leaves out: nothing after it is needed."""
     kept: int
     """Numbers kept for the backward pass, its new inputs among them."""
     statistics: int
@@ -170,7 +168,7 @@ def _sum_level(
         parameters=sum(part.parameters for part in parts),
         frozen_parameters=sum(part.frozen for part in parts),
         flops=sum(part.flops for part in parts),
-        recompute_flops=sum(p.flops - p.last_flops for p in parts) if recomputes else 0,
+        recompute_flops=sum(part.flops for part in parts) if recomputes else 0,
         activation_bytes=sum(inputs if recomputes else whole),
         recompute_bytes=max(map(int.__sub__, whole, inputs), default=0) if recomputes else 0,
     )
@@ -184,7 +182,6 @@ def _layer(size: _Size, n: int) -> _Part:
     return _Part(
         parameters=2 * dim + 4 * dim * inner + dim + feed_forward.parameters,
         flops=2 * n * 4 * dim * inner + 4 * inner * pairs + feed_forward.flops,
-        last_flops=feed_forward.last_flops,
         kept=n * (2 * dim + 4 * inner) + feed_forward.kept,  # x, norm(x); q, k, v, mixed
         statistics=n * (2 + size.config.heads) + feed_forward.statistics,
         inputs=n * dim,
@@ -196,7 +193,6 @@ def _feed_forward(size: _Size, n: int) -> _Part:
     return _Part(
         parameters=2 * dim + 2 * dim * hidden + hidden + dim,
         flops=4 * n * dim * hidden,
-        last_flops=2 * n * dim * hidden,
         kept=n * (2 * dim + 2 * hidden),  # x, norm(x); before and after GELU
         statistics=2 * n,
         inputs=n * dim,
@@ -207,11 +203,9 @@ def _shorten(size: _Size, n: int, s: int) -> _Part:
     """The way in: pool ``n`` positions by ``s``, let pooled tokens attend to their bucket."""
     config, dim, inner, g = size.config, size.config.dim, size.inner, bucket_count(n, s)
     linear = config.resampling == "linear"
-    product = 2 * g * s * dim * dim if linear else 0
     pool = _Part(
         parameters=s * dim * dim + dim if linear else 0,
-        flops=product,
-        last_flops=product,
+        flops=2 * g * s * dim * dim if linear else 0,
         kept=g * s * dim if linear else 0,
         statistics=0,
         inputs=n * dim,
@@ -223,7 +217,6 @@ def _shorten(size: _Size, n: int, s: int) -> _Part:
     return _Part(
         parameters=pool.parameters + 2 * dim + 4 * dim * inner + dim + feed_forward.parameters,
         flops=pool.flops + 2 * g * 4 * dim * inner + mixing + feed_forward.flops,
-        last_flops=feed_forward.last_flops,
         # the buckets; pooled, norm(pooled); q, values; looks, mixed; weights
         kept=g * (s * dim + 2 * dim + 2 * inner + 2 * config.heads * dim + config.heads * s)
         + feed_forward.kept,
@@ -236,11 +229,9 @@ def _lengthen(size: _Size, n: int, s: int) -> _Part:
     """The way out: spread pooled tokens over ``n`` positions, each attends to its pooled token."""
     config, dim, inner, g = size.config, size.config.dim, size.inner, bucket_count(n, s)
     linear = config.resampling == "linear"
-    product = 2 * g * s * dim * dim if linear else 0
     spread = _Part(
         parameters=s * dim * dim + s * dim if linear else 0,
-        flops=product,
-        last_flops=product,
+        flops=2 * g * s * dim * dim if linear else 0,
         kept=g * dim if linear else 0,
         statistics=0,
         inputs=g * dim,  # the positions outside are the input of the way in, too
@@ -252,7 +243,6 @@ def _lengthen(size: _Size, n: int, s: int) -> _Part:
     return _Part(
         parameters=spread.parameters + frozen + 2 * dim * inner + dim + feed_forward.parameters,
         flops=spread.flops + 2 * g * 2 * dim * inner + feed_forward.flops,
-        last_flops=feed_forward.last_flops,
         kept=g * (dim + inner) + feed_forward.kept,
         statistics=feed_forward.statistics,
         inputs=g * dim,
