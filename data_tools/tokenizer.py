@@ -1,17 +1,20 @@
 """Training a sentencepiece tokenizer that loses nothing, the same one every time.
 
-    inputs -> documents -> lines of at most 4,192 bytes -> sentencepiece -> tokenizer.json + .model
+    inputs -> documents -> lines of at most 4,192 bytes -> a draw of them -> sentencepiece
+    -> tokenizer.json, tokenizer.model
 
 Byte fallback spells what no piece covers; there is no dummy prefix and no normalisation. The result
-depends on the order of the input and on the number of threads, so both are fixed.
+depends on the order of the input and on the number of threads, so both are fixed. The draw is made
+here: that of sentencepiece (0.2.3) is another one in every process, whatever seed it is given.
 """
 
 from __future__ import annotations
 
 import io
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from random import Random
 from typing import Literal
 
 import sentencepiece
@@ -49,10 +52,13 @@ def train_tokenizer(
     if out.exists():
         raise ValueError(f"{out}: already exists; choose another folder or remove it first")
     files = find_inputs(inputs)
-    lines = _Lines(files, separator, text_field, show)
+    documents = (text for file in files for text in read_documents(file, separator, text_field))
     with new_folder(out) as folder:
+        lines = _draw(_lines(documents), max_lines, seed, show)
+        if not lines:
+            raise ValueError(f"{files[0]}: empty corpus: {len(files)} input files without any text")
+        show(f"training on {len(lines):,} lines")
         model = io.BytesIO()
-        sentencepiece.set_random_generator_seed(seed)
         try:
             sentencepiece.SentencePieceTrainer.train(
                 sentence_iterator=iter(lines),
@@ -60,7 +66,7 @@ def train_tokenizer(
                 model_type=kind,
                 vocab_size=vocab_size,
                 input_sentence_size=max_lines,
-                shuffle_input_sentence=True,
+                shuffle_input_sentence=False,
                 max_sentence_length=MAX_LINE_BYTES,
                 num_threads=1,
                 byte_fallback=True,
@@ -76,44 +82,33 @@ def train_tokenizer(
                 minloglevel=2,
             )
         except RuntimeError as error:
-            raise ValueError(lines.problem or _explain(error, vocab_size, lines.count)) from None
+            raise ValueError(_explain(error, vocab_size, len(lines))) from None
         tokenizer = SentencePieceTokenizer(model.getvalue(), str(out))
         tokenizer.save(folder)
     return tokenizer
 
 
-class _Lines:
-    """The lines of a corpus; ``problem`` keeps what it raises, which sentencepiece would hide."""
-
-    def __init__(
-        self, files: Sequence[Path], separator: str | None, text_field: str, show: Show
-    ) -> None:
-        self.count = 0
-        self.problem = ""
-        self._files, self._separator, self._text_field = files, separator, text_field
-        self._show = show
-
-    def __iter__(self) -> Iterator[str]:
-        try:
-            for path in self._files:
-                for document in read_documents(path, self._separator, self._text_field):
-                    yield from self._lines_of(document)
-        except ValueError as error:
-            self.problem = str(error)
-            raise
-        if not self.count:
-            self.problem = (
-                f"{self._files[0]}: empty corpus: {len(self._files)} input files without any text"
-            )
-
-    def _lines_of(self, document: str) -> Iterator[str]:
-        longest = MAX_LINE_BYTES // 4  # characters: none has more than four bytes
+def _lines(documents: Iterable[str]) -> Iterator[str]:
+    """Their lines, cut to what sentencepiece takes; none is empty."""
+    longest = MAX_LINE_BYTES // 4  # characters: none has more than four bytes
+    for document in documents:
         for line in _BETWEEN.split(document):
             for begin in range(0, len(line), longest):
-                self.count += 1
-                if self.count % 1000 == 0:
-                    self._show(f"{self.count:,} lines")
                 yield line[begin : begin + longest]
+
+
+def _draw(lines: Iterable[str], size: int, seed: int, show: Show) -> list[str]:
+    """``size`` of the lines in their order, all with the same chance (reservoir sampling)."""
+    random = Random(seed)
+    drawn: list[tuple[int, str]] = []
+    for number, line in enumerate(lines):
+        if number % 10_000 == 0:
+            show(f"{number:,} lines")
+        if number < size:
+            drawn.append((number, line))
+        elif (place := random.randrange(number + 1)) < size:
+            drawn[place] = (number, line)
+    return [line for _, line in sorted(drawn)]
 
 
 def _explain(error: RuntimeError, vocab_size: int, lines: int) -> str:

@@ -79,7 +79,8 @@ def test_held_out_by_input_is_by_file_however_it_is_spelled(
     for name in ("a", "b", "sub/c"):
         (tmp_path / f"{name}.txt").write_text(f"text of {name}")
     monkeypatch.chdir(tmp_path)
-    job = plan_job([tmp_path], ByteTokenizer(), held_out="input:./sub/../b.txt", block_tokens=16)
+    rule = f"input:{tmp_path}/sub/../b.txt"
+    job = plan_job([Path(".")], ByteTokenizer(), held_out=rule, block_tokens=16)
     manifest = make_dataset(job, tmp_path / "dataset")
     texts = {s: list(documents(manifest, s, ByteTokenizer())) for s in ("train", "heldout")}
     assert texts["heldout"] == ["text of b"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 import subprocess
 from collections.abc import Callable
@@ -138,13 +139,16 @@ def test_rows_are_views_of_the_blocks(
     """All rows of all shards, end to end, are the real tokens of the split once and in order."""
     manifest: Manifest = request.getfixturevalue(which)
     for split in SPLITS:
+        files = len(os.listdir("/proc/self/fd"))
         reader = ShardReader(manifest, split, seq_len, max_open=1)
         rows = [
             reader.row(shard, row)
             for shard, count in enumerate(reader.rows_per_shard)
             for row in range(count)
         ]
+        assert len(os.listdir("/proc/self/fd")) <= files + 1
         reader.close()
+        assert len(os.listdir("/proc/self/fd")) == files
         blocks = list(plain_webdataset(manifest, split))
         real = np.concatenate([ids[: about["tokens"]] for ids, about in blocks])
         targets = np.concatenate([targets for _, targets in rows])

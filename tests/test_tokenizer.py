@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import shutil
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import cast
@@ -15,8 +16,10 @@ import sentencepiece
 from datasets import NASTY, refusal
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from ranks import hourglass
 
-from data_tools.tokenizer import Kind, train_tokenizer
+from data_tools.tokenizer import Kind, _draw, train_tokenizer
+from data_tools.workspace import silent
 from hourglass_dist.data.tokenizer import (
     ByteTokenizer,
     SentencePieceTokenizer,
@@ -141,12 +144,28 @@ def test_fingerprints_tell_tokenizers_apart(trained: dict[str, Path], tmp_path: 
 
 
 @pytest.mark.parametrize("kind", ["unigram", "bpe"])
-def test_training_is_deterministic(trained: dict[str, Path], kind: Kind, tmp_path: Path) -> None:
+def test_training_is_deterministic(trained: dict[str, Path], kind: str, tmp_path: Path) -> None:
+    """In another process: what is random only between processes would pass unseen in this one."""
     size = 400 if kind == "unigram" else 600
-    again = train_tokenizer(
-        [CORPUS], tmp_path / "again", kind=kind, vocab_size=size, max_lines=3000
+    done = hourglass(
+        *("data", "tokenizer", CORPUS, "--out", tmp_path / "again", "--kind", kind),
+        *("--vocab-size", size, "--max-lines", 3000),
     )
-    assert again.fingerprint == load_tokenizer(trained[kind]).fingerprint
+    fingerprint = load_tokenizer(trained[kind]).fingerprint
+    assert load_tokenizer(tmp_path / "again").fingerprint == fingerprint
+    assert fingerprint.model_sha256 in done.stdout
+
+
+def test_the_draw_is_fair_and_follows_its_seed() -> None:
+    lines = [str(i) for i in range(100)]
+    drawn = [_draw(lines, 30, seed, silent) for seed in range(300)]
+    assert len({tuple(draw) for draw in drawn}) == 300
+    assert _draw(lines, 30, 7, silent) == drawn[7]
+    assert {len(set(draw)) for draw in drawn} == {30}
+    assert all(draw == sorted(draw, key=int) for draw in drawn)
+    counts = Counter(line for draw in drawn for line in draw)
+    assert all(50 < counts[line] < 130 for line in lines)  # 90 expected, deviation 8
+    assert _draw(lines, 100, 0, silent) == lines
 
 
 def _flip(path: Path) -> None:
