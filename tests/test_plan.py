@@ -30,7 +30,8 @@ def quickstart(stage: int, precision: str = "fp32", *more: str) -> Config:
     )
 
 
-# Bytes of a trained parameter on one of two ranks, as measured: weights, gradients, master, moments.
+# Bytes of a trained parameter on one of two ranks, as measured: weights, gradients, master,
+# moments.
 MEASURED = {
     (0, "fp32"): (4, 4, 0, 8),
     (0, "bf16"): (4, 4, 0, 8),
