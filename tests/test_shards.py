@@ -20,7 +20,15 @@ from hypothesis import strategies as st
 
 from data_tools.inspect import documents
 from data_tools.tokenizer import train_tokenizer
-from hourglass_dist.data.shards import IGNORED, Manifest, ShardReader, Split, dtype_name
+from hourglass_dist.data.shards import (
+    IGNORED,
+    DTypeName,
+    Manifest,
+    ShardReader,
+    Split,
+    dtype_name,
+    dtype_of,
+)
 from hourglass_dist.data.stream import Stream, held_out_rows
 from hourglass_dist.data.tokenizer import ByteTokenizer, load_tokenizer
 from hourglass_dist.data.write import Packer
@@ -112,9 +120,13 @@ def test_only_the_last_block_of_a_split_is_padded(manifest: Manifest) -> None:
         assert set(last[about["tokens"] :]) == {manifest.eos_id}
 
 
-@given(st.lists(st.integers(0, 30), max_size=20), st.integers(1, 16))
-def test_packing_is_concatenation(lengths: list[int], block: int) -> None:
-    packer = Packer(block, 255, "u8")
+@given(
+    st.lists(st.integers(0, 30), max_size=20),
+    st.integers(1, 16),
+    st.sampled_from(["u8", "u16", "u32"]),
+)
+def test_packing_is_concatenation(lengths: list[int], block: int, dtype: DTypeName) -> None:
+    packer = Packer(block, 255, dtype)
     texts = [np.full(length, i, np.uint8) for i, length in enumerate(lengths)]
     blocks = list(packer.pack(texts))
     flat = [token for ids in texts for token in [*ids.tolist(), 255]]
@@ -125,6 +137,7 @@ def test_packing_is_concatenation(lengths: list[int], block: int) -> None:
     for i, b in enumerate(blocks):
         assert b.first_document == sum(end <= i * block for end in ends)
         assert len(b.tokens_T) == block
+        assert b.tokens_T.dtype == dtype_of(dtype)
 
 
 def test_the_smallest_type_that_fits() -> None:

@@ -161,7 +161,7 @@ def _batch(reader: ShardReader, shards: Int64s, rows: Int64s, ids: Int64s) -> Ba
 
 
 def _read_ahead(source: Generator[Batch, None, None]) -> Generator[Batch, None, None]:
-    """The items of ``source``, read by a thread; what it raises is raised here."""
+    """The items of the endless ``source``, read by a thread; what it raises is raised here."""
     ready: queue.Queue[Batch | BaseException] = queue.Queue(READ_AHEAD)
     stop = threading.Event()
 

@@ -1,7 +1,9 @@
 """Writing shards: documents -> blocks of T tokens -> WebDataset tars, each whole or not there.
 
-Packer       document ids, each followed by eos, laid end to end and cut into blocks
-ShardWriter  blocks into tars of ``shard_blocks`` blocks: temporary name, fsync, rename
+    Packer         document ids, each followed by eos, laid end to end and cut into blocks
+    ShardWriter    blocks into tars of ``shard_blocks`` blocks: temporary name, fsync, rename
+
+The same documents give the same bytes. Memory holds the blocks of one shard.
 """
 
 from __future__ import annotations
