@@ -150,31 +150,32 @@ def test_finished_work_is_recognised_and_other_work_refused(tmp_path: Path) -> N
     assert "already exists and is no dataset" in refusal(again)
 
 
-def _sharding(tmp_path: Path) -> list[object]:
-    """A command that takes some seconds."""
-    big = tmp_path / "big.jsonl"
-    big.write_text("".join(json.dumps({"text": t}) + "\n" for t in words(200)) * 150)
-    return ["shard", big, "--out", tmp_path / "dataset", "--block-tokens", "256"]
+def _sharding(folder: Path, repeats: int) -> list[str]:
+    """The arguments that shard 200 documents, ``repeats`` times over."""
+    path = folder / f"{repeats}.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in words(200)) * repeats)
+    return ["shard", str(path), "--out", str(folder / "dataset"), "--block-tokens", "256"]
 
 
 def test_a_killed_run_leaves_no_dataset_and_the_next_one_succeeds(tmp_path: Path) -> None:
-    arguments = [str(a) for a in _sharding(tmp_path)]
-    process = subprocess.Popen([*COMMAND, *arguments], env=environment(), start_new_session=True)
+    process = subprocess.Popen(
+        [*COMMAND, *_sharding(tmp_path, 2000)], env=environment(), start_new_session=True
+    )
     hidden = tmp_path / ".dataset.unfinished"
     try:
         deadline = time.monotonic() + 60
         while not any(hidden.glob("spill/*")) and time.monotonic() < deadline:
             time.sleep(0.01)
         os.killpg(process.pid, signal.SIGSTOP)  # in the middle of its work
-        second = hourglass_data(*arguments, cwd=tmp_path)
+        second = hourglass_data(*_sharding(tmp_path, 1), cwd=tmp_path)
         assert second.returncode == 2
         assert "another process is writing" in second.stderr
     finally:
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-    assert hidden.exists()
+    assert any(hidden.glob("spill/*"))
     assert not (tmp_path / "dataset").exists()
-    third = hourglass_data(*arguments, cwd=tmp_path)
+    third = hourglass_data(*_sharding(tmp_path, 1), cwd=tmp_path)
     assert third.returncode == 0, third.stderr
     assert not hidden.exists()
     verify(tmp_path / "dataset")

@@ -9,7 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from datasets import refusal
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hourglass_dist.data.order import Location, Plan, locate, locate_many, ranks_cut
@@ -39,6 +39,7 @@ def slow_epoch(plan: Plan, epoch: int) -> Iterator[Location]:
         yield from (lane[k] for lane in lanes if k < len(lane))
 
 
+@settings(deadline=None)
 @given(PLANS)
 def test_locate_agrees_with_the_slow_reference(plan: Plan) -> None:
     rows = plan.total_rows
@@ -46,6 +47,7 @@ def test_locate_agrees_with_the_slow_reference(plan: Plan) -> None:
     assert [locate(plan, n) for n in range(3 * rows)] == expected
 
 
+@settings(deadline=None)
 @given(PLANS, st.lists(st.integers(0, 10**12), max_size=20))
 def test_locate_many_agrees_with_locate(plan: Plan, ns: list[int]) -> None:
     found = locate_many(plan, np.array(ns, dtype=np.int64))
@@ -53,6 +55,7 @@ def test_locate_many_agrees_with_locate(plan: Plan, ns: list[int]) -> None:
     assert [Location(*row) for row in rows] == [locate(plan, n) for n in ns]
 
 
+@settings(deadline=None)
 @given(PLANS, st.integers(0, 5))
 def test_an_epoch_is_every_row_once(plan: Plan, epoch: int) -> None:
     rows = plan.total_rows
@@ -97,6 +100,7 @@ def test_the_hash_depends_on_every_field(change: dict[str, object]) -> None:
     assert replace(plan).hash == plan.hash
 
 
+@settings(deadline=None)
 @given(st.integers(0, 10**9), st.integers(1, 64), st.integers(1, 64))
 def test_ranks_cut_the_batch(n: int, local: int, world: int) -> None:
     batch = local * world

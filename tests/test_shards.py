@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import webdataset
 from datasets import make, plain_webdataset, refusal, words
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_tools.inspect import documents
@@ -120,6 +120,7 @@ def test_only_the_last_block_of_a_split_is_padded(manifest: Manifest) -> None:
         assert set(last[about["tokens"] :]) == {manifest.eos_id}
 
 
+@settings(deadline=None)
 @given(
     st.lists(st.integers(0, 30), max_size=20),
     st.integers(1, 16),
