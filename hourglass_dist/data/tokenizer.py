@@ -18,6 +18,7 @@ import json
 import re
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -33,6 +34,8 @@ Ids = npt.NDArray[np.unsignedinteger[Any]]
 
 DESCRIPTION_FILE = "tokenizer.json"
 MODEL_FILE = "tokenizer.model"
+LINES_AT_ONCE = 4096
+"""Lines whose ids are Python integers at one time: those of a long text would fill the memory."""
 
 
 @dataclass(frozen=True)
@@ -186,12 +189,10 @@ class SentencePieceTokenizer(_TableTokenizer):
         """The ids of ``text`` as uint32. Raises ValueError for lone surrogates."""
         _utf8(text)
         parts = re.split("([\n\u2581])", text)  # text, separator, text, separator, ..., text
-        encoded = self._processor.encode(parts[0::2], num_threads=1)
-        ids: list[int] = encoded[0]
-        for separator, part_ids in zip(parts[1::2], encoded[1:], strict=True):
-            ids += self._spelled[separator]
-            ids += part_ids
-        return np.array(ids, dtype=np.uint32)
+        step = 2 * LINES_AT_ONCE
+        return np.concatenate(
+            [self._encode_parts(parts[i : i + step]) for i in range(0, len(parts), step)]
+        )
 
     def encode_prompt(self, data: bytes) -> list[int]:
         """The ids of UTF-8 bytes. Raises ValueError naming the first byte that is none."""
@@ -208,6 +209,15 @@ class SentencePieceTokenizer(_TableTokenizer):
         """Write tokenizer.json and tokenizer.model into an existing folder."""
         super().save(folder)
         (folder / MODEL_FILE).write_bytes(self._model)
+
+    def _encode_parts(self, parts: list[str]) -> Ids:
+        """The ids of texts and, between and perhaps after them, separators."""
+        ids: list[int] = []
+        texts = self._processor.encode(parts[0::2], num_threads=1)
+        for text_ids, separator in zip_longest(texts, parts[1::2]):
+            ids += text_ids
+            ids += self._spelled[separator] if separator else []
+        return np.array(ids, dtype=np.uint32)
 
     def _require_lossless(self, source: str) -> None:
         """Raise ValueError for a model trained with normalisation or a dummy prefix."""
