@@ -33,10 +33,10 @@ from hourglass_dist.data.shards import (
     Split,
     dtype_name,
     dtype_of,
-    sha256_of,
 )
 from hourglass_dist.data.tokenizer import Tokenizer
 from hourglass_dist.data.write import Packer, ShardWriter
+from hourglass_dist.files import sha256_of
 from hourglass_dist.sections import differences
 
 SPLITS: tuple[Split, ...] = get_args(Split)

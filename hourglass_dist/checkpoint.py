@@ -6,8 +6,8 @@
         lock                       held by the process that trains here
         metrics.jsonl, events.*    written by metrics.py
         checkpoints/
-            step_00000500/         rank_00000.safetensors ... manifest.json (size and crc32c of each
-            file, progress)
+            step_00000500/         rank_00000.safetensors ... and manifest.json: the progress, and
+                                   size and crc32c of each file
             latest                 the name of the newest one
 
 A checkpoint is written under a temporary name, synced, renamed, and only then named by ``latest``:

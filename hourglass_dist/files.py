@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from pathlib import Path
 
@@ -15,6 +16,17 @@ def checksum(path: Path) -> int:
         while chunk := file.read(1 << 20):
             total.update(chunk)
     return int.from_bytes(total.digest(), "big")
+
+
+def sha256_of(path: Path) -> str:
+    """The sha256 (hex) of a file."""
+    digest = hashlib.sha256()
+    buffer = bytearray(1 << 20)
+    view = memoryview(buffer)
+    with path.open("rb", buffering=0) as file:
+        while count := file.readinto(buffer):
+            digest.update(view[:count])
+    return digest.hexdigest()
 
 
 def sync(path: Path) -> None:

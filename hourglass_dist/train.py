@@ -108,7 +108,8 @@ def open_dataset(config: Config) -> tuple[Manifest, Tokenizer]:
 
 
 def open_stream(config: Config, manifest: Manifest, world: dist.World) -> Stream:
-    """The training rows of this rank, its share of the shards verified."""
+    """The training rows of this rank; its share of the shards, held-out ones too, is verified."""
+    held_out(config, manifest, world)
     return Stream(
         manifest,
         "train",

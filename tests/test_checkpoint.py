@@ -138,7 +138,7 @@ def test_killed_at_any_instant_leaves_a_whole_checkpoint(tmp_path: Path) -> None
         process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE)
         assert process.stdout is not None
         said = [process.stdout.readline() for _ in range(3)][-1]
-        time.sleep(attempt * 0.0017)  # a save takes about ten times as long
+        time.sleep(attempt * 0.0017)  # spread over the next save
         process.kill()
         process.wait()
         process.stdout.close()

@@ -32,7 +32,7 @@ import numpy.typing as npt
 from pydantic import Field, NonNegativeInt, PositiveInt
 
 from hourglass_dist.data.tokenizer import Fingerprint
-from hourglass_dist.files import replace
+from hourglass_dist.files import replace, sha256_of
 from hourglass_dist.sections import Section, parse
 
 FORMAT = 1
@@ -263,17 +263,6 @@ def check_sha256(path: Path, shard: Shard) -> None:
 def _sha256_of_version(path: Path, version: tuple[int, ...]) -> str:
     """Reads a file once per process and version: evaluations verify their shards every time."""
     return sha256_of(path)
-
-
-def sha256_of(path: Path) -> str:
-    """The sha256 (hex) of a file."""
-    digest = hashlib.sha256()
-    buffer = bytearray(1 << 20)
-    view = memoryview(buffer)
-    with path.open("rb", buffering=0) as file:
-        while count := file.readinto(buffer):
-            digest.update(view[:count])
-    return digest.hexdigest()
 
 
 # --- reading by position -------------------------------------------------------------------------

@@ -25,10 +25,9 @@ from hourglass_dist.data.shards import (
     Split,
     dtype_name,
     dtype_of,
-    sha256_of,
 )
 from hourglass_dist.data.tokenizer import Tokenizer
-from hourglass_dist.files import sync
+from hourglass_dist.files import sha256_of, sync
 
 
 @dataclass(frozen=True)
