@@ -82,9 +82,12 @@ class RunFolder:
                 f"{self.path}: this run was started with other settings ({'; '.join(refused)}); "
                 "start the new ones elsewhere with run.dir=..."
             )
+
+    def record(self, config: Config, tokenizer: Tokenizer) -> None:
+        """Write the settings and the tokenizer."""
         (self.path / "tokenizer").mkdir(exist_ok=True)
         tokenizer.save(self.path / "tokenizer")
-        replace(written, to_yaml(config))
+        replace(self.path / "config.yaml", to_yaml(config))
 
     def _take_lock(self) -> None:
         lock = (self.path / "lock").open("a+")

@@ -1,8 +1,8 @@
 """What a run will cost before it is started: memory, operations and traffic of one rank.
 
-In names: P trained parameters, W ranks. Bytes of P as DeepSpeed 0.19.8 keeps them: weights, masters,
-moments and the sizes of the collectives were seen on two ranks with a small model; gradients within
-a step, the buffers and stage 3's second gather follow from its source.
+In names: P trained parameters, W ranks. Bytes of P as DeepSpeed 0.19.8 keeps them: weights,
+masters, moments and the sizes of the collectives were seen on two ranks with a small model;
+gradients within a step, the buffers and stage 3's second gather follow from its source.
 
     stage  precision  weights  gradients    master    moments
     0      both       4 P      4 P          -         8 P

@@ -34,15 +34,14 @@ def train(config: Config) -> None:
     """Run, or continue, the training that ``config`` describes.
 
     Raises ValueError (on every rank, with the same one-line message) for anything the user can
-    mend, and
-    FloatingPointError when loss or gradient stop being numbers.
+    mend, and FloatingPointError when loss or gradient stop being numbers.
     """
     world = dist.init()
     deepspeed_settings(config, world.size)  # refuses what does not fit, before anything is written
     manifest, tokenizer = dist.together(lambda: open_dataset(config), world.device)
     stream = dist.together(lambda: open_stream(config, manifest, world), world.device)
     run = RunFolder(Path(config.run.dir))
-    dist.together(lambda: run.open(config, tokenizer) if world.is_main else None, world.device)
+    dist.together(lambda: run.open(config) if world.is_main else None, world.device)
     checkpoints = Checkpoints(run.checkpoints, config.checkpoint.keep, world)
 
     step = 0
@@ -55,6 +54,7 @@ def train(config: Config) -> None:
             say(world, f"{run.path}: finished: all {config.train.steps} steps are done")
             run.close()
             return
+    dist.together(lambda: run.record(config, tokenizer) if world.is_main else None, world.device)
     model = HourglassLM(config.model)
     model.init_weights(config.run.seed)
     engine = Engine(model, sum_loss, config, world)
