@@ -68,9 +68,12 @@ class RunFolder:
         self.checkpoints = path / "checkpoints"
         self._lock: TextIOWrapper | None = None
 
-    def open(self, config: Config, tokenizer: Tokenizer) -> None:
-        """Take the lock, then write the settings or compare them. Raises ConfigError, having
-        changed nothing."""
+    def open(self, config: Config) -> None:
+        """Take the lock and compare the settings with those that the run was started with.
+
+        Raises ConfigError when another process trains here, or when a setting differs that decides
+        what is learned.
+        """
         self.path.mkdir(parents=True, exist_ok=True)
         self._take_lock()
         written = self.path / "config.yaml"
