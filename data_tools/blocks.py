@@ -26,8 +26,10 @@ class Sample:
     """By extension: tokens.u8 (or u16, u32), ends.u32, json."""
     tokens_T: npt.NDArray[np.unsignedinteger[Any]]
     ends: npt.NDArray[np.uint32]
-    about: dict[str, Any]
-    """The content of the json member."""
+    tokens: int
+    """How many of the ids are no padding, as the json member says."""
+    crc32c: dict[str, str]
+    """Of the two other members, as the json member says."""
 
 
 def read_samples(path: Path, dtype: DTypeName) -> Iterator[Sample]:
@@ -40,7 +42,7 @@ def read_samples(path: Path, dtype: DTypeName) -> Iterator[Sample]:
                 infos.setdefault(key, {})[extension] = info
             for key, by_extension in infos.items():
                 yield _sample(tar, key, by_extension, dtype)
-    except (tarfile.TarError, KeyError, ValueError) as error:
+    except (tarfile.TarError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path}: not a shard of blocks: {error!r}") from None
 
 
@@ -52,11 +54,13 @@ def _sample(
         file = tar.extractfile(info)
         members[extension] = file.read() if file else b""
     tokens = f"tokens.{dtype}"
+    about = json.loads(members["json"])
     return Sample(
         key=key,
         offset=infos[tokens].offset_data,
         members=members,
         tokens_T=np.frombuffer(members[tokens], dtype_of(dtype)),
         ends=np.frombuffer(members["ends.u32"], dtype="<u4"),
-        about=json.loads(members["json"]),
+        tokens=int(about["tokens"]),
+        crc32c={name: about["crc32c"][name] for name in (tokens, "ends.u32")},
     )

@@ -48,7 +48,7 @@ def _check_shard(manifest: Manifest, shard: Shard, tokenizer: Tokenizer) -> None
         may_be_padded = last and len(offsets) == shard.blocks - 1
         text_bytes += _check_block(sample, where, manifest, lengths_V, may_be_padded)
         offsets.append(sample.offset)
-        tokens += sample.about["tokens"]
+        tokens += sample.tokens
         documents += len(sample.ends)
     found = {"tokens": tokens, "documents": documents, "text_bytes": text_bytes}
     for name, value in found.items():
@@ -64,10 +64,10 @@ def _check_block(
     may_be_padded: bool,
 ) -> int:
     """Raise ValueError when a block is not what the format promises; returns its bytes of text."""
-    for name, expected in sample.about["crc32c"].items():
+    for name, expected in sample.crc32c.items():
         found = f"{google_crc32c.value(sample.members[name]):08x}"
         _require(found == expected, where, f"crc32c of {name}", expected, found)
-    size, real = manifest.block_tokens, sample.about["tokens"]
+    size, real = manifest.block_tokens, sample.tokens
     tokens_T, ends = sample.tokens_T, sample.ends.astype(np.int64)
     full = 0 < real <= size if may_be_padded else real == size
     _require(len(tokens_T) == size, where, "tokens", size, len(tokens_T))

@@ -11,7 +11,7 @@
 #   NODE_RANK          0 to NNODES-1, 0 on MASTER_ADDR: nodes that are all known beforehand (default: as they come)
 #   JOB_ID             tells this job from others at that address  (default: hourglass)
 #   MAX_RESTARTS       how often torchrun starts all ranks again   (default: 0)
-#   SHUTDOWN_TIMEOUT   seconds to save in after a signal           (default: 300)
+#   SHUTDOWN_TIMEOUT   seconds to end in after a signal            (default: 300)
 set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)

@@ -206,6 +206,11 @@ def with_crc(data: bytearray, at: int) -> None:
     data[begin : begin + 8] = f"{google_crc32c.value(ids):08x}".encode()
 
 
+def without_crc(data: bytearray, at: int) -> None:
+    begin = data.index(b'"crc32c"')
+    data[begin : begin + 8] = b'"crc32x"'
+
+
 def extra_eos(data: bytearray, at: int) -> None:
     data[at + 3] = 255 if data[at + 3] != 255 else 65
     with_crc(data, at)
@@ -216,6 +221,7 @@ def extra_eos(data: bytearray, at: int) -> None:
     [
         (lambda data, at: data.__setitem__(at, data[at] ^ 1), {}, "crc32c of tokens.u8"),
         (extra_eos, {}, "document ends"),
+        (without_crc, {}, "not a shard of blocks: KeyError('crc32c')"),
         (lambda data, at: None, {"tokens": 7}, "tokens: expected 7, found"),
         (lambda data, at: None, {"documents": 7777}, "documents: expected 7777, found"),
         (lambda data, at: None, {"text_bytes": 7}, "text_bytes: expected 7, found"),
