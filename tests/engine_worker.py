@@ -14,15 +14,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from toy import ToyModel, make_batch, make_config, toy_loss
+from toy import make_batch, make_config, make_model
 
 from hourglass_dist import dist
 from hourglass_dist.engine import Engine
+from hourglass_dist.model.hourglass import sum_loss
 
 
 def run(case: dict[str, Any], world: dist.World) -> dict[str, Any]:
     config = make_config(case["stage"], case.get("precision", "fp32"))
-    engine = Engine(ToyModel(config.run.seed), toy_loss, config, world)
+    engine = Engine(make_model(config), sum_loss, config, world)
     if "load" in case:
         engine.load(Path(case["load"]))
     losses, norms = [], []

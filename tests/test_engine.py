@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 import torch
 from ranks import run_worker
-from toy import ToyModel, make_batch, make_config, toy_loss
+from toy import make_batch, make_config, make_model
 
 from hourglass_dist import optim
+from hourglass_dist.model.hourglass import sum_loss
 from hourglass_dist.sections import ConfigError
 
 
@@ -25,7 +26,7 @@ def run_cases(tmp_path: Path, ranks: int, cases: list[dict[str, Any]]) -> list[d
 def plain_pytorch(steps: int) -> list[float]:
     """The oracle: one process, no engine, the whole batch at once."""
     config = make_config(0)
-    model = ToyModel(config.run.seed)
+    model = make_model(config)
     optimizer = torch.optim.AdamW(
         optim.parameter_groups(model, config.optim.weight_decay),
         betas=(config.optim.beta1, config.optim.beta2),
@@ -36,7 +37,7 @@ def plain_pytorch(steps: int) -> list[float]:
         tokens, targets = make_batch(step, config)
         for group in optimizer.param_groups:
             group["lr"] = optim.learning_rate(step, config.optim, config.train.steps)
-        nll, count = toy_loss(model(tokens), targets)
+        nll, count = sum_loss(model(tokens), targets)
         (nll / targets.numel()).backward()
         torch.nn.utils.clip_grad_norm_(
             [p for p in model.parameters() if p.requires_grad], config.optim.clip_grad_norm
@@ -60,7 +61,7 @@ def test_every_stage_agrees_with_plain_pytorch(tmp_path: Path) -> None:
 
 
 def test_state_moves_between_stages_and_world_sizes(tmp_path: Path) -> None:
-    """Ten steps, save; any stage on 1, 2 or 3 ranks goes on as the uninterrupted run did."""
+    """Ten steps, save; any stage on 1, 2 or 4 ranks goes on as the uninterrupted run did."""
     whole, *_ = run_cases(tmp_path, 2, [{"stage": 1, "steps": 20}])
     saves = [{"stage": s, "steps": 10, "save": str(tmp_path / f"stage{s}")} for s in range(4)]
     run_cases(tmp_path, 2, saves)
