@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Trains CONFIG on every GPU of this machine, or on two CPU ranks; on several nodes when NNODES says so.
 #
-#   bash launch/torchrun.sh configs/quickstart.yaml train.steps=100
+#   bash launch/torchrun.sh configs/quickstart.yaml train.steps=100 run.dir=runs/short
 #   NNODES=4 MASTER_ADDR=node0 bash launch/torchrun.sh configs/base_zero2.yaml      the same line on every node
 #
 #   NPROC_PER_NODE     ranks on this node                          (default: its GPUs, or 2)
