@@ -25,7 +25,7 @@ import numpy.typing as npt
 
 from data_tools.corpus import find_inputs, read_documents
 from data_tools.split import Rule, parse_rule
-from data_tools.workspace import Show, new_folder, silent
+from data_tools.workspace import Show, silent
 from hourglass_dist.data.shards import (
     Manifest,
     Recipe,
@@ -36,7 +36,7 @@ from hourglass_dist.data.shards import (
 )
 from hourglass_dist.data.tokenizer import Tokenizer
 from hourglass_dist.data.write import Packer, ShardWriter
-from hourglass_dist.files import sha256_of
+from hourglass_dist.files import new_folder, sha256_of
 from hourglass_dist.sections import differences
 
 SPLITS: tuple[Split, ...] = get_args(Split)

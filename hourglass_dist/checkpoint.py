@@ -131,7 +131,6 @@ class Checkpoints:
 
         def write() -> list[int]:
             path = unfinished / write_state(unfinished)
-            sync(path)
             return [path.stat().st_size, checksum(path)]
 
         entries = dist.gather_ints(dist.together(write, self._world.device), self._world.device)
@@ -148,13 +147,17 @@ class Checkpoints:
             unfinished.rename(target)
             sync(self.folder)
             replace(self.folder / "latest", target.name + "\n")
-            self._retain()
+            self._retain(target)
         dist.barrier()
         return target
 
-    def _retain(self) -> None:
-        for old in complete(self.folder)[: -self._keep]:
-            shutil.rmtree(old)
+    def _retain(self, newest: Path) -> None:
+        """Remove old checkpoints, and those past ``newest``: a future that was given up."""
+        found = complete(self.folder)
+        kept = [path for path in found if path <= newest][-self._keep :]
+        for path in found:
+            if path not in kept:
+                shutil.rmtree(path)
 
     def newest(self) -> tuple[Path, Progress] | None:
         """The checkpoint to continue from, verified by all ranks together, or None when there is
@@ -164,6 +167,9 @@ class Checkpoints:
         good one.
         """
         path = latest(self.folder)
+        name = google_crc32c.value(path.name.encode()) if path else 0
+        if len({found for (found,) in dist.gather_ints([name], self._world.device)}) > 1:
+            raise ValueError(f"{self.folder}: ranks see different checkpoints: is it shared?")
         if path is None:
             return None
         rank, size = self._world.rank, self._world.size

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from hourglass_dist.sections import ConfigError, Section, apply_override, parse, read_yaml, show
+from hourglass_dist.sections import ConfigError, Section, apply_override, parse, read_yaml
 
 PositiveInt = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
@@ -72,8 +72,9 @@ class ModelConfig(Section):
     """Width of the residual stream, at every level."""
     heads: PositiveInt = 8
     """Attention heads."""
-    dim_head: PositiveInt = 64
-    """Width of one attention head; heads x dim_head need not equal dim."""
+    dim_head: PositiveInt
+    """Width of one attention head. Left out, it is dim / heads; given, heads x dim_head may differ
+    from dim."""
     levels: Annotated[list[LevelConfig], Field(min_length=1)]
     """From full resolution inwards; the last one is the innermost."""
     max_seq_len: PositiveInt
@@ -94,6 +95,21 @@ class ModelConfig(Section):
     """Probability of dropping an attention weight."""
     ff_dropout: Fraction = 0.0
     """Probability of dropping a hidden unit of the feed-forward layers."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _heads_divide_the_width(cls, given: Any) -> Any:
+        if not isinstance(given, dict) or given.get("dim_head") is not None:
+            return given
+        dim, heads = given.get("dim"), given.get("heads", 8)
+        if type(dim) is not int or type(heads) is not int or min(dim, heads) < 1:
+            return given | {"dim_head": 1}  # their own errors say what is wrong with them
+        if dim % heads:
+            raise ValueError(
+                f"model.heads: {heads} heads do not divide model.dim={dim}; "
+                "choose another number or set model.dim_head"
+            )
+        return given | {"dim_head": dim // heads}
 
     @model_validator(mode="after")
     def _levels_make_an_hourglass(self) -> ModelConfig:
@@ -162,8 +178,7 @@ class ModelConfig(Section):
         0.0.6.
 
         ``depth`` nests as ``(pre, inner, post)``, lists or tuples; ``shorten_factor`` is one number
-        for every
-        nesting or one number for each. Raises ConfigError when they do not fit together.
+        for every nesting, or one for each. Raises ConfigError when they do not fit together.
         """
         levels: list[dict[str, Any]] = []
         shorten, rest = 1, depth
@@ -183,6 +198,10 @@ class ModelConfig(Section):
                     f"shorten_factor: {shorten_factor!r} has fewer numbers than depth has nestings"
                 )
         levels.append({"layers": rest, "shorten": shorten})
+        if not isinstance(shorten_factor, int) and next(factors, None) is not None:
+            raise ConfigError(
+                f"shorten_factor: {shorten_factor!r} has more numbers than depth has nestings"
+            )
         settings = {
             "dim": dim,
             "heads": heads,
@@ -260,28 +279,43 @@ class MetricsConfig(Section):
     """Optimizer steps between console lines, TensorBoard points and metrics.jsonl records."""
 
 
+class ZeroConfig(Section):
+    """DeepSpeed's ``zero_optimization`` block: the keys that were tried with our state files.
+
+    Others are refused: some change where DeepSpeed keeps weights (``round_robin_gradients`` and
+    ``zero_hpz_partition_size`` were seen to make wrong checkpoints). null is DeepSpeed's default.
+    """
+
+    stage: Literal[0, 1, 2, 3] = 1
+    """What is sharded: 0 nothing, 1 the optimizer's state, 2 also gradients, 3 also weights."""
+    overlap_comm: bool | None = None
+    """Reduce gradients while the backward pass goes on."""
+    contiguous_gradients: bool | None = None
+    """Copy gradients into one buffer as they are made."""
+    reduce_bucket_size: PositiveInt | None = None
+    """Elements reduced at a time."""
+    allgather_bucket_size: PositiveInt | None = None
+    """Elements gathered at a time (stages 1 and 2)."""
+    stage3_prefetch_bucket_size: PositiveInt | None = None
+    """Elements gathered ahead of their use."""
+    stage3_param_persistence_threshold: Annotated[int, Field(ge=0)] | None = None
+    """Weights with fewer elements are kept whole on every rank."""
+    stage3_max_live_parameters: PositiveInt | None = None
+    """Elements that are gathered at a time, at most."""
+
+
 class DeepSpeedConfig(Section):
-    """The part of DeepSpeed's own configuration that is passed through. The rest is derived from
-    the other sections."""
+    """The part of DeepSpeed's own configuration that is passed through.
 
-    zero_optimization: dict[str, Any] = Field(default_factory=lambda: {"stage": 1})
-    """DeepSpeed's ``zero_optimization`` block; ``stage`` is 0, 1, 2 or 3. DeepSpeed checks the
-    other keys."""
+    Batch sizes, clipping and precision follow from the other sections.
+    """
 
-    @model_validator(mode="after")
-    def _stage_is_known(self) -> DeepSpeedConfig:
-        if self.stage not in (0, 1, 2, 3) or isinstance(self.stage, bool):
-            raise ValueError(
-                "deepspeed.zero_optimization.stage: expected 0, 1, 2 or 3, "
-                f"given {show(self.stage)}"
-            )
-        return self
+    zero_optimization: ZeroConfig = ZeroConfig()
 
     @property
     def stage(self) -> int:
         """ZeRO stage, 0 to 3."""
-        stage: int = self.zero_optimization.get("stage", 0)
-        return stage
+        return self.zero_optimization.stage
 
 
 class Config(Section):
@@ -337,5 +371,9 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Read ``path`` and apply ``key=value`` overrides. Raises ConfigError with one line for every
     mistake."""
     settings = read_yaml(path)
+    keys = [override.partition("=")[0] for override in overrides]
+    for key in keys:
+        if keys.count(key) > 1:
+            raise ConfigError(f"command line: {key}: given {keys.count(key)} times")
     changed = [apply_override(settings, override) for override in overrides]
     return parse(Config, settings, source=str(path), overridden=changed)

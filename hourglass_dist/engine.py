@@ -1,20 +1,15 @@
-"""The only importer of deepspeed: a model becomes an engine with four verbs.
+"""The only importer of deepspeed: a model on this rank's device becomes an engine with four verbs.
 
-    step(tokens_BL, targets_BL, lr)  ->  StepResult      one optimizer step on this rank's share of
-    a batch
-    eval_loss(tokens_BL, targets_BL) ->  (nll, tokens)   no gradient, nothing changed
-    save(path)                                           this rank's share of the whole training
-    state
-    load(folder)                                         the state, whatever wrote it (any stage,
-    any world size)
+    step(tokens_BL, targets_BL, step)  ->  StepResult     one optimizer step on this rank's rows
+    eval_loss(tokens_BL, targets_BL)   ->  (nll, tokens)  no gradient, nothing changed
+    save(folder)                       this rank's part of the whole training state
+    load(folder)                       the state, whichever stage and world size wrote it
 
 Legend: B rows of this rank, L tokens of a row.
 
 DeepSpeed 0.19.8 is used for what it is good at, sharding and communication. Batch sizes, clipping
-and
-precision are derived from our settings; the learning rate and the checkpoint files are ours,
-because
-DeepSpeed's files need pickle and the world size that wrote them.
+and precision are derived from our settings; the learning rate and the checkpoint files are ours,
+because DeepSpeed's files need pickle and the world size that wrote them.
 """
 
 from __future__ import annotations
@@ -33,13 +28,10 @@ from torch import Tensor, nn
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
 
 import deepspeed
-from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
-from pydantic import ValidationError
 
 from hourglass_dist import dist, fragments, optim
 from hourglass_dist.config import Config
 from hourglass_dist.fragments import Key
-from hourglass_dist.sections import ConfigError, show
 
 deepspeed.utils.logger.setLevel(logging.WARNING)
 warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
@@ -86,7 +78,7 @@ class _Fragment(NamedTuple):
 class Engine:
     """A model, its AdamW and DeepSpeed around both.
 
-    Raises ConfigError when the settings do not fit the world size or DeepSpeed refuses them.
+    Raises ConfigError when the settings do not fit the world size.
     """
 
     def __init__(
@@ -98,7 +90,6 @@ class Engine:
         self._accumulation = config.accumulation_steps(world.size)
         self.stage = config.deepspeed.stage
         settings = deepspeed_settings(config, world.size)
-        model.to(world.device)
         self._engine, *_ = deepspeed.initialize(
             model=model,
             optimizer=optim.adamw(model, config.optim),
@@ -112,8 +103,7 @@ class Engine:
         batch.
 
         The gradient is that of nats summed over the batch and divided by its number of positions,
-        so it
-        does not depend on how the rows are dealt to ranks and micro batches.
+        so it does not depend on how the rows are dealt to ranks and micro batches.
         """
         self._engine.train()
         dist.seed_step(self._config.run.seed, step, self._world.rank)
@@ -178,18 +168,22 @@ class Engine:
         fragments.write(folder / name, pieces, self._shapes(), steps)
         return name
 
-    @torch.no_grad()
     def load(self, folder: Path) -> None:
         """Take weights and moments from a folder that ``save`` filled, at any stage and world size.
 
-        Raises ValueError when it is the state of another model.
+        Called by all ranks together. Raises ValueError, on all of them, when it is the state of
+        another model or cannot be read.
         """
-        reader = fragments.Reader(folder)
+        dist.together(lambda: self._read_state(fragments.Reader(folder)), self._world.device)
+        self._refresh_weights()
+
+    @torch.no_grad()
+    def _read_state(self, reader: fragments.Reader) -> None:
         shapes = self._shapes()
         for name in sorted(shapes.keys() | reader.shapes.keys()):
             if shapes.get(name) != reader.shapes.get(name):
                 raise ValueError(
-                    f"{folder}: {name}: the model has shape {shapes.get(name)}, "
+                    f"{reader.folder}: {name}: the model has shape {shapes.get(name)}, "
                     f"the checkpoint {reader.shapes.get(name)}"
                 )
         state = self._engine.optimizer.state
@@ -202,7 +196,6 @@ class Engine:
                 part.view(target).copy_(reader.read(kind, part.name, part.start, part.numel))
         for name, start, tensor, _ in self._frozen():
             tensor.copy_(reader.read("frozen", name, start, tensor.numel()))
-        self._refresh_weights()
 
     def _shapes(self) -> dict[str, tuple[int, ...]]:
         return {
@@ -263,6 +256,7 @@ class Engine:
                 numel = max(0, min(size, partitioned.ds_numel - start))
                 yield name, start, partitioned.ds_tensor.detach().view(-1)[:numel], True
 
+    @torch.no_grad()
     def _refresh_weights(self) -> None:
         """Make the weights that the forward pass uses equal to the master weights."""
         optimizer = self._engine.optimizer
@@ -276,14 +270,14 @@ class Engine:
 
 
 def deepspeed_settings(config: Config, world_size: int) -> dict[str, Any]:
-    """DeepSpeed's configuration for a run. Raises ConfigError when DeepSpeed refuses the
-    passed-through block."""
-    zero = dict(config.deepspeed.zero_optimization)
+    """DeepSpeed's configuration for a run.
+
+    Raises ConfigError when ``world_size`` ranks cannot share the batch.
+    """
+    zero = config.deepspeed.zero_optimization.model_dump(exclude_none=True)
     if config.deepspeed.stage == 3:
-        # DeepSpeed's own linear adds its bias in place on a tensor that checkpointing may have
-        # kept.
-        zero.setdefault("memory_efficient_linear", False)
-    _check_zero_block(zero)
+        # DeepSpeed's own linear adds its bias in place on a tensor that checkpointing may keep.
+        zero["memory_efficient_linear"] = False
     settings: dict[str, Any] = {
         "train_batch_size": config.data.batch_size,
         "train_micro_batch_size_per_gpu": config.train.micro_batch_size,
@@ -291,7 +285,6 @@ def deepspeed_settings(config: Config, world_size: int) -> dict[str, Any]:
         "gradient_clipping": config.optim.clip_grad_norm if config.deepspeed.stage else 0.0,
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
-        "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 2**62,
     }
     if config.train.precision == "bf16" and config.deepspeed.stage > 0:
@@ -301,12 +294,3 @@ def deepspeed_settings(config: Config, world_size: int) -> dict[str, Any]:
         # DeepSpeed's own bf16 takes a hidden optimizer step at stage 0; autocast is right.
         settings["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
     return settings
-
-
-def _check_zero_block(zero: dict[str, Any]) -> None:
-    try:
-        DeepSpeedZeroConfig(**zero)
-    except ValidationError as error:
-        detail = error.errors()[0]
-        path = ".".join(["deepspeed.zero_optimization", *map(str, detail["loc"])])
-        raise ConfigError(f"{path}: {detail['msg']}, given {show(detail['input'])}") from None

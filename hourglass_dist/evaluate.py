@@ -3,8 +3,7 @@
     bits per byte = nats summed over all targets / ln 2 / bytes of the text those targets stand for
 
 Every token of the held-out split is a target exactly once (``data.stream.held_out_rows``); the
-first
-ones of each row see little context, as they do in training.
+first ones of each row see little context, as they do in training.
 """
 
 from __future__ import annotations
@@ -60,7 +59,8 @@ def evaluate(
     """Score this rank's batches with ``loss(tokens_BL, targets_BL) -> (nats, targets)`` and sum
     over ranks."""
     nats, tokens, size = 0.0, 0, 0
-    for batch in batches:
+    rest = iter(batches)
+    while batch := dist.together(lambda: next(rest, None), world.device):
         batch_nats, batch_tokens = loss(batch.tokens_BL, batch.targets_BL)
         nats += batch_nats
         tokens += batch_tokens
@@ -70,11 +70,11 @@ def evaluate(
 
 
 def evaluate_export(folder: Path, dataset: Path, batch_size: int) -> Score:
-    """Score an export on the held-out split of a dataset, in rows of the model's longest context.
+    """Score an export on the held-out split of a dataset, in rows of the length it was trained on.
 
     Raises ValueError when either is damaged or their tokenizers differ.
     """
-    model, tokenizer, _ = load_export(folder)
+    model, tokenizer, about = load_export(folder)
     manifest = Manifest.load(dataset)
     require_same(tokenizer.fingerprint, manifest.tokenizer, str(folder), str(dataset))
     world = dist.init()
@@ -86,6 +86,6 @@ def evaluate_export(folder: Path, dataset: Path, batch_size: int) -> Score:
         nats, count = sum_loss(logits_BLV, targets_BL.to(world.device))
         return float(nats), int(count)
 
-    length = model.config.max_seq_len
+    length = int(about["trained"]["data"]["seq_len"])
     rows = held_out_rows(manifest, "heldout", length, batch_size, world.rank, world.size)
     return evaluate(loss, rows, tokenizer.byte_lengths(), world)

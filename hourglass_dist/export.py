@@ -2,33 +2,31 @@
 
     exports/NAME/
         model.safetensors    fp32 weights under the model's own names
-        config.json          the model's settings, the tokenizer's fingerprint, where the weights
-        came from
+        config.json          the model's settings, the tokenizer's fingerprint, the run it is from
         tokenizer.json ...   the tokenizer
 
 The reader of the checkpoint needs neither deepspeed nor the ranks that wrote it. ``lucidrains`` is
-the
-format for hourglass-transformer-pytorch 0.0.6: its parameter names, its keyword arguments in
-config.json.
+the format for hourglass-transformer-pytorch 0.0.6: its parameter names, and its keyword arguments
+in config.json.
 """
 
 from __future__ import annotations
 
 import json
-import shutil
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from hourglass_dist import checkpoint, fragments
 from hourglass_dist import config as settings
 from hourglass_dist.config import Config, ModelConfig
 from hourglass_dist.data.tokenizer import Fingerprint, Tokenizer, load_tokenizer, require_same
+from hourglass_dist.files import new_folder, replace
 from hourglass_dist.model.hourglass import HourglassLM
 from hourglass_dist.model.interop import lucidrains_kwargs, to_lucidrains
 from hourglass_dist.sections import parse
@@ -49,28 +47,28 @@ def export(run: Path, out: Path, format: Format = "hourglass", step: int | None 
     if not (run / "config.yaml").exists():
         raise ValueError(f"{run}: expected a run folder (with config.yaml), found none")
     config = settings.load(run / "config.yaml")
-    folder = run / "checkpoints"
-    path = checkpoint.latest(folder) if step is None else folder / checkpoint.tag(step)
+    saved_in = run / "checkpoints"
+    path = checkpoint.latest(saved_in) if step is None else saved_in / checkpoint.tag(step)
     if path is None:
-        raise ValueError(f"{folder}: no checkpoint has been saved yet")
+        raise ValueError(f"{saved_in}: no checkpoint has been saved yet")
     progress = checkpoint.verify(path)
     tokenizer = load_tokenizer(run / "tokenizer")
     saved = Fingerprint(**progress.tokenizer)
     require_same(saved, tokenizer.fingerprint, str(path), str(run / "tokenizer"))
     model = read_model(path, config.model)
-    unfinished = out.with_name(f".unfinished_{out.name}")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir(parents=True)
     if format == "lucidrains":
         tensors, about = to_lucidrains(model), {"kwargs": lucidrains_kwargs(config.model)}
     else:
         tensors, about = dict(model.state_dict()), {"model": config.model.model_dump(mode="json")}
     about |= _origin(config, progress, tokenizer)
-    contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    save_file(contiguous, unfinished / "model.safetensors", metadata={"format": "pt"})
-    (unfinished / "config.json").write_text(json.dumps(about, indent=2) + "\n")
-    tokenizer.save(unfinished)
-    unfinished.rename(out)
+    with new_folder(out) as folder:
+        fragments.write_tensors(
+            folder / "model.safetensors",
+            {name: tensor.contiguous() for name, tensor in tensors.items()},
+            metadata={"format": "pt"},
+        )
+        replace(folder / "config.json", json.dumps(about, indent=2) + "\n")
+        tokenizer.save(folder)
     return progress.step
 
 

@@ -7,8 +7,7 @@ written, under ``kind/name@start``:
     rank_00001.safetensors   fp32/blocks.0.weight@4096   exp_avg/blocks.0.weight@4096  ...
 
 A reader asks for any range of any tensor and gets it from whichever files hold it, so a state
-written
-by one number of ranks and one ZeRO stage is read by any other, and nothing is ever unpickled.
+written by one number of ranks and one ZeRO stage is read by any other, and nothing is unpickled.
 Kinds: ``fp32`` (master weights), ``exp_avg``, ``exp_avg_sq`` (AdamW), ``frozen`` (weights without
 gradient).
 """
@@ -16,6 +15,7 @@ gradient).
 from __future__ import annotations
 
 import json
+import os
 from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
@@ -25,6 +25,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+
+from hourglass_dist.files import sync
 
 
 class Key(NamedTuple):
@@ -63,7 +65,19 @@ def write(
         "shapes": json.dumps({name: list(shape) for name, shape in shapes.items()}),
         "optimizer_steps": str(optimizer_steps),
     }
-    save_file(tensors, path, metadata=metadata)
+    write_tensors(path, tensors, metadata)
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
+    """A synced safetensors file with the usual permissions. Raises OSError on a full disk."""
+    try:
+        save_file(dict(tensors), path, metadata=metadata)
+    except SafetensorError as error:
+        raise OSError(f"{path}: cannot be written: {error}") from None
+    mask = os.umask(0)
+    os.umask(mask)
+    path.chmod(0o666 & ~mask)  # the library makes files that only their owner can read
+    sync(path)
 
 
 class Reader:

@@ -1,7 +1,6 @@
 """What a person sees of a run: a console line, TensorBoard events, and ``metrics.jsonl``.
 
-    {"step": 500, "train/loss": 1.93, "train/bits_per_byte": 2.78, ...}      every metrics.every
-    steps
+    {"step": 500, "train/loss": 1.93, "train/bits_per_byte": 2.78, ...}      every few steps
     {"step": 500, "heldout/loss": 1.95, "heldout/bits_per_byte": 2.81, ...}  at every evaluation
 
 All three say the same. A resumed run first forgets what an interrupted one recorded past its

@@ -13,10 +13,9 @@ from hourglass_dist.config import OptimConfig
 def learning_rate(step: int, config: OptimConfig, total_steps: int) -> float:
     """The learning rate of optimizer step ``step`` (0 is the first one).
 
-    Linear warm-up over ``warmup_steps``; then half a cosine to ``min_lr_ratio`` (Loshchilov &
-    Hutter
-    2017, arXiv 1608.03983), or a plateau and a linear decay over the last ``decay_fraction`` of all
-    steps (warmup-stable-decay; Hu et al. 2024, arXiv 2404.06395).
+    Linear warm-up over ``warmup_steps``; then half a cosine to ``min_lr_ratio`` (Loshchilov and
+    Hutter 2017, arXiv 1608.03983), or a plateau and a linear decay over the last
+    ``decay_fraction`` of all steps (warmup-stable-decay; Hu et al. 2024, arXiv 2404.06395).
     """
     if step < config.warmup_steps:
         return config.lr * (step + 1) / (config.warmup_steps + 1)

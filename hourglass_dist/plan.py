@@ -131,7 +131,9 @@ def _memory(config: Config, cost: ModelCost, world_size: int) -> RankMemory:
     share = -(-trained // world_size)
     summed_apart = stage == 1 and weight_bytes < SUM_BYTES
     zero = config.deepspeed.zero_optimization
-    bucket = int(zero.get("reduce_bucket_size", REDUCE_BUCKET)) if stage >= 2 else 0
+    bucket = (zero.reduce_bucket_size or REDUCE_BUCKET) if stage >= 2 else 0
+    if stage == 2 and zero.overlap_comm:
+        bucket *= 2  # one is filled while the other is reduced
     return RankMemory(
         weights=weight_bytes
         * (-(-cost.parameters // world_size) if stage == 3 else cost.parameters),
@@ -140,7 +142,7 @@ def _memory(config: Config, cost: ModelCost, world_size: int) -> RankMemory:
         master=MASTER_BYTES * share if stage > 0 else 0,
         moments=MOMENT_BYTES * (share if stage > 0 else trained),
         gathered=weight_bytes * min(_max_live(config), cost.parameters) if stage == 3 else 0,
-        buffer=bucket * weight_bytes if zero.get("contiguous_gradients", True) else 0,
+        buffer=bucket * weight_bytes if zero.contiguous_gradients is not False else 0,
         activations=cost.activation_bytes,
     )
 
@@ -154,8 +156,7 @@ def _traffic(config: Config, trained: int, world_size: int, micro_batches: int) 
 
 
 def _max_live(config: Config) -> int:
-    zero = config.deepspeed.zero_optimization
-    return int(zero.get("stage3_max_live_parameters", MAX_LIVE_PARAMETERS))
+    return config.deepspeed.zero_optimization.stage3_max_live_parameters or MAX_LIVE_PARAMETERS
 
 
 def render(plan: Plan) -> str:

@@ -1,5 +1,4 @@
-"""The strict loader under ``config.py``: one base class for sections, strict YAML, overrides,
-readable errors.
+"""The strict loader under ``config.py``: sections, strict YAML, overrides, readable errors.
 
     file.yaml  ->  strict YAML (no repeated keys, 3e-4 is a number)  ->  dict
     key=value  ->  dotted path, lists by index                       ->  the same dict

@@ -1,11 +1,10 @@
 """The story of a run, top to bottom.
 
-    torchrun --nproc-per-node 2 -m hourglass_dist.train configs/quickstart.yaml train.steps=100
-    hourglass train configs/quickstart.yaml train.steps=100            the same program on one rank
+    torchrun --nproc-per-node 2 -m hourglass_dist.train configs/quickstart.yaml run.dir=runs/mine
+    hourglass train configs/quickstart.yaml run.dir=runs/mine         the same program on one rank
 
 Started again in the same run folder, it continues from the newest checkpoint with exactly the
-batches
-and losses that an uninterrupted run would have had.
+batches and losses that an uninterrupted run would have had.
 """
 
 from __future__ import annotations
@@ -15,6 +14,8 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
+
+import torch
 
 from hourglass_dist import config as settings
 from hourglass_dist import dist
@@ -55,18 +56,16 @@ def train(config: Config) -> None:
             run.close()
             return
     dist.together(lambda: run.record(config, tokenizer) if world.is_main else None, world.device)
-    model = HourglassLM(config.model)
-    model.init_weights(config.run.seed)
-    engine = Engine(model, sum_loss, config, world)
+    engine = Engine(make_model(config, world), sum_loss, config, world)
     if found:
-        dist.together(lambda: engine.load(path), world.device)
+        engine.load(path)
     announce(config, world, step)
 
     lengths = tokenizer.byte_lengths()
     metrics = Metrics(run.path, config, lengths, step, world)
     batches = stream.batches(start_row=step * config.data.batch_size)
     while step < config.train.steps:
-        batch = next(batches)
+        batch = dist.together(lambda: next(batches), world.device)
         result = engine.step(batch.tokens_BL, batch.targets_BL, step)
         check_finite(result, step, batch)
         step += 1
@@ -74,9 +73,8 @@ def train(config: Config) -> None:
         last = step == config.train.steps
         if due(step, config.eval.every) or last:
             with metrics.pause():
-                score = evaluate(
-                    engine.eval_loss, held_out(config, manifest, world), lengths, world
-                )
+                rows = dist.together(lambda: held_out(config, manifest, world), world.device)
+                score = evaluate(engine.eval_loss, rows, lengths, world)
             metrics.record_eval(step, score)
         if due(step, config.checkpoint.every) or last:
             data = stream.state(step * config.data.batch_size)
@@ -126,6 +124,15 @@ def check_progress(progress: Progress, stream: Stream, tokenizer: Tokenizer, pat
     stream.check(progress.data)
     saved = type(tokenizer.fingerprint)(**progress.tokenizer)
     require_same(saved, tokenizer.fingerprint, str(path), "the dataset's tokenizer")
+
+
+def make_model(config: Config, world: dist.World) -> HourglassLM:
+    """The model on this rank's device, the same weights on every rank."""
+    with torch.device("meta"):
+        model = HourglassLM(config.model)
+    model.to_empty(device=world.device)
+    model.init_weights(config.run.seed)
+    return model
 
 
 def held_out(config: Config, manifest: Manifest, world: dist.World) -> Iterator[Batch]:

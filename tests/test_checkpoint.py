@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import resource
+import signal
 import subprocess
 import sys
 import time
@@ -56,6 +58,16 @@ def test_any_range_is_read_back(checkpoints: Checkpoints) -> None:
         reader.read("fp32", "w", 590, 20)
 
 
+def test_a_step_taken_again_from_an_older_checkpoint_is_kept(checkpoints: Checkpoints) -> None:
+    """Back to step 5 and on: step 6 is now the newest, and step 10 a future that was given up."""
+    (checkpoints.folder / "latest").write_text(tag(5) + "\n")
+    checkpoints.save(write_state, progress(6))
+    assert [path.name for path in complete(checkpoints.folder)] == [tag(5), tag(6)]
+    found = checkpoints.newest()
+    assert found is not None
+    assert found[1].step == 6
+
+
 @pytest.mark.parametrize("name", [fragments.file_name(0), "manifest.json"])
 @pytest.mark.parametrize("damage", ["truncate", "flip", "remove"])
 def test_damage_is_named_with_the_last_good_step(
@@ -103,12 +115,16 @@ def test_without_latest_the_newest_complete_one_counts(checkpoints: Checkpoints)
 def test_a_failed_write_leaves_the_last_one_and_the_next_save_clears_up(
     checkpoints: Checkpoints,
 ) -> None:
-    def full_disk(folder: Path) -> str:
-        (folder / "rank_00000.safetensors").write_bytes(b"half")
-        raise OSError(28, "No space left on device")
-
-    with pytest.raises(ValueError, match="No space left on device"):
-        checkpoints.save(full_disk, progress(15))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(
+        resource.RLIMIT_FSIZE, (1000, limits[1])
+    )  # the disk is full after 1000 bytes
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        with pytest.raises(ValueError, match=r"rank_00000\.safetensors: cannot be written"):
+            checkpoints.save(write_state, progress(15))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     found = checkpoints.newest()
     assert found is not None
     assert found[1].step == 10

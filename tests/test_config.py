@@ -59,6 +59,9 @@ def test_every_way_to_write_a_number(text: str, value: float) -> None:
         ("data.seq_len=100000", "longer than the position table, model.max_seq_len="),
         ("train.micro_batch_size=7", "train.micro_batch_size: 7 does not divide data.batch_size"),
         ("deepspeed.zero_optimization.stage=4", "expected 0, 1, 2 or 3, given 4"),
+        ("deepspeed.zero_optimization.stagge=3", "did you mean deepspeed.zero_optimization.stage?"),
+        ("deepspeed.zero_optimization.round_robin_gradients=true", "unknown key (given true)"),
+        ("model.heads=5", "model.heads: 5 heads do not divide model.dim=128"),
         ("deepspeed.train_batch_size=3", "deepspeed.train_batch_size: unknown key (given 3)"),
         ("optim=3", "optim: expected a mapping, given 3"),
         ("model=null", "model: expected a mapping, given null"),
@@ -70,6 +73,17 @@ def test_a_mistake_is_one_clear_line(override: str, expected: str) -> None:
     [line] = mistakes(override)
     assert line.startswith("command line: ")
     assert expected in line
+
+
+def test_a_key_given_twice_is_refused() -> None:
+    assert mistakes("train.steps=3", "train.steps=4") == [
+        "command line: train.steps: given 2 times"
+    ]
+
+
+def test_the_width_of_a_head_follows_from_the_width() -> None:
+    assert load(QUICKSTART, ["model.dim=96", "model.heads=3"]).model.dim_head == 32
+    assert load(QUICKSTART, ["model.heads=3", "model.dim_head=20"]).model.dim_head == 20
 
 
 def test_all_mistakes_are_reported_at_once() -> None:
@@ -131,6 +145,7 @@ def test_the_papers_notation() -> None:
     [
         ({"depth": (1, 2)}, "expected (pre, inner, post)"),
         ({"depth": (1, (1, 2, 1), 1), "shorten_factor": (2,)}, "fewer numbers than depth"),
+        ({"shorten_factor": (2, 4)}, "more numbers than depth"),
         ({"updown_sample_type": "cubic"}, "model.resampling: expected naive or linear"),
         ({"dim": "wide"}, "model.dim: expected a whole number"),
     ],

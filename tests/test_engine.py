@@ -99,15 +99,6 @@ def test_bf16_follows_fp32_and_resumes_exactly(tmp_path: Path) -> None:
         assert resumed["losses"] == whole["losses"][10:]
 
 
-def test_unknown_zero_setting_is_named() -> None:
-    from hourglass_dist.engine import deepspeed_settings
-
-    config = make_config(2)
-    config.deepspeed.zero_optimization["stagge3_max_live"] = 3
-    with pytest.raises(ConfigError, match=r"deepspeed\.zero_optimization\.stagge3_max_live"):
-        deepspeed_settings(config, 2)
-
-
 def test_world_size_that_does_not_divide_the_batch_is_refused() -> None:
     with pytest.raises(ConfigError, match="world sizes that can: 1, 2, 4"):
         make_config(1).accumulation_steps(3)

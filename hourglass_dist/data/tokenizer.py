@@ -27,6 +27,7 @@ import numpy.typing as npt
 import sentencepiece
 from pydantic import ConfigDict
 
+from hourglass_dist.files import replace
 from hourglass_dist.sections import ConfigError, Section, parse
 
 Ids = npt.NDArray[np.unsignedinteger[Any]]
@@ -135,7 +136,7 @@ class _TableTokenizer:
         """Write tokenizer.json into an existing folder."""
         about = {"kind": self.name, "vocab_size": self.vocab_size, "eos_id": self.eos_id}
         text = json.dumps(about | asdict(self.fingerprint), indent=2) + "\n"
-        (folder / DESCRIPTION_FILE).write_text(text, encoding="utf-8")
+        replace(folder / DESCRIPTION_FILE, text)
 
 
 class ByteTokenizer(_TableTokenizer):
@@ -207,8 +208,8 @@ class SentencePieceTokenizer(_TableTokenizer):
 
     def save(self, folder: Path) -> None:
         """Write tokenizer.json and tokenizer.model into an existing folder."""
+        replace(folder / MODEL_FILE, self._model)
         super().save(folder)
-        (folder / MODEL_FILE).write_bytes(self._model)
 
     def _encode_parts(self, parts: list[str]) -> Ids:
         """The ids of texts and, between and perhaps after them, separators."""

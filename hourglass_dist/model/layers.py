@@ -10,6 +10,7 @@ gathers parameters around ``forward`` calls, so anything else would see empty te
 from __future__ import annotations
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -50,7 +51,7 @@ class Attention(nn.Module):
         """(B, L, D) -> (B, L, D). ``visible_B1LL`` comes from ``visible_pairs``."""
         qkv_BLI = self.qkv(self.norm(x_BLD)).chunk(3, dim=-1)
         q_BHLK, k_BHLK, v_BHLK = (
-            part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in qkv_BLI
+            rearrange(part, "b l (h k) -> b h l k", h=self.heads) for part in qkv_BLI
         )
         mixed_BHLK = F.scaled_dot_product_attention(
             q_BHLK,
@@ -60,7 +61,7 @@ class Attention(nn.Module):
             dropout_p=self.dropout if self.training else 0.0,
             is_causal=self.causal and visible_B1LL is None,
         )
-        out_BLD: Tensor = self.out(mixed_BHLK.transpose(1, 2).flatten(2))
+        out_BLD: Tensor = self.out(rearrange(mixed_BHLK, "b h l k -> b l (h k)"))
         return x_BLD + out_BLD
 
 
