@@ -27,6 +27,7 @@ def torchrun_command(ranks: int, *target: str) -> list[str]:
     """The command line of ``ranks`` local ranks."""
     return [
         *(sys.executable, str(TESTS.parent / "launch" / "torchrun.py"), "--standalone"),
+        *("--local-addr", "127.0.0.1"),
         *(f"--nproc-per-node={ranks}", *target),
     ]  # fmt: skip
 
