@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
-from typing import Annotated, Literal, Optional
+from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
@@ -30,7 +30,7 @@ Inputs = Annotated[
     typer.Argument(help="Files (.txt, .jsonl, also .gz and .zst) and folders of such files."),
 ]
 Separator = Annotated[
-    Optional[str],  # noqa: UP045  (typer reads annotations at run time, on Python 3.10 too)
+    str | None,
     typer.Option(help=r"What stands between documents in .txt files, such as '\n\n'."),
 ]
 TextField = Annotated[str, typer.Option(help="The field of the text in .jsonl files.")]
@@ -99,7 +99,7 @@ def shard(
     ] = 2**19,
     shard_blocks: Annotated[int, typer.Option(help="Blocks in a shard, at most.", min=1)] = 64,
     source: Annotated[
-        Optional[str],  # noqa: UP045
+        str | None,
         typer.Option(help="A name for the source (default: the first file's)."),
     ] = None,
     dry_run: Annotated[bool, typer.Option(help="Read and count; write nothing.")] = False,

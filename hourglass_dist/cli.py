@@ -6,7 +6,7 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Literal, Optional
+from typing import Annotated, Literal
 
 import typer
 
@@ -25,7 +25,7 @@ app.add_typer(data_app, name="data")
 
 ConfigFile = Annotated[Path, typer.Argument(help="A YAML file such as configs/quickstart.yaml.")]
 Overrides = Annotated[
-    Optional[list[str]],  # noqa: UP045  (typer reads annotations at run time, on Python 3.10 too)
+    list[str] | None,
     typer.Argument(help="Settings to change, such as train.steps=100 model.levels.1.layers=6."),
 ]
 Export = Annotated[Path, typer.Argument(help="A folder made by 'hourglass export'.")]
@@ -79,7 +79,7 @@ def export(
         typer.Option(help="'lucidrains': for hourglass-transformer-pytorch 0.0.6."),
     ] = "hourglass",
     step: Annotated[
-        Optional[int],  # noqa: UP045
+        int | None,
         typer.Option(help="Export this step instead of the newest one."),
     ] = None,
 ) -> None:
@@ -116,7 +116,7 @@ def evaluate(
 def generate(
     export: Export,
     prompt: Annotated[
-        Optional[str],  # noqa: UP045
+        str | None,
         typer.Option(help="The text to continue; without it, standard input is read."),
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate.", min=1)] = 400,

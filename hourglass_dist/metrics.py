@@ -42,8 +42,9 @@ class Metrics:
         self._config = config
         self._byte_lengths_V = byte_lengths_V
         self._world = world
-        self._clock = Clock(config.train.steps, config.data.batch_size * config.data.seq_len)
-        self._clock.start(first_step)
+        self._clock = Clock(
+            config.train.steps, config.data.batch_size * config.data.seq_len, first_step
+        )
         if world.is_main:
             self._jsonl = folder / "metrics.jsonl"
             forget_after(self._jsonl, first_step)
@@ -122,12 +123,10 @@ class Metrics:
 class Clock:
     """Speed and time left, from the time that training steps took."""
 
-    def __init__(self, steps: int, tokens_per_step: int) -> None:
+    def __init__(self, steps: int, tokens_per_step: int, step: int) -> None:
+        """Starts now, after ``step`` completed steps of ``steps``."""
         self._steps = steps
         self._tokens_per_step = tokens_per_step
-
-    def start(self, step: int) -> None:
-        """Begin after ``step`` completed steps."""
         self._step = step
         self._last = time.perf_counter()
         self._smooth = 0.0

@@ -146,7 +146,7 @@ def check_finite(result: StepResult, step: int, batch: Batch) -> None:
     if not (math.isfinite(result.nll) and math.isfinite(result.grad_norm)):
         raise FloatingPointError(
             f"step {step + 1}: loss {result.loss}, gradient norm {result.grad_norm}; "
-            f"the rows of this rank begin at {batch.first_row}; nothing of this step was saved"
+            f"rows of this rank: {batch.row_ids[0]} to {batch.row_ids[-1]}; this step was not saved"
         )
 
 

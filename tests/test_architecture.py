@@ -24,7 +24,7 @@ ORDER = [
     *("model.interop", "optim", "fragments", "engine", "checkpoint", "export", "evaluate"),
     *("metrics", "train", "generate", "plan", "cli"),
 ]
-FOR_DATA_TOOLS = ("data", "config", "sections", "files", "dist", "export")
+FOR_DATA_TOOLS = ("data", "sections", "files")
 LONGEST_FUNCTION = 60
 LONGEST_FILE = 450
 

@@ -41,7 +41,6 @@ def global_batches(
             Batch(
                 torch.cat([part.tokens_BL for part in parts]),
                 torch.cat([part.targets_BL for part in parts]),
-                parts[0].first_row,
                 np.concatenate([part.row_ids for part in parts]),
             )
         )
@@ -55,7 +54,6 @@ def assert_same(a: list[Batch], b: list[Batch]) -> None:
     for one, other in zip(a, b, strict=True):
         assert torch.equal(one.tokens_BL, other.tokens_BL)
         assert torch.equal(one.targets_BL, other.targets_BL)
-        assert one.first_row == other.first_row
         assert np.array_equal(one.row_ids, other.row_ids)
 
 

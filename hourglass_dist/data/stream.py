@@ -35,8 +35,6 @@ class Batch:
     """int64: the token before each target."""
     targets_BL: Tensor
     """int64: what to predict; -100 where there is nothing."""
-    first_row: int
-    """The number of the first row, of the whole training or of the split."""
     row_ids: Int64s
     """The numbers of all B rows; -1 for rows that only fill a rank up."""
 
@@ -154,7 +152,7 @@ def _batch(reader: ShardReader, shards: Int64s, rows: Int64s, ids: Int64s) -> Ba
     pairs = [reader.row(int(shard), int(row)) for shard, row in zip(shards, rows, strict=True)]
     tokens_BL = torch.from_numpy(np.stack([inputs_L for inputs_L, _ in pairs]))
     targets_BL = torch.from_numpy(np.stack([targets_L for _, targets_L in pairs]))
-    return Batch(tokens_BL, targets_BL, int(ids[0]), ids)
+    return Batch(tokens_BL, targets_BL, ids)
 
 
 # --- the thread ----------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ the gathered copy of every layer in memory. Here the parameter itself is kept, a
 
 *Faster.* PyTorch sends fp32 products on the CPU to MKL, which leaves the AVX-512 units of AMD
 processors unused. oneDNN, which is in every x86 build of PyTorch, uses them: forward and backward
-ran at 220 instead of 104 GFLOP/s on one Zen core (2048 rows, 192 x 768, PyTorch 2.13).
+ran at 216 instead of 105 GFLOP/s on one EPYC core (2048 rows, 192 x 768, PyTorch 2.13).
 
 Under autocast and ``torch.compile`` this is ``nn.Linear``.
 
