@@ -38,11 +38,12 @@ from hourglass_dist.sections import ConfigError, differences, to_yaml
 
 FORMAT = 1
 MAY_CHANGE = re.compile(
-    r"run\.dir|data\.dataset|train\.micro_batch_size|deepspeed\.|eval\.|checkpoint\.|metrics\.|"
+    r"run\.dir|data\.dataset|data\.sources\.\d+\.path|data\.cache\.|data\.skip_shards|"
+    r"train\.micro_batch_size|deepspeed\.|eval\.|checkpoint\.|metrics\.|"
     r"model\.levels\.\d+\.activation_checkpointing"
 )
 """Settings that may differ when a run is continued: they decide where and how, not what is learned
-(a dataset is known by its id, wherever it lies)."""
+(a dataset is known by its id, wherever it lies; the state of the data remembers skipped shards)."""
 
 
 @dataclass(frozen=True)

@@ -96,7 +96,7 @@ def export(
 @app.command()
 def evaluate(
     export: Export,
-    data: Annotated[Path, typer.Option(help="A dataset folder with a held-out split.")],
+    data: Annotated[str, typer.Option(help="A dataset (folder or address) with a held-out split.")],
     batch_size: Annotated[int, typer.Option(help="Rows in one forward pass.", min=1)] = 16,
 ) -> None:
     """Score an export on a held-out split, in bits per byte; every byte is scored once.

@@ -12,11 +12,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
+from hourglass_dist.config_data import DataConfig, PositiveFloat, PositiveInt
 from hourglass_dist.sections import ConfigError, Section, apply_override, parse, read_yaml
 
-PositiveInt = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
-PositiveFloat = Annotated[float, Field(gt=0.0)]
 
 
 class RunConfig(Section):
@@ -26,19 +25,6 @@ class RunConfig(Section):
     """Run folder: settings, checkpoints, TensorBoard events and metrics.jsonl go here."""
     seed: int = Field(default=1337, ge=0)
     """Seeds the weights, dropout and the order of the data."""
-
-
-class DataConfig(Section):
-    """Which tokens are read, and in what portions."""
-
-    dataset: str
-    """Folder of shards made by ``hourglass data shard`` (the folder that holds index.json)."""
-    seq_len: PositiveInt
-    """Tokens in one row. Must divide the block size of the shards."""
-    batch_size: PositiveInt
-    """Rows in one optimizer step, over all ranks and all accumulation steps together."""
-    isolate_documents: bool = False
-    """Documents that share a row do not see each other."""
 
 
 class LevelConfig(Section):
@@ -335,16 +321,17 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _sections_fit_together(self) -> Config:
-        if self.data.seq_len > self.model.max_seq_len:
-            raise ValueError(
-                f"data.seq_len: {self.data.seq_len} is longer than the position table, "
-                f"model.max_seq_len={self.model.max_seq_len}"
-            )
-        if self.data.batch_size % self.train.micro_batch_size:
-            raise ValueError(
-                f"train.micro_batch_size: {self.train.micro_batch_size} does not divide "
-                f"data.batch_size={self.data.batch_size}"
-            )
+        for portion in self.data.portions:
+            if portion.seq_len > self.model.max_seq_len:
+                raise ValueError(
+                    f"data.seq_len: {portion.seq_len} is longer than the position table, "
+                    f"model.max_seq_len={self.model.max_seq_len}"
+                )
+            if portion.batch_size % self.train.micro_batch_size:
+                raise ValueError(
+                    f"train.micro_batch_size: {self.train.micro_batch_size} does not divide "
+                    f"data.batch_size={portion.batch_size}"
+                )
         if not self.model.causal:
             raise ValueError(
                 "model.causal: training and generation need a causal model, given false"
@@ -352,21 +339,22 @@ class Config(Section):
         return self
 
     def accumulation_steps(self, world_size: int) -> int:
-        """Forward passes that one rank makes for one optimizer step.
+        """Forward passes that one rank makes for one optimizer step after the last phase.
 
         Raises ConfigError, naming the world sizes that would do, when ``world_size`` does not
-        divide the batch.
+        divide the batch of any phase.
         """
-        micro_batches, rest = divmod(self.data.batch_size, self.train.micro_batch_size)
-        assert rest == 0
-        if micro_batches % world_size:
-            good = [n for n in range(1, micro_batches + 1) if micro_batches % n == 0]
-            raise ConfigError(
-                f"data.batch_size: {self.data.batch_size} rows in micro batches of "
-                f"{self.train.micro_batch_size} cannot be dealt to {world_size} ranks; "
-                f"world sizes that can: {', '.join(map(str, good))}"
-            )
-        return micro_batches // world_size
+        micro = self.train.micro_batch_size
+        for rows in dict.fromkeys(portion.batch_size for portion in self.data.portions):
+            micro_batches, rest = divmod(rows, micro)
+            assert rest == 0
+            if micro_batches % world_size:
+                good = [n for n in range(1, micro_batches + 1) if micro_batches % n == 0]
+                raise ConfigError(
+                    f"data.batch_size: {rows} rows in micro batches of {micro} cannot be dealt to "
+                    f"{world_size} ranks; world sizes that can: {', '.join(map(str, good))}"
+                )
+        return self.data.batch_size // micro // world_size
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:

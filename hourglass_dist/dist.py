@@ -7,9 +7,10 @@ port.
 from __future__ import annotations
 
 import atexit
+import hashlib
 import os
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TypeVar
@@ -87,6 +88,25 @@ def gather_ints(values: Sequence[int], device: torch.device) -> list[list[int]]:
     everyone = [torch.empty_like(mine) for _ in range(td.get_world_size())]
     td.all_gather(everyone, mine)
     return [other.tolist() for other in everyone]
+
+
+def require_agreement(values: Mapping[str, str], device: torch.device) -> None:
+    """Raise ValueError on every rank, naming the first of ``values`` that is not the same on all,
+    and the ranks that differ from rank 0."""
+    hashes = [hash_int(f"{name}={value}") for name, value in values.items()]
+    everyone = gather_ints(hashes, device)
+    for index, name in enumerate(values):
+        other = [r for r, theirs in enumerate(everyone) if theirs[index] != everyone[0][index]]
+        if other:
+            raise ValueError(
+                f"ranks disagree: {name} is another one on rank {', '.join(map(str, other[:8]))} "
+                "than on rank 0"
+            )
+
+
+def hash_int(text: str) -> int:
+    """63 bits of the sha256 of a text."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
 
 
 def together(action: Callable[[], T], device: torch.device) -> T:

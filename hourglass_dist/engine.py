@@ -87,7 +87,6 @@ class Engine:
         self._loss = loss
         self._config = config
         self._world = world
-        self._accumulation = config.accumulation_steps(world.size)
         self.stage = config.deepspeed.stage
         settings = deepspeed_settings(config, world.size)
         self._engine, *_ = deepspeed.initialize(
@@ -114,7 +113,7 @@ class Engine:
         nll = torch.zeros((), dtype=torch.float64, device=self._world.device)
         count = torch.zeros((), dtype=torch.float64, device=self._world.device)
         rows = self._config.train.micro_batch_size
-        assert len(tokens_BL) == rows * self._accumulation, "batch and settings disagree"
+        self._accumulate(len(tokens_BL) // rows)
         for tokens, targets in zip(
             torch.split(tokens_BL, rows), torch.split(targets_BL, rows), strict=True
         ):
@@ -130,6 +129,13 @@ class Engine:
         if self.stage > 0:
             norm = float(self._engine.get_global_grad_norm())
         return StepResult(total_nll, int(total_count), norm, lr)
+
+    def _accumulate(self, micro_batches: int) -> None:
+        """Make an optimizer step of so many forward passes: the batch may grow during a run."""
+        if micro_batches != self._engine.gradient_accumulation_steps():
+            rows = micro_batches * self._config.train.micro_batch_size * self._world.size
+            self._engine.set_train_batch_size(rows)
+            self._engine.micro_steps = 0  # or steps end after the wrong pass
 
     def _clip(self) -> float:
         """Stage 0 only, where DeepSpeed clips but does not tell the norm."""

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from hourglass_dist import dist
-from hourglass_dist.data.shards import Manifest
+from hourglass_dist.data.mixture import open_dataset
 from hourglass_dist.data.stream import Batch, held_out_rows
 from hourglass_dist.data.tokenizer import require_same
 from hourglass_dist.export import load_export
@@ -69,14 +69,14 @@ def evaluate(
     return Score(total_nats, int(total_tokens), int(total_bytes))
 
 
-def evaluate_export(folder: Path, dataset: Path, batch_size: int) -> Score:
+def evaluate_export(folder: Path, where: str, batch_size: int) -> Score:
     """Score an export on the held-out split of a dataset, in rows of the length it was trained on.
 
     Raises ValueError when either is damaged or their tokenizers differ.
     """
     model, tokenizer, about = load_export(folder)
-    manifest = Manifest.load(dataset)
-    require_same(tokenizer.fingerprint, manifest.tokenizer, str(folder), str(dataset))
+    dataset = open_dataset(where)
+    require_same(tokenizer.fingerprint, dataset.manifest.tokenizer, str(folder), where)
     world = dist.init()
     model.to(world.device)
 
@@ -87,5 +87,5 @@ def evaluate_export(folder: Path, dataset: Path, batch_size: int) -> Score:
         return float(nats), int(count)
 
     length = int(about["trained"]["data"]["seq_len"])
-    rows = held_out_rows(manifest, "heldout", length, batch_size, world.rank, world.size)
+    rows = held_out_rows([dataset], length, batch_size, world.rank, world.size)
     return evaluate(loss, rows, tokenizer.byte_lengths(), world)

@@ -82,7 +82,7 @@ def _origin(config: Config, progress: checkpoint.Progress, tokenizer: Tokenizer)
         "tokenizer": asdict(tokenizer.fingerprint),
         "trained": {
             "step": progress.step,
-            "tokens": progress.step * config.data.batch_size * config.data.seq_len,
+            "tokens": config.data.tokens(progress.step),
             "data": progress.data,
         },
     }

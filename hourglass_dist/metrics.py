@@ -13,7 +13,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -42,18 +42,18 @@ class Metrics:
         self._config = config
         self._byte_lengths_V = byte_lengths_V
         self._world = world
-        self._clock = Clock(
-            config.train.steps, config.data.batch_size * config.data.seq_len, first_step
-        )
+        self._clock = Clock(config.train.steps, config.data.tokens, first_step)
         if world.is_main:
             self._jsonl = folder / "metrics.jsonl"
             forget_after(self._jsonl, first_step)
             self._events = SummaryWriter(str(folder), purge_step=first_step + 1)
 
-    def record(self, step: int, result: StepResult, batch: Batch) -> None:
+    def record(
+        self, step: int, result: StepResult, batch: Batch, epochs: Callable[[int], dict[str, float]]
+    ) -> None:
         """Note completed step ``step`` (1 is the first). Called by all ranks, each with its rows of
-        the batch."""
-        self._clock.tick(step)
+        the batch; ``epochs(step)`` is how often each source has been read."""
+        self._clock.tick(step, batch.waited_s)
         total = self._config.train.steps
         if not (due(step, self._config.metrics.every) or step in (1, total)):
             return
@@ -65,7 +65,9 @@ class Metrics:
             "train/lr": result.lr,
             "train/grad_norm": result.grad_norm,
             "train/tokens_per_second": self._clock.tokens_per_second,
+            "train/data_wait": self._clock.share_waited(),
         }
+        values |= {f"data/{name}/epochs": read for name, read in epochs(step).items()}
         if self._world.is_main:
             self._write(step, values)
             self._show(
@@ -123,28 +125,40 @@ class Metrics:
 class Clock:
     """Speed and time left, from the time that training steps took."""
 
-    def __init__(self, steps: int, tokens_per_step: int, step: int) -> None:
-        """Starts now, after ``step`` completed steps of ``steps``."""
+    def __init__(self, steps: int, tokens: Callable[[int], int], step: int) -> None:
+        """Starts now, after ``step`` completed steps of ``steps``; ``tokens(step)`` are read before
+        a step."""
         self._steps = steps
-        self._tokens_per_step = tokens_per_step
+        self._tokens = tokens
         self._step = step
         self._last = time.perf_counter()
         self._smooth = 0.0
+        self._waited = self._spent = 0.0
 
-    def tick(self, step: int) -> None:
-        """A step is completed; the average forgets with a horizon of 20 steps."""
+    def tick(self, step: int, waited: float) -> None:
+        """A step is completed, ``waited`` seconds of it for data; the average forgets with a
+        horizon of 20 steps."""
         now = time.perf_counter()
         seconds, self._last, self._step = now - self._last, now, step
         self._smooth = 0.95 * self._smooth + 0.05 * seconds if self._smooth else seconds
+        self._waited += waited
+        self._spent += seconds
 
     def pause(self, seconds: float) -> None:
         """Take out time that was not spent on steps."""
         self._last += seconds
 
+    def share_waited(self) -> float:
+        """The share of the time since the last call that this rank waited for data."""
+        share = self._waited / self._spent if self._spent else 0.0
+        self._waited = self._spent = 0.0
+        return share
+
     @property
     def tokens_per_second(self) -> float:
         """Over all ranks."""
-        return self._tokens_per_step / self._smooth if self._smooth else 0.0
+        tokens = self._tokens(self._step) - self._tokens(self._step - 1)
+        return tokens / self._smooth if self._smooth else 0.0
 
     @property
     def seconds_left(self) -> float:

@@ -21,9 +21,9 @@ from hourglass_dist import config as settings
 from hourglass_dist import dist
 from hourglass_dist.checkpoint import Checkpoints, Progress, RunFolder
 from hourglass_dist.config import Config
-from hourglass_dist.data.shards import Manifest
+from hourglass_dist.data.mixture import Dataset, make_plan, open_mixture
 from hourglass_dist.data.stream import Batch, Stream, held_out_rows
-from hourglass_dist.data.tokenizer import Tokenizer, load_tokenizer, require_same
+from hourglass_dist.data.tokenizer import Tokenizer, require_same
 from hourglass_dist.engine import Engine, StepResult, deepspeed_settings
 from hourglass_dist.evaluate import evaluate
 from hourglass_dist.metrics import Metrics, due
@@ -39,8 +39,9 @@ def train(config: Config) -> None:
     """
     world = dist.init()
     deepspeed_settings(config, world.size)  # refuses what does not fit, before anything is written
-    manifest, tokenizer = dist.together(lambda: open_dataset(config), world.device)
-    stream = dist.together(lambda: open_stream(config, manifest, world), world.device)
+    datasets, tokenizer = dist.together(lambda: open_data(config), world.device)
+    stream = dist.together(lambda: open_stream(config, datasets, world), world.device)
+    dist.require_agreement(stream.identity(), world.device)
     run = RunFolder(Path(config.run.dir))
     dist.together(lambda: run.open(config) if world.is_main else None, world.device)
     checkpoints = Checkpoints(run.checkpoints, config.checkpoint.keep, world)
@@ -50,7 +51,7 @@ def train(config: Config) -> None:
     if found:
         path, progress = found
         step = progress.step
-        check_progress(progress, stream, tokenizer, path)
+        resume_data(progress, stream, tokenizer, path)
         if step >= config.train.steps:
             say(world, f"{run.path}: finished: all {config.train.steps} steps are done")
             run.close()
@@ -63,22 +64,24 @@ def train(config: Config) -> None:
 
     lengths = tokenizer.byte_lengths()
     metrics = Metrics(run.path, config, lengths, step, world)
-    batches = stream.batches(start_row=step * config.data.batch_size)
+    batches = stream.batches(start_step=step)
     while step < config.train.steps:
         batch = dist.together(lambda: next(batches), world.device)
         result = engine.step(batch.tokens_BL, batch.targets_BL, step)
         check_finite(result, step, batch)
         step += 1
-        metrics.record(step, result, batch)
+        metrics.record(step, result, batch, stream.epochs_read)
         last = step == config.train.steps
         if due(step, config.eval.every) or last:
             with metrics.pause():
-                rows = dist.together(lambda: held_out(config, manifest, world), world.device)
+                rows = dist.together(lambda: held_out(config, datasets, world), world.device)
                 score = evaluate(engine.eval_loss, rows, lengths, world)
             metrics.record_eval(step, score)
         if due(step, config.checkpoint.every) or last:
-            data = stream.state(step * config.data.batch_size)
-            progress = Progress(step, data, asdict(tokenizer.fingerprint), engine.stage)
+            dist.require_agreement(stream.identity(), world.device)
+            progress = Progress(
+                step, stream.state(step), asdict(tokenizer.fingerprint), engine.stage
+            )
             with metrics.pause():
                 path = checkpoints.save(engine.save, progress)
             metrics.say(f"step {step}: saved {path}")
@@ -86,43 +89,33 @@ def train(config: Config) -> None:
     run.close()
 
 
-def open_dataset(config: Config) -> tuple[Manifest, Tokenizer]:
-    """The shards and their tokenizer. Raises ValueError when they do not fit each other or the
+def open_data(config: Config) -> tuple[list[Dataset], Tokenizer]:
+    """The datasets and their tokenizer. Raises ValueError when they do not fit each other or the
     model."""
-    manifest = Manifest.load(Path(config.data.dataset))
-    tokenizer = load_tokenizer(Path(config.data.dataset))
-    require_same(
-        manifest.tokenizer,
-        tokenizer.fingerprint,
-        "the shards",
-        f"{config.data.dataset}'s tokenizer",
-    )
+    datasets, tokenizer = open_mixture(config.data)
     if tokenizer.vocab_size > config.model.vocab_size:
         raise ValueError(
-            f"model.vocab_size: the tokenizer of {config.data.dataset} has {tokenizer.vocab_size} "
+            f"model.vocab_size: the tokenizer of {datasets[0].where} has {tokenizer.vocab_size} "
             f"ids, given {config.model.vocab_size}"
         )
-    return manifest, tokenizer
+    return datasets, tokenizer
 
 
-def open_stream(config: Config, manifest: Manifest, world: dist.World) -> Stream:
+def open_stream(config: Config, datasets: Sequence[Dataset], world: dist.World) -> Stream:
     """The training rows of this rank; its share of the shards, held-out ones too, is verified."""
-    held_out(config, manifest, world)
+    plan = make_plan(datasets, config.data, config.run.seed, config.train.steps)
+    held_out(config, datasets, world)
     return Stream(
-        manifest,
-        "train",
-        config.data.seq_len,
-        config.data.batch_size,
-        config.run.seed,
-        world.rank,
-        world.size,
-        config.data.isolate_documents,
+        *(datasets, plan, world.rank, world.size),
+        isolate_documents=config.data.isolate_documents,
+        skip=config.data.skip_shards,
+        pin=world.device.type == "cuda",
     )
 
 
-def check_progress(progress: Progress, stream: Stream, tokenizer: Tokenizer, path: Path) -> None:
+def resume_data(progress: Progress, stream: Stream, tokenizer: Tokenizer, path: Path) -> None:
     """Raises ValueError when a checkpoint belongs to other data or another tokenizer."""
-    stream.check(progress.data)
+    stream.resume(progress.data, progress.step)
     saved = type(tokenizer.fingerprint)(**progress.tokenizer)
     require_same(saved, tokenizer.fingerprint, str(path), "the dataset's tokenizer")
 
@@ -136,11 +129,11 @@ def make_model(config: Config, world: dist.World) -> HourglassLM:
     return model
 
 
-def held_out(config: Config, manifest: Manifest, world: dist.World) -> Iterator[Batch]:
-    """This rank's part of the held-out split, every token once over all ranks."""
+def held_out(config: Config, datasets: Sequence[Dataset], world: dist.World) -> Iterator[Batch]:
+    """This rank's part of the held-out rows, every token once over all ranks."""
     data, rows = config.data, config.eval.batch_size
     return held_out_rows(
-        *(manifest, "heldout", data.seq_len, rows, world.rank, world.size, data.isolate_documents)
+        datasets, data.seq_len, rows, world.rank, world.size, data.isolate_documents
     )
 
 
@@ -155,7 +148,7 @@ def check_finite(result: StepResult, step: int, batch: Batch) -> None:
 
 def announce(config: Config, world: dist.World, step: int) -> None:
     """Say what is about to be trained on what."""
-    tokens = config.train.steps * config.data.batch_size * config.data.seq_len
+    tokens = config.data.tokens(config.train.steps)
     say(
         world,
         f"{config.run.dir}: {config.model.hierarchy}, width {config.model.dim}, "

@@ -5,7 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 from ranks import hourglass, torchrun
+
+settings.register_profile("thorough", max_examples=10_000, deadline=None)
 
 ROOT = Path(__file__).parents[1]
 CORPUS = ROOT / "data_tools" / "corpora" / "tinyshakespeare.txt.gz"

@@ -11,7 +11,9 @@ import numpy as np
 import webdataset
 
 from data_tools.shard import make_dataset, plan_job
-from hourglass_dist.data.shards import Manifest, Split, dtype_of
+from hourglass_dist.data.mixture import Dataset, simple_plan
+from hourglass_dist.data.shards import LocalStore, Manifest, Split, dtype_of
+from hourglass_dist.data.stream import Stream
 from hourglass_dist.data.tokenizer import ByteTokenizer, Tokenizer
 
 NASTY = [
@@ -47,6 +49,19 @@ def make(
     sizes = {"block_tokens": 64, "shard_blocks": 3} | settings
     job = plan_job([corpus], tokenizer or ByteTokenizer(), held_out=held_out, **sizes)
     return make_dataset(job, folder / "dataset")
+
+
+def local(manifest: Manifest, name: str = "data") -> Dataset:
+    """A dataset in a folder, open."""
+    return Dataset(name, str(manifest.folder), manifest, LocalStore(manifest))
+
+
+def stream_of(
+    manifest: Manifest, seq_len: int, batch_size: int, seed: int, *ranks: int, **options: Any
+) -> Stream:
+    """The stream of one dataset in a folder."""
+    dataset = local(manifest)
+    return Stream([dataset], simple_plan(dataset, seq_len, batch_size, seed), *ranks, **options)
 
 
 def words(count: int, seed: int = 0) -> list[str]:

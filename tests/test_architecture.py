@@ -18,8 +18,9 @@ PACKAGES = ("hourglass_dist", "data_tools")
 
 # A file imports files above it, never one below. A new file is given its place here.
 ORDER = [
-    *("sections", "config", "files", "dist"),
-    *("data.tokenizer", "data.shards", "data.write", "data.order", "data.stream"),
+    *("sections", "config_data", "config", "files", "dist"),
+    *("data.tokenizer", "data.shards", "data.write", "data.plan", "data.order"),
+    *("data.remote", "data.mixture", "data.stream"),
     *("model.linear", "model.layers", "model.resample", "model.hourglass", "model.cost"),
     *("model.interop", "optim", "fragments", "engine", "checkpoint", "export", "evaluate"),
     *("metrics", "train", "generate", "plan", "cli"),

@@ -14,7 +14,7 @@ import google_crc32c
 import numpy as np
 import pytest
 import webdataset
-from datasets import make, plain_webdataset, refusal, words
+from datasets import local, make, plain_webdataset, refusal, stream_of, words
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -29,7 +29,7 @@ from hourglass_dist.data.shards import (
     dtype_name,
     dtype_of,
 )
-from hourglass_dist.data.stream import Stream, held_out_rows
+from hourglass_dist.data.stream import held_out_rows
 from hourglass_dist.data.tokenizer import ByteTokenizer, load_tokenizer
 from hourglass_dist.data.write import Packer
 
@@ -266,9 +266,9 @@ def test_damage_is_one_clear_line(manifest: Manifest, tmp_path: Path, what: str)
     damage, expected = DAMAGE[what]
     folder = tmp_path / "mine"
     shutil.copytree(manifest.folder, folder)
-    Stream(Manifest.load(folder), "train", 8, 4, 0)  # nothing is wrong yet
+    stream_of(Manifest.load(folder), 8, 4, 0)  # nothing is wrong yet
     damage(folder)
-    message = refusal(lambda: Stream(Manifest.load(folder), "train", 8, 4, 0))
+    message = refusal(lambda: stream_of(Manifest.load(folder), 8, 4, 0))
     assert expected in message
     assert str(folder) in message
 
@@ -277,21 +277,21 @@ def test_every_rank_hashes_its_share(manifest: Manifest, tmp_path: Path) -> None
     shutil.copytree(manifest.folder, tmp_path / "mine")
     _flip(tmp_path / "mine" / "train-000001.tar")
     mine = Manifest.load(tmp_path / "mine")
-    Stream(mine, "train", 8, 4, 0, rank=0, world_size=2)
-    refusal(lambda: Stream(mine, "train", 8, 4, 0, rank=1, world_size=2))
+    stream_of(mine, 8, 4, 0, rank=0, world_size=2)
+    refusal(lambda: stream_of(mine, 8, 4, 0, rank=1, world_size=2))
     mine.verify(full=False)
 
 
 def test_held_out_shards_are_verified_at_the_call(manifest: Manifest, tmp_path: Path) -> None:
     shutil.copytree(manifest.folder, tmp_path / "mine")
     mine = Manifest.load(tmp_path / "mine")
-    held_out_rows(mine, "heldout", 8, 4)
+    held_out_rows([local(mine)], 8, 4)
     _flip(tmp_path / "mine" / "heldout-000000.tar")
-    assert "altered" in refusal(lambda: held_out_rows(mine, "heldout", 8, 4))
+    assert "altered" in refusal(lambda: held_out_rows([local(mine)], 8, 4))
 
 
 def test_a_dataset_without_held_out_text(tmp_path: Path) -> None:
     manifest = make(tmp_path, TEXTS, held_out="none")
-    message = refusal(lambda: held_out_rows(manifest, "heldout", 8, 4))
+    message = refusal(lambda: held_out_rows([local(manifest)], 8, 4))
     assert "no shards of split 'heldout'" in message
     assert sorted(documents(manifest, "train", ByteTokenizer())) == sorted(TEXTS)

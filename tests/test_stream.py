@@ -14,11 +14,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from datasets import blocks_of, make, plain_webdataset, refusal, words
+from datasets import blocks_of, local, make, plain_webdataset, refusal, stream_of, words
 
 from data_tools.tokenizer import train_tokenizer
 from hourglass_dist.data.shards import Manifest
-from hourglass_dist.data.stream import Batch, Stream, held_out_rows
+from hourglass_dist.data.stream import Batch, held_out_rows
 from hourglass_dist.data.tokenizer import load_tokenizer
 
 WORLDS = [1, 2, 3, 4, 6, 12]  # all that divide a batch of 12
@@ -30,11 +30,11 @@ def manifest(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
 
 
 def global_batches(
-    manifest: Manifest, world: int, steps: int, start_row: int = 0, seed: int = 5
+    manifest: Manifest, world: int, steps: int, start_step: int = 0, seed: int = 5
 ) -> list[Batch]:
     """The batches of all ranks put together."""
-    ranks = [Stream(manifest, "train", 8, 12, seed, rank, world) for rank in range(world)]
-    streams = [stream.batches(start_row) for stream in ranks]
+    ranks = [stream_of(manifest, 8, 12, seed, rank, world) for rank in range(world)]
+    streams = [stream.batches(start_step) for stream in ranks]
     whole = []
     for parts in islice(zip(*streams, strict=True), steps):
         whole.append(
@@ -75,14 +75,14 @@ def test_every_world_size_reads_the_same_batches(manifest: Manifest, world: int)
 def test_a_cold_start_goes_on_where_it_was(manifest: Manifest, done: int) -> None:
     """Also on another number of ranks, and across the end of an epoch."""
     whole = global_batches(manifest, 2, 40)
-    assert_same(global_batches(manifest, 3, 40 - done, start_row=done * 12), whole[done:])
+    assert_same(global_batches(manifest, 3, 40 - done, start_step=done), whole[done:])
 
 
 def test_every_token_is_a_target_once_an_epoch(manifest: Manifest) -> None:
-    stream = Stream(manifest, "train", 8, 1, 5)
+    stream = stream_of(manifest, 8, 1, 5)
     batches = stream.batches()
     for _ in range(3):
-        epoch = [next(batches).targets_BL for _ in range(stream.plan.total_rows)]
+        epoch = [next(batches).targets_BL for _ in range(stream.plan.sources[0].rows)]
         targets = torch.cat(epoch).flatten()
         blocks = plain_webdataset(manifest, "train")
         real = Counter(t for ids, about in blocks for t in ids[: about["tokens"]].tolist())
@@ -107,10 +107,10 @@ def test_every_target_knows_its_document(manifest: Manifest, seq_len: int) -> No
             for numbers in [np.searchsorted(ends, np.arange(start, start + seq_len), "right")]
             for real in [np.arange(start, start + seq_len) < about["tokens"]]
         )
-    stream = Stream(manifest, "train", seq_len, 1, 5, isolate_documents=True)
+    stream = stream_of(manifest, seq_len, 1, 5, isolate_documents=True)
     found: dict[str, list[Batch]] = {
-        "train": list(islice(stream.batches(), stream.plan.total_rows)),
-        "heldout": list(held_out_rows(manifest, "heldout", seq_len, 3, isolate_documents=True)),
+        "train": list(islice(stream.batches(), stream.plan.sources[0].rows)),
+        "heldout": list(held_out_rows([local(manifest)], seq_len, 3, isolate_documents=True)),
     }
     for split, batches in found.items():
         rows = []
@@ -122,7 +122,7 @@ def test_every_target_knows_its_document(manifest: Manifest, seq_len: int) -> No
                 real = targets >= 0
                 rows.append((tuple(targets[real].tolist()), tuple(documents[real].tolist())))
         assert sorted(rows) == expected[split]
-    assert next(Stream(manifest, "train", seq_len, 1, 5).batches()).documents_BL is None
+    assert next(stream_of(manifest, seq_len, 1, 5).batches()).documents_BL is None
 
 
 def test_seeds_give_other_batches(manifest: Manifest) -> None:
@@ -134,11 +134,12 @@ def test_seeds_give_other_batches(manifest: Manifest) -> None:
 
 
 def test_the_state_survives_json(manifest: Manifest) -> None:
-    stream = Stream(manifest, "train", 8, 12, 5, 1, 2)
-    state = json.loads(json.dumps(stream.state(36)))
+    state = json.loads(json.dumps(stream_of(manifest, 8, 12, 5, 1, 2).state(3)))
     assert state["next_row"] == 36
     for rank in range(3):
-        Stream(manifest, "train", 8, 12, 5, rank, 3).check(state)
+        again = stream_of(manifest, 8, 12, 5, rank, 3)
+        again.resume(state, 3)
+        assert again.state(3) == state
 
 
 @pytest.mark.parametrize(
@@ -148,25 +149,25 @@ def test_the_state_survives_json(manifest: Manifest) -> None:
 def test_the_state_of_another_stream(
     manifest: Manifest, settings: tuple[int, int, int], field: str
 ) -> None:
-    state = Stream(manifest, "train", 8, 12, 5).state(0)
-    other = Stream(manifest, "train", *settings)
-    assert refusal(lambda: other.check(state)).startswith(f"data: {field} differs")
+    state = stream_of(manifest, 8, 12, 5).state(0)
+    other = stream_of(manifest, *settings)
+    assert refusal(lambda: other.resume(state, 0)).startswith(f"data: {field} differs")
 
 
 def test_the_state_of_another_dataset(manifest: Manifest, tmp_path: Path) -> None:
-    other = Stream(make(tmp_path, words(80, seed=1)), "train", 8, 12, 5)
-    state = Stream(manifest, "train", 8, 12, 5).state(0)
-    assert refusal(lambda: other.check(state)).startswith("data: dataset_id differs")
-    assert "plan differs" in refusal(lambda: other.check(other.state(0) | {"plan": "x"}))
-    assert "split differs" in refusal(lambda: other.check(other.state(0) | {"split": "heldout"}))
-    assert "dataset_id differs" in refusal(lambda: other.check({}))
+    other = stream_of(make(tmp_path, words(80, seed=1)), 8, 12, 5)
+    state = stream_of(manifest, 8, 12, 5).state(0)
+    assert refusal(lambda: other.resume(state, 0)).startswith("data: datasets differs")
+    assert "plan differs" in refusal(lambda: other.resume(other.state(0) | {"plan": "x"}, 0))
+    assert "next_row differs" in refusal(lambda: other.resume(other.state(1), 0))
+    assert "datasets differs" in refusal(lambda: other.resume({}, 0))
 
 
 def test_worlds_and_lengths_that_do_not_fit(manifest: Manifest) -> None:
-    message = refusal(lambda: Stream(manifest, "train", 8, 12, 5, 0, 5))
+    message = refusal(lambda: stream_of(manifest, 8, 12, 5, 0, 5))
     assert "these can: 1, 2, 3, 4, 6, 12" in message
-    assert "near lengths" in refusal(lambda: Stream(manifest, "train", 7, 12, 5))
-    assert "start row" in refusal(lambda: Stream(manifest, "train", 8, 12, 5).batches(-1))
+    assert "near lengths" in refusal(lambda: stream_of(manifest, 7, 12, 5))
+    assert "given -1" in refusal(lambda: stream_of(manifest, 8, 12, 5).batches(-1))
 
 
 # --- the thread ----------------------------------------------------------------------------------
@@ -178,7 +179,7 @@ def readers() -> list[threading.Thread]:
 
 def test_the_thread_ends_with_the_generator(manifest: Manifest) -> None:
     files = len(os.listdir("/proc/self/fd")) if Path("/proc/self/fd").exists() else 0
-    stream = Stream(manifest, "train", 8, 12, 5)
+    stream = stream_of(manifest, 8, 12, 5)
     closed, collected = stream.batches(), stream.batches()
     next(closed)
     next(collected)
@@ -195,7 +196,7 @@ def test_the_thread_ends_with_the_generator(manifest: Manifest) -> None:
 
 def test_what_the_thread_raises_is_raised_here(tmp_path: Path) -> None:
     manifest = make(tmp_path, words(80))
-    batches = Stream(manifest, "train", 8, 12, 5).batches()
+    batches = stream_of(manifest, 8, 12, 5).batches()
     for shard in manifest.split("train"):  # verified, then cut behind its back
         os.truncate(manifest.folder / shard.path, 600)
     assert "truncated shard: expected" in refusal(lambda: next(batches))
@@ -210,9 +211,7 @@ def test_what_the_thread_raises_is_raised_here(tmp_path: Path) -> None:
 def test_every_held_out_token_is_scored_once(
     manifest: Manifest, world: int, batch_size: int
 ) -> None:
-    ranks = [
-        list(held_out_rows(manifest, "heldout", 8, batch_size, r, world)) for r in range(world)
-    ]
+    ranks = [list(held_out_rows([local(manifest)], 8, batch_size, r, world)) for r in range(world)]
     shapes = {tuple(tuple(batch.targets_BL.shape) for batch in batches) for batches in ranks}
     assert len(shapes) == 1  # the same forward passes on every rank
     whole = [batch for batches in ranks for batch in batches]
@@ -236,7 +235,7 @@ def test_every_held_out_byte_is_scored_once_by_every_tokenizer(
         (tmp_path / name).mkdir(exist_ok=True)
         manifest = make(tmp_path / name, words(80), tokenizer)
         lengths = load_tokenizer(manifest.folder).byte_lengths()
-        batches = list(held_out_rows(manifest, "heldout", seq_len, 8))
+        batches = list(held_out_rows([local(manifest)], seq_len, 8))
         targets = torch.cat([batch.targets_BL for batch in batches]).flatten().numpy()
         totals.append(lengths[targets[targets >= 0]].sum())
         assert totals[-1] == sum(s.text_bytes for s in manifest.split("heldout"))

@@ -1,76 +1,47 @@
-"""The order of training as a pure function: which row of which shard is the n-th one ever read.
+"""The order of training as a pure function: which row of which source is the n-th one ever read.
 
-    n  ->  epoch, i = divmod(n, rows in all)
-    i  ->  lane i mod L, place i // L in that lane
-    the epoch's shards, permuted by (seed, epoch), laid end to end and cut into L equal segments:
-    lane d reads segment d from its start                ->  shard, row
+    step              ->  stage (batch size, sequence length, weights)  ->  its rows n ... n + B - 1
+    n                 ->  chunk g, piece      a chunk is a row of the longest sequence length; where
+                                              rows are shorter, it is read piece by piece
+    g                 ->  lane d = g mod D, slot g // D of that lane
+    lane, slot        ->  source s, and c: how many slots of s the lane has passed
+    s, i = c * D + d  ->  epoch, shard, row   of the i-th chunk of the source
 
-An epoch is exactly n = epoch * R ... (epoch + 1) * R - 1: no row is lost or repeated, whatever the
-number of rows, shards and lanes. Rows of different lanes come from far apart, rows of one lane are
-neighbours in a file. A batch is positions n ... n + B - 1, dealt to the ranks in contiguous cuts,
-so every world size that divides B reads the same batches.
+Mixing: the slots of a lane come in blocks of 1000. Each block has exactly the quota of every source
+that the weights ask for, in an order drawn from (seed, stage, block, lane).
 
-Cost: a permutation and a cumulative sum over the shards per epoch, then a binary search per row.
+A source: epoch e is exactly i = eR ... (e + 1)R - 1 for R chunks. Its shards, permuted anew, are
+laid end to end and cut into D equal segments, which are read side by side from their starts. No row
+is lost or repeated, whatever the number of rows, shards and lanes (a source with fewer rows than
+lanes has empty segments), rows of different lanes come from far apart, and rows of one lane are
+neighbours in a file.
+
+A batch is dealt to the ranks in contiguous cuts, so every world size that divides it reads the same
+batches. All of it is closed form: a permutation over the shards per source and epoch, one over the
+slots of a block, then a binary search per row.
+
+Letters: S sources, D lanes, K slots of a block.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-from dataclasses import asdict, dataclass
-from functools import cached_property, lru_cache
+from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import numpy.typing as npt
 
+from hourglass_dist.data.plan import Plan
+
 Int64s = npt.NDArray[np.int64]
-
-RULE = 1
-"""The version of the rule above; part of every plan's hash."""
-
-
-@dataclass(frozen=True)
-class Plan:
-    """Everything that the order depends on."""
-
-    dataset_id: str
-    rows_per_shard: tuple[int, ...]
-    """Rows of ``seq_len`` tokens in every shard of the split."""
-    seq_len: int
-    """Tokens in a row."""
-    lanes: int
-    """How many places of the epoch's order are read side by side; the global batch by default."""
-    seed: int
-
-    def __post_init__(self) -> None:
-        """Raise ValueError for a plan without rows, without lanes or with a seed out of range."""
-        if self.total_rows < 1 or min(self.rows_per_shard) < 0:
-            raise ValueError(f"rows: expected at least 1, given {self.rows_per_shard}")
-        if self.lanes < 1:
-            raise ValueError(f"lanes: expected at least 1, given {self.lanes}")
-        if not 0 <= self.seed < 2**64:
-            raise ValueError(f"seed: expected 0 to 2**64 - 1, given {self.seed}")
-
-    @cached_property
-    def total_rows(self) -> int:
-        """Rows in an epoch."""
-        return sum(self.rows_per_shard)
-
-    @cached_property
-    def hash(self) -> str:
-        """sha256 (hex) of the rule and of every field."""
-        return hashlib.sha256(
-            json.dumps({"rule": RULE} | asdict(self), sort_keys=True).encode()
-        ).hexdigest()
-
-    def __hash__(self) -> int:
-        return hash(self.hash)  # cached: plans are looked up once per row, with thousands of shards
 
 
 @dataclass(frozen=True)
 class Location:
-    """One row: its epoch, the index of its shard in the split, its number in the shard."""
+    """One row: its source, the source's epoch, the index of its shard in the split, its number in
+    the shard (in rows of its own length)."""
 
+    source: int
     epoch: int
     shard: int
     row: int
@@ -78,11 +49,48 @@ class Location:
 
 @dataclass(frozen=True)
 class Locations:
-    """Many rows, as three arrays."""
+    """Many rows, as arrays."""
 
+    sources: Int64s
     epochs: Int64s
     shards: Int64s
     rows: Int64s
+
+
+def locate_many(plan: Plan, ns: Int64s) -> Locations:
+    """Where the rows numbered ``ns`` (each >= 0, in any order) are."""
+    ns = np.asarray(ns, dtype=np.int64)
+    chunks, pieces, per_chunk = _chunks(plan, ns)
+    sources, indices = _mix(plan, chunks)
+    epochs, shards, rows = (np.empty_like(ns) for _ in range(3))
+    for s in np.unique(sources).tolist():
+        here = sources == s
+        epochs[here], shards[here], rows[here] = _locate_in(plan, s, indices[here])
+    return Locations(sources, epochs, shards, rows * per_chunk + pieces)
+
+
+def locate(plan: Plan, n: int) -> Location:
+    """Where the n-th row ever read (n >= 0) is. Raises ValueError for a negative n."""
+    if n < 0:
+        raise ValueError(f"row number: expected at least 0, given {n}")
+    found = locate_many(plan, np.array([n], dtype=np.int64))
+    return Location(*(int(a[0]) for a in (found.sources, found.epochs, found.shards, found.rows)))
+
+
+def _chunks(plan: Plan, ns: Int64s) -> tuple[Int64s, Int64s, Int64s]:
+    """(chunk, piece of it, pieces of a chunk) of every row."""
+    segments = plan.segments
+    at = np.searchsorted([segment.row for segment in segments], ns, side="right") - 1
+    row, chunk, pieces = (
+        np.array([getattr(segment, name) for segment in segments], np.int64)[at]
+        for name in ("row", "chunk", "pieces")
+    )
+    group, rest = np.divmod(ns - row, plan.lanes * pieces)
+    piece, lane = np.divmod(rest, plan.lanes)
+    return chunk + group * plan.lanes + lane, piece, pieces
+
+
+# --- one source ----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -91,48 +99,161 @@ class _Layout:
 
     shards: Int64s
     """Shard indices in the epoch's order."""
+    begins: Int64s
+    """Chunks before each of them."""
     ends: Int64s
-    """Rows up to and with each of them."""
+    """Chunks up to and with each of them."""
+
+
+@lru_cache(maxsize=256)
+def _layout(plan: Plan, source: int, epoch: int) -> _Layout:
+    rows = np.asarray(plan.sources[source].rows_per_shard, dtype=np.int64)
+    shards = np.argsort(_random(plan.seed, epoch, 0, source, len(rows)), kind="stable")
+    ends = np.cumsum(rows[shards])
+    return _Layout(shards, ends - rows[shards], ends)
+
+
+def _random(seed: int, a: int, b: int, c: int, count: int) -> npt.NDArray[np.uint64]:
+    # Raw Philox output is the same in every version of numpy; Generator.permutation may change.
+    key = np.array([seed, a], dtype=np.uint64)
+    counter = np.array([0, 0, b, c], dtype=np.uint64)
+    return np.random.Philox(key=key, counter=counter).random_raw(count)
+
+
+def _locate_in(plan: Plan, source: int, indices: Int64s) -> tuple[Int64s, Int64s, Int64s]:
+    """(epoch, shard, row) of chunks number ``indices`` of a source."""
+    total = plan.sources[source].rows
+    epochs, in_epoch = np.divmod(indices, total)
+    segment, k = np.divmod(in_epoch, plan.lanes)[::-1]
+    length, longer = divmod(total, plan.lanes)  # the first `longer` segments have one more
+    places = segment * length + np.minimum(segment, longer) + k
+    shards, rows = np.empty_like(places), np.empty_like(places)
+    for epoch in np.unique(epochs).tolist():
+        here = epochs == epoch
+        layout = _layout(plan, source, epoch)
+        at = np.searchsorted(layout.ends, places[here], side="right")
+        shards[here] = layout.shards[at]
+        rows[here] = places[here] - layout.begins[at]
+    return epochs, shards, rows
+
+
+# --- mixing --------------------------------------------------------------------------------------
+
+
+def _mix(plan: Plan, chunks: Int64s) -> tuple[Int64s, Int64s]:
+    """(source, number within the source) of every chunk."""
+    if len(plan.sources) == 1:
+        return np.zeros_like(chunks), chunks
+    segments = np.searchsorted([s.chunk for s in plan.segments], chunks, side="right") - 1
+    slots, lanes = np.divmod(chunks, plan.lanes)
+    sources, passed = np.empty_like(chunks), np.empty_like(chunks)
+    for index in np.unique(segments).tolist():
+        inside = segments == index
+        blocks, at = np.divmod(slots - _first_slot(plan, index)[lanes], plan.mix_block)
+        for block in np.unique(blocks[inside]).tolist():
+            here = inside & (blocks == block)
+            source_DK, before_DK = _block(plan, index, block)
+            d, k = lanes[here], at[here]
+            s = source_DK[d, k].astype(np.int64)
+            sources[here] = s
+            full = np.asarray(plan.quotas[index])[s] * block
+            passed[here] = _passed(plan)[index][s, d] + full + before_DK[d, k]
+    return sources, passed * plan.lanes + lanes
+
+
+def _first_slot(plan: Plan, segment: int) -> Int64s:
+    """The first slot of every lane that belongs to a segment."""
+    lanes_D = np.arange(plan.lanes, dtype=np.int64)
+    return (plan.segments[segment].chunk - lanes_D + plan.lanes - 1) // plan.lanes
 
 
 @lru_cache(maxsize=8)
-def _layout(plan: Plan, epoch: int) -> _Layout:
-    # Raw Philox output is the same in every version of numpy; Generator.permutation may change.
-    key = np.array([plan.seed, epoch], dtype=np.uint64)
-    keys = np.random.Philox(key=key).random_raw(len(plan.rows_per_shard))
-    shards = np.argsort(keys, kind="stable")
-    rows = np.asarray(plan.rows_per_shard, dtype=np.int64)
-    return _Layout(shards, np.cumsum(rows[shards]))
+def _passed(plan: Plan) -> tuple[Int64s, ...]:
+    """For every segment, the slots of each source that each lane has passed before it (SD)."""
+    totals = [np.zeros((len(plan.sources), plan.lanes), np.int64)]
+    for index in range(len(plan.segments) - 1):
+        slots_D = _first_slot(plan, index + 1) - _first_slot(plan, index)
+        totals.append(totals[-1] + _counts(plan, index, slots_D))
+    return tuple(totals)
 
 
-def _places(plan: Plan, in_epoch: Int64s) -> Int64s:
-    """Place in the epoch's order of the i-th row: the start of its lane's segment + k."""
-    lane, k = in_epoch % plan.lanes, in_epoch // plan.lanes
-    length, longer = divmod(plan.total_rows, plan.lanes)  # the first `longer` lanes have one more
-    return lane * length + np.minimum(lane, longer) + k
+@lru_cache(maxsize=8)
+def _block(
+    plan: Plan, segment: int, block: int
+) -> tuple[npt.NDArray[np.uint16], npt.NDArray[np.uint32]]:
+    """Of every lane and slot of a block: the source, and how often it came before in the block."""
+    counts = plan.quotas[segment]
+    in_order_K = np.repeat(np.arange(len(counts), dtype=np.uint16), counts)
+    keys = _random(plan.seed, block, 1 + segment, 0, plan.lanes * plan.mix_block)
+    order_DK = np.argsort(keys.reshape(plan.lanes, plan.mix_block), axis=1, kind="stable")
+    source_DK = in_order_K[order_DK]
+    before_DK = np.zeros(source_DK.shape, np.uint32)
+    for s in range(len(counts)):
+        is_s_DK = source_DK == s
+        before_DK[is_s_DK] = (np.cumsum(is_s_DK, axis=1) - 1)[is_s_DK]
+    return source_DK, before_DK
 
 
-def locate_many(plan: Plan, ns: Int64s) -> Locations:
-    """Where the rows numbered ``ns`` (each >= 0, in any order) are."""
-    epochs, in_epoch = np.divmod(np.asarray(ns, dtype=np.int64), plan.total_rows)
-    places = _places(plan, in_epoch)
-    shards, rows = np.empty_like(places), np.empty_like(places)
-    for epoch in np.unique(epochs):
-        here = epochs == epoch
-        layout = _layout(plan, int(epoch))
-        at = np.searchsorted(layout.ends, places[here], side="right")
-        shards[here] = layout.shards[at]
-        begins = layout.ends[at] - np.asarray(plan.rows_per_shard)[shards[here]]
-        rows[here] = places[here] - begins
-    return Locations(epochs, shards, rows)
+def _counts(plan: Plan, segment: int, slots_D: Int64s) -> Int64s:
+    """How often each source comes in the first ``slots_D`` slots of each lane of a segment (SD)."""
+    if len(plan.sources) == 1:
+        return slots_D[None]
+    blocks_D, rest_D = np.divmod(slots_D, plan.mix_block)
+    counts_SD = np.asarray(plan.quotas[segment], np.int64)[:, None] * blocks_D
+    for block in np.unique(blocks_D[rest_D > 0]).tolist():
+        source_DK, _ = _block(plan, segment, block)
+        counted_DK = (np.arange(plan.mix_block) < rest_D[:, None]) & (blocks_D == block)[:, None]
+        for s in range(len(plan.sources)):
+            counts_SD[s] += ((source_DK == s) & counted_DK).sum(axis=1)
+    return counts_SD
 
 
-def locate(plan: Plan, n: int) -> Location:
-    """Where the n-th row ever read (n >= 0) is. Raises ValueError for a negative n."""
-    if n < 0:
-        raise ValueError(f"row number: expected at least 0, given {n}")
-    found = locate_many(plan, np.array([n], dtype=np.int64))
-    return Location(int(found.epochs[0]), int(found.shards[0]), int(found.rows[0]))
+# --- how much of each source ---------------------------------------------------------------------
+
+
+def _taken(plan: Plan, n: int) -> Int64s:
+    """Chunks of each source that each lane has begun in the first ``n`` rows (SD)."""
+    if n == 0:
+        return np.zeros((len(plan.sources), plan.lanes), np.int64)
+    segment = [index for index, s in enumerate(plan.segments) if s.row < n][-1]
+    at = plan.segments[segment]
+    group, rest = divmod(n - at.row, plan.lanes * at.pieces)
+    chunks = at.chunk + group * plan.lanes + min(rest, plan.lanes)
+    lanes_D = np.arange(plan.lanes, dtype=np.int64)
+    slots_D = (chunks - lanes_D + plan.lanes - 1) // plan.lanes
+    counts = _counts(plan, segment, slots_D - _first_slot(plan, segment))
+    return _passed(plan)[segment] + counts
+
+
+def epochs_read(plan: Plan, step: int) -> dict[str, float]:
+    """How often each source has been read by the steps before ``step``."""
+    taken = _taken(plan, plan.first_row(step)).sum(axis=1).tolist()
+    return {
+        source.name: count / source.rows for source, count in zip(plan.sources, taken, strict=True)
+    }
+
+
+def require_enough(plan: Plan, steps: int) -> None:
+    """Raise ValueError when ``steps`` steps would read a source more often than it may be, saying
+    which, and the step with which it runs out."""
+
+    def too_far(s: int, step: int) -> bool:
+        taken = _taken(plan, plan.first_row(step))[s]
+        furthest = np.where(taken > 0, (taken - 1) * plan.lanes + np.arange(plan.lanes), -1).max()
+        cap = plan.sources[s].max_epochs
+        return cap is not None and int(furthest) >= cap * plan.sources[s].rows
+
+    for s, source in enumerate(plan.sources):
+        if too_far(s, steps):
+            good, bad = 0, steps
+            while bad - good > 1:
+                middle = (good + bad) // 2
+                good, bad = (good, middle) if too_far(s, middle) else (middle, bad)
+            raise ValueError(
+                f"source {source.name}: {steps} steps read it "
+                f"{epochs_read(plan, steps)[source.name]:.2f} times, max_epochs is "
+                f"{source.max_epochs}: it lasts for {good} steps"
+            )
 
 
 def ranks_cut(n: int, batch: int, world: int, rank: int) -> range:

@@ -21,11 +21,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -44,6 +43,8 @@ IGNORED = -100
 Split = Literal["train", "heldout"]
 DTypeName = Literal["u8", "u16", "u32"]
 Int64s = npt.NDArray[np.int64]
+Ids = npt.NDArray[Any]
+"""Token ids in the type of the shards."""
 
 
 def dtype_name(vocab_size: int) -> DTypeName:
@@ -213,12 +214,18 @@ class Manifest(Section):
     # Whether it is there and whole
 
     def verify(
-        self, split: Split | None = None, *, full: bool = True, part: tuple[int, int] = (0, 1)
+        self,
+        split: Split | None = None,
+        *,
+        full: bool = True,
+        part: tuple[int, int] = (0, 1),
+        skip: Collection[str] = (),
     ) -> None:
         """Check the shards against the manifest: none missing or extra, size, sha256 when ``full``.
 
         ``part`` (i, n) hashes every n-th shard only, from the i-th on: a rank's share of the work.
-        Raises ValueError naming the shard, what was expected and what was found.
+        Files named in ``skip`` are not looked at. Raises ValueError naming the shard, what was
+        expected and what was found.
         """
         known = {shard.path for shard in self.shards}
         extra = sorted(path.name for path in self.folder.glob("*.tar") if path.name not in known)
@@ -229,6 +236,7 @@ class Manifest(Section):
                 f"that {INDEX_FILE} lists"
             )
         shards = self.shards if split is None else self.split(split)
+        shards = tuple(shard for shard in shards if shard.path not in skip)
         for shard in shards:
             check_size(self.folder / shard.path, shard)
         if full:
@@ -268,61 +276,142 @@ def _sha256_of_version(path: Path, version: tuple[int, ...]) -> str:
 # --- reading by position -------------------------------------------------------------------------
 
 
-class ShardReader:
-    """Rows of a split by (shard, row), from at most ``max_open`` open files. Close it after use."""
+class Store(Protocol):
+    """Where the shards of a dataset are."""
 
-    def __init__(self, manifest: Manifest, split: Split, seq_len: int, max_open: int = 128) -> None:
-        """Raises ValueError when ``seq_len`` does not divide a block."""
-        self.rows_per_shard = manifest.rows(split, seq_len)
+    def check(self, split: Split, part: tuple[int, int], skip: Collection[str]) -> None:
+        """Raise ValueError when a shard is known not to be as the manifest says, as
+        ``Manifest.verify`` does."""
+
+    def open(self, shard: Shard) -> int:
+        """A descriptor of the whole file, which the caller closes. Raises ValueError or OSError."""
+
+    def expect(self, shards: Sequence[Shard]) -> None:
+        """These, and no others, are read from now on: fetch them, and give up the room of others
+        first."""
+
+
+class LocalStore:
+    """Shards in a folder: they are there, or it is an error."""
+
+    def __init__(self, manifest: Manifest) -> None:
         self._manifest = manifest
-        self._shards: Sequence[Shard] = manifest.split(split)
-        self._seq_len = seq_len
+
+    def check(self, split: Split, part: tuple[int, int], skip: Collection[str]) -> None:
+        """Hash this part of the split's shards."""
+        self._manifest.verify(split, part=part, skip=skip)
+
+    def open(self, shard: Shard) -> int:
+        """Open the file."""
+        path = self._manifest.folder / shard.path
+        try:
+            return os.open(path, os.O_RDONLY)
+        except FileNotFoundError:
+            raise ValueError(f"{path}: missing shard: expected {shard.bytes} bytes") from None
+
+    def expect(self, shards: Sequence[Shard]) -> None:
+        """Nothing to do."""
+
+
+class ShardReader:
+    """Rows of a split by (shard, row), from at most ``max_open`` open files. Close it after use.
+
+    Rows are read, not mapped: what a process has mapped of a file that is cut or of a disk that
+    fails kills it without a word, and here it is an error with a name.
+
+    B: rows, L: tokens in a row, M = L + 1.
+    """
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        split: Split,
+        seq_len: int,
+        max_open: int = 512,
+        store: Store | None = None,
+        skip: Collection[str] = (),
+    ) -> None:
+        """``skip`` names shards whose rows are blank: they have no targets and are not read.
+
+        Raises ValueError when ``seq_len`` does not divide a block.
+        """
+        self.rows_per_shard = manifest.rows(split, seq_len)
         self.eos_id = manifest.eos_id
-        self._dtype = dtype_of(manifest.dtype)
-        self._open: OrderedDict[int, int] = OrderedDict()
+        self.seq_len = seq_len
+        self.dtype = dtype_of(manifest.dtype)
+        self._manifest = manifest
+        self._store = store or LocalStore(manifest)
+        self._shards: Sequence[Shard] = manifest.split(split)
+        self._blank = np.array([shard.path in skip for shard in self._shards])
+        self._tokens = np.array([shard.tokens for shard in self._shards])
+        blocks = np.array([shard.blocks for shard in self._shards])
+        self._first_block = np.cumsum(blocks) - blocks
+        self._offsets = np.concatenate([shard.offsets for shard in self._shards])
+        self._open: dict[int, int] = {}
         self._max_open = max_open
 
-    def row(self, shard: int, row: int) -> tuple[Int64s, Int64s]:
-        """``(inputs_L, targets_L)`` of a row: each target with the token before it.
+    def fill(self, ids_BM: Ids, places: Int64s, shards: Int64s, rows: Int64s) -> Int64s:
+        """Read rows into ``ids_BM[places]``: each with the id before its first target, which is eos
+        at the beginning of a block. Returns how many targets of each are no padding.
 
-        The input before the first token of a block is eos; targets that are padding are -100.
-        Raises ValueError when the file ends before the row does.
+        ``ids_BM`` is contiguous, of this reader's type. Raises ValueError or OSError, naming the
+        shard, when a file is missing, ends early or cannot be read.
         """
-        length, block_tokens = self._seq_len, self._manifest.block_tokens
-        block, start = divmod(row * length, block_tokens)
-        before = 1 if start else 0
-        tokens = self._read(shard, block, start - before, length + before).astype(np.int64)
-        targets_L = tokens[before:]
-        first = tokens[:1] if before else np.array([self.eos_id], dtype=np.int64)
-        inputs_L = np.concatenate([first, targets_L[:-1]])
-        real = self._shards[shard].tokens - row * length
-        if real < length:
-            targets_L[max(real, 0) :] = IGNORED
-        return inputs_L, targets_L
+        length, size = self.seq_len, self.dtype.itemsize
+        width = (length + 1) * size
+        assert ids_BM.shape[1] * ids_BM.itemsize == width
+        blocks, starts = np.divmod(rows * length, self._manifest.block_tokens)
+        offsets = self._offsets[self._first_block[shards] + blocks] + (starts - 1) * size
+        blank = self._blank[shards]
+        ids_BM[places[blank]] = self.eos_id
+        ids_BM[places[starts == 0], 0] = self.eos_id
+        memory = memoryview(ids_BM.reshape(-1).data).cast("B")
+        columns = (shards, places * width, offsets, np.where(starts == 0, size, 0))
+        wanted = ~blank
+        for shard, place, offset, left_out in zip(
+            *(column[wanted].tolist() for column in columns), strict=True
+        ):
+            file = self._open[shard] if shard in self._open else self._file(shard)
+            part = memory[place + left_out : place + width]
+            if os.preadv(file, [part], offset + left_out) != len(part):
+                self._complain(shard, offset)
+        real: Int64s = np.clip(self._tokens[shards] - rows * length, 0, length)
+        return np.where(blank, 0, real)
+
+    def row(self, shard: int, row: int) -> tuple[Int64s, Int64s]:
+        """``(inputs_L, targets_L)`` of a row, as ``fill`` and ``inputs_and_targets`` have them."""
+        ids_BM = np.empty((1, self.seq_len + 1), self.dtype)
+        one = np.zeros(1, np.int64)
+        real_B = self.fill(ids_BM, one, one + shard, one + row)
+        inputs_BL, targets_BL = inputs_and_targets(ids_BM, real_B)
+        return inputs_BL[0], targets_BL[0]
 
     def close(self) -> None:
         """Close the shards."""
         while self._open:
             os.close(self._open.popitem()[1])
 
-    def _read(self, shard: int, block: int, start: int, count: int) -> npt.NDArray[Any]:
-        """``count`` ids of a block from ``start`` on. A shrunken file is an error, not a crash."""
-        size = self._dtype.itemsize
-        entry = self._shards[shard]
-        data = os.pread(self._file(shard), count * size, entry.offsets[block] + start * size)
-        if len(data) != count * size:
-            check_size(self._manifest.folder / entry.path, entry)
-            raise ValueError(f"{entry.path}: expected {count * size} bytes, read {len(data)}")
-        return np.frombuffer(data, dtype=self._dtype)
-
     def _file(self, shard: int) -> int:
-        if shard not in self._open:
-            if len(self._open) == self._max_open:
-                os.close(self._open.popitem(last=False)[1])
-            path = self._manifest.folder / self._shards[shard].path
-            try:
-                self._open[shard] = os.open(path, os.O_RDONLY)
-            except FileNotFoundError:
-                raise ValueError(f"{path}: missing shard") from None
-        self._open.move_to_end(shard)
+        if len(self._open) == self._max_open:
+            os.close(self._open.pop(next(iter(self._open))))  # the one that was opened first
+        self._open[shard] = self._store.open(self._shards[shard])
         return self._open[shard]
+
+    def _complain(self, shard: int, offset: int) -> None:
+        entry, found = self._shards[shard], os.fstat(self._open[shard]).st_size
+        path = self._manifest.folder / entry.path
+        raise ValueError(
+            f"{path}: truncated shard: expected {entry.bytes} bytes, found {found}, reading at "
+            f"{offset}"
+        )
+
+
+def inputs_and_targets(ids_BM: Ids, real_B: Int64s) -> tuple[Int64s, Int64s]:
+    """``(inputs_BL, targets_BL)`` of rows: each target with the token before it.
+
+    All but the first ``real_B`` targets of a row are -100.
+    """
+    inputs_BL, targets_BL = ids_BM[:, :-1].astype(np.int64), ids_BM[:, 1:].astype(np.int64)
+    for i in np.flatnonzero(real_B < targets_BL.shape[1]):
+        targets_BL[i, real_B[i] :] = IGNORED
+    return inputs_BL, targets_BL

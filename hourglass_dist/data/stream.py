@@ -1,7 +1,6 @@
 """Batches of rows in the order of ``order.py``, and the rows of an evaluation.
 
-    manifest + (split, seq_len, batch_size, seed)  ->  Plan
-    n  ->  ranks_cut  ->  locate_many  ->  ShardReader.row  ->  Batch, read ahead by one thread
+    plan, step  ->  ranks_cut  ->  locate_many  ->  ShardReader.fill  ->  Batch, read ahead
 
 The whole state of a stream is the number of rows consumed by completed steps and the plan: nothing
 is remembered elsewhere, so a run goes on exactly where it was, on any number of ranks.
@@ -11,20 +10,25 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Generator, Iterator
-from contextlib import closing, suppress
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Collection, Generator, Iterator, Sequence
+from contextlib import ExitStack, closing, suppress
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from hourglass_dist.data.order import Int64s, Plan, locate_many, ranks_cut
-from hourglass_dist.data.shards import IGNORED, Manifest, ShardReader, Split
+from hourglass_dist.data.mixture import Dataset
+from hourglass_dist.data.order import Int64s, epochs_read, locate_many, ranks_cut
+from hourglass_dist.data.plan import Plan
+from hourglass_dist.data.shards import IGNORED, ShardReader, Split, inputs_and_targets
 
 READ_AHEAD = 4
 """Batches that wait, read, at most."""
+LOOK_AHEAD = 256
+"""Steps, at most, before its first row from which on a shard that lies elsewhere is fetched."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +44,18 @@ class Batch:
     documents_BL: Tensor | None = None
     """int64: which document of its row each target belongs to: 0, 1, 2, ... along the row. None
     where documents are not kept apart."""
+    waited_s: float = 0.0
+    """Seconds that whoever asked for it waited."""
+
+    def pinned(self) -> Batch:
+        """The same in page-locked memory, from where a GPU copies while it computes."""
+        documents_BL = None if self.documents_BL is None else self.documents_BL.pin_memory()
+        return replace(
+            self,
+            tokens_BL=self.tokens_BL.pin_memory(),
+            targets_BL=self.targets_BL.pin_memory(),
+            documents_BL=documents_BL,
+        )
 
 
 class Stream:
@@ -47,125 +63,253 @@ class Stream:
 
     def __init__(
         self,
-        manifest: Manifest,
-        split: Split,
-        seq_len: int,
-        batch_size: int,
-        seed: int,
+        datasets: Sequence[Dataset],
+        plan: Plan,
         rank: int = 0,
         world_size: int = 1,
+        *,
         isolate_documents: bool = False,
+        skip: Collection[str] = (),
+        pin: bool = False,
     ) -> None:
-        """Plan the order and verify this rank's share of the shards (size and sha256).
+        """Verify this rank's share of the shards (size and sha256).
 
-        ``batch_size`` counts rows over all ranks; with ``isolate_documents`` batches say which
-        document each target belongs to. Raises ValueError when a shard is not as the
-        manifest says, ``seq_len`` does not divide a block or ``world_size`` not the batch.
+        ``skip`` names shards (SOURCE/FILE) whose rows are blank; with ``isolate_documents`` batches
+        say which document each target belongs to; ``pin`` is for GPUs. Raises ValueError when a
+        shard is not as its manifest says, or ``world_size`` does not divide a batch of the plan.
         """
-        ranks_cut(0, batch_size, world_size, rank)
-        self.plan = Plan(
-            dataset_id=manifest.dataset_id,
-            rows_per_shard=manifest.rows(split, seq_len),
-            seq_len=seq_len,
-            lanes=batch_size,
-            seed=seed,
-        )
-        manifest.verify(split, part=(rank, world_size))
-        self._manifest, self._split = manifest, split
-        self._batch_size, self._rank, self._world_size = batch_size, rank, world_size
-        self._isolate_documents = isolate_documents
+        for stage in plan.stages:
+            ranks_cut(0, stage.batch_size, world_size, rank)
+        self.plan, self.skip = plan, sorted(set(skip))
+        self._datasets = datasets
+        self._rank, self._world_size = rank, world_size
+        self._isolate_documents, self._pin = isolate_documents, pin
+        require_known(self.skip, datasets)
+        for dataset in datasets:
+            dataset.store.check("train", (rank, world_size), self._skipped(dataset))
+        self._history: list[tuple[int, list[str]]] = [(0, self.skip)] if self.skip else []
 
-    def batches(self, start_row: int = 0) -> Generator[Batch, None, None]:
-        """This rank's batches for ever, the first global one beginning at row ``start_row``.
+    def _skipped(self, dataset: Dataset) -> list[str]:
+        parts = [name.partition("/") for name in self.skip]
+        return [path for source, _, path in parts if source == dataset.name]
+
+    def batches(self, start_step: int = 0) -> Generator[Batch, None, None]:
+        """This rank's batches for ever, the first one that of ``start_step`` (0 is the first).
 
         A thread reads ahead; it ends when the generator is closed or collected.
         """
-        if start_row < 0:
-            raise ValueError(f"start row: expected at least 0, given {start_row}")
-        return _read_ahead(self._read(start_row))
+        self.plan.first_row(start_step)  # refuses a negative one
+        return _read_ahead(self._read(start_step))
 
-    def _read(self, start_row: int) -> Generator[Batch, None, None]:
-        with closing(ShardReader(self._manifest, self._split, self.plan.seq_len)) as reader:
+    def _read(self, step: int) -> Generator[Batch, None, None]:
+        with ExitStack() as stack:
+            readers: list[ShardReader] = []
+            ahead = _Ahead(self._datasets, self.plan, self._rows, self.skip)
             while True:
-                cut = ranks_cut(start_row, self._batch_size, self._world_size, self._rank)
-                ns = np.arange(cut.start, cut.stop, dtype=np.int64)
+                ahead.now_at(step)
+                stage = self.plan.stage(step)
+                if not readers or readers[0].seq_len != stage.seq_len:
+                    stack.close()
+                    readers = [
+                        stack.enter_context(closing(r)) for r in self._readers(stage.seq_len)
+                    ]
+                ns = self._rows(step)
                 found = locate_many(self.plan, ns)
-                yield _batch(reader, found.shards, found.rows, ns, self._isolate_documents)
-                start_row += self._batch_size
+                batch = _batch(
+                    readers, found.sources, found.shards, found.rows, ns, self._isolate_documents
+                )
+                yield batch.pinned() if self._pin else batch
+                step += 1
 
-    def state(self, next_row: int) -> dict[str, Any]:
-        """The state after ``next_row`` rows of completed steps; survives JSON."""
-        return self._settings() | {"next_row": next_row}
+    def _rows(self, step: int) -> Int64s:
+        """The numbers of this rank's rows of a step."""
+        n, batch_size = self.plan.first_row(step), self.plan.stage(step).batch_size
+        cut = ranks_cut(n, batch_size, self._world_size, self._rank)
+        return np.arange(cut.start, cut.stop, dtype=np.int64)
 
-    def check(self, state: dict[str, Any]) -> None:
-        """Raise ValueError, naming the field, when a state is of another stream than this one."""
-        for name, ours in self._settings().items():
-            if state.get(name) != ours:
+    def _readers(self, seq_len: int) -> list[ShardReader]:
+        return [
+            ShardReader(
+                dataset.manifest, "train", seq_len, store=dataset.store, skip=self._skipped(dataset)
+            )
+            for dataset in self._datasets
+        ]
+
+    def epochs_read(self, step: int) -> dict[str, float]:
+        """How often each source has been read by the steps before ``step``."""
+        return epochs_read(self.plan, step)
+
+    # State
+
+    def state(self, step: int) -> dict[str, Any]:
+        """The state after ``step`` completed steps; survives JSON."""
+        skipped = [[row, list(names)] for row, names in self._history]
+        return self._settings() | {"next_row": self.plan.first_row(step), "skipped": skipped}
+
+    def resume(self, state: dict[str, Any], step: int) -> None:
+        """Go on after ``step`` steps from a state: shards skipped from here on are noted with it.
+
+        Raises ValueError, naming the field, when the state is of another stream than this one.
+        """
+        ours = self._settings() | {"next_row": self.plan.first_row(step)}
+        for name, value in ours.items():
+            if state.get(name) != value:
                 raise ValueError(
                     f"data: {name} differs: the checkpoint has {state.get(name)!r}, "
-                    f"this run has {ours!r}"
+                    f"this run has {value!r}"
                 )
+        history = [(int(row), list(names)) for row, names in state["skipped"]]
+        recorded = set(history[-1][1]) if history else set()
+        if forgotten := sorted(recorded.difference(self.skip)):
+            raise ValueError(
+                f"data.skip_shards: {forgotten[0]} has been left out since row "
+                f"{next(row for row, names in history if forgotten[0] in names)}: name it again"
+            )
+        if recorded != set(self.skip):
+            history.append((ours["next_row"], self.skip))
+        self._history = history
+
+    def identity(self) -> dict[str, str]:
+        """What must be the same on every rank: the manifests, the plan and what it leaves out."""
+        manifests = {f"dataset {d.name}": d.manifest.dataset_id for d in self._datasets}
+        return manifests | {"the plan of the data": self.plan.hash, "skip_shards": str(self.skip)}
 
     def _settings(self) -> dict[str, Any]:
         plan = self.plan
         return {
-            "dataset_id": plan.dataset_id,
-            "split": self._split,
-            "seq_len": plan.seq_len,
+            "datasets": {source.name: source.dataset_id for source in plan.sources},
+            "seq_len": plan.chunk,
             "lanes": plan.lanes,
             "seed": plan.seed,
             "plan": plan.hash,
         }
 
 
+class _Ahead:
+    """Tells stores elsewhere which shards a rank reads now and soon."""
+
+    def __init__(
+        self,
+        datasets: Sequence[Dataset],
+        plan: Plan,
+        rows: Callable[[int], Int64s],
+        skip: Collection[str],
+    ) -> None:
+        self._shards = [dataset.manifest.split("train") for dataset in datasets]
+        self._datasets, self._plan, self._rows, self._skip = datasets, plan, rows, skip
+        largest = max(max(source.rows_per_shard) for source in plan.sources)
+        self._horizon = min(LOOK_AHEAD, largest * plan.chunk // plan.stages[0].seq_len)
+        self._until: dict[tuple[int, int], int] = {}
+
+    def now_at(self, step: int) -> None:
+        """Look at a step and at those to come. Raises what ``Store.expect`` raises."""
+        if not any(dataset.is_remote for dataset in self._datasets):
+            return
+        before = set(self._until)
+        closer = [1, 2, 3, 4, 6, 8, 12, 16, 32, 64, 128] if not before else []
+        for ahead in sorted({0, self._horizon, *(d for d in closer if d < self._horizon)}):
+            found = locate_many(self._plan, self._rows(step + ahead))
+            for pair in dict.fromkeys(
+                zip(found.sources.tolist(), found.shards.tolist(), strict=True)
+            ):
+                self._until[pair] = step + ahead + self._horizon
+        for pair in [pair for pair, until in self._until.items() if until < step]:
+            del self._until[pair]
+        if set(self._until) != before:
+            for source, dataset in enumerate(self._datasets):
+                wanted = [self._shards[s][shard] for s, shard in self._until if s == source]
+                dataset.store.expect(
+                    [w for w in wanted if f"{dataset.name}/{w.path}" not in self._skip]
+                )
+
+
+def require_known(skip: Collection[str], datasets: Sequence[Dataset]) -> None:
+    """Raise ValueError when ``skip`` names a training shard that is none, or all of a source."""
+    known = {d.name: {s.path for s in d.manifest.split("train")} for d in datasets}
+    for name in skip:
+        source, _, path = name.partition("/")
+        if path not in known.get(source, ()):
+            raise ValueError(
+                f"data.skip_shards: no training shard {name!r}; expected SOURCE/FILE such as "
+                f"{datasets[0].name}/{min(known[datasets[0].name])}"
+            )
+    for source, paths in known.items():
+        if all(f"{source}/{path}" in skip for path in paths):
+            raise ValueError(f"data.skip_shards: leaves nothing of source {source}")
+
+
+# --- evaluation ----------------------------------------------------------------------------------
+
+
 def held_out_rows(
-    manifest: Manifest,
-    split: Split,
+    datasets: Sequence[Dataset],
     seq_len: int,
     batch_size: int,
     rank: int = 0,
     world_size: int = 1,
     isolate_documents: bool = False,
 ) -> Iterator[Batch]:
-    """The rows of a split once, in order: contiguous cuts to the ranks, in batches.
+    """The held-out rows of all datasets that have some, once, in order: contiguous cuts to the
+    ranks, in batches.
 
     All ranks get the same number of batches of the same shapes: a rank with a row fewer gets one of
     -100 only. The last batch is smaller when the rows do not divide by ``batch_size``. This rank's
-    share of the shards is verified at the call. Raises ValueError as ``Stream`` does.
+    share of the shards is verified at the call. Raises ValueError as ``Stream`` does, and when no
+    dataset has held-out rows.
     """
-    rows_per_shard = manifest.rows(split, seq_len)
-    manifest.verify(split, part=(rank, world_size))
-    total = sum(rows_per_shard)
+    split: Split = "heldout"
+    with_some = [d for d in datasets if any(s.split == split for s in d.manifest.shards)]
+    readers = [
+        ShardReader(d.manifest, split, seq_len, store=d.store) for d in with_some or datasets
+    ]
+    for dataset in with_some:
+        dataset.store.check(split, (rank, world_size), ())
+    total = sum(sum(reader.rows_per_shard) for reader in readers)
     begin, end = total * rank // world_size, total * (rank + 1) // world_size
     ids = np.full(-(-total // world_size), -1, dtype=np.int64)
     ids[: end - begin] = np.arange(begin, end)
-    reader = ShardReader(manifest, split, seq_len)
-    return _held_out_batches(reader, ids, batch_size, isolate_documents)
+    return _held_out_batches(readers, ids, batch_size, isolate_documents)
 
 
 def _held_out_batches(
-    reader: ShardReader, ids: Int64s, batch_size: int, isolate_documents: bool
+    readers: Sequence[ShardReader], ids: Int64s, batch_size: int, isolate_documents: bool
 ) -> Iterator[Batch]:
-    ends = np.cumsum(reader.rows_per_shard)
-    begins = ends - np.asarray(reader.rows_per_shard)
-    with closing(reader):
+    counts = np.concatenate([reader.rows_per_shard for reader in readers])
+    source = np.repeat(np.arange(len(readers)), [len(r.rows_per_shard) for r in readers])
+    shard = np.concatenate([np.arange(len(r.rows_per_shard)) for r in readers])
+    ends = np.cumsum(counts)
+    with ExitStack() as stack:
+        for reader in readers:
+            stack.enter_context(closing(reader))
         for first in range(0, len(ids), batch_size):
             some = ids[first : first + batch_size]
             known = np.maximum(some, 0)
-            shards: Int64s = np.searchsorted(ends, known, side="right")
-            batch = _batch(reader, shards, known - begins[shards], some, isolate_documents)
+            at = np.searchsorted(ends, known, side="right")
+            rows = known - (ends - counts)[at]
+            batch = _batch(readers, source[at], shard[at], rows, some, isolate_documents)
             batch.targets_BL[torch.from_numpy(some < 0)] = IGNORED
             yield batch
 
 
 def _batch(
-    reader: ShardReader, shards: Int64s, rows: Int64s, ids: Int64s, isolate_documents: bool
+    readers: Sequence[ShardReader],
+    sources: Int64s,
+    shards: Int64s,
+    rows: Int64s,
+    ids: Int64s,
+    isolate_documents: bool,
 ) -> Batch:
-    pairs = [reader.row(int(shard), int(row)) for shard, row in zip(shards, rows, strict=True)]
-    tokens_BL = torch.from_numpy(np.stack([inputs_L for inputs_L, _ in pairs]))
-    targets_BL = torch.from_numpy(np.stack([targets_L for _, targets_L in pairs]))
-    documents_BL = number_documents(tokens_BL, targets_BL, reader.eos_id)
-    return Batch(tokens_BL, targets_BL, ids, documents_BL if isolate_documents else None)
+    ids_BM = np.empty((len(ids), readers[0].seq_len + 1), readers[0].dtype)
+    real_B = np.empty(len(ids), np.int64)
+    for source, reader in enumerate(readers):
+        here = np.flatnonzero(sources == source)
+        if len(here):
+            real_B[here] = reader.fill(ids_BM, here, shards[here], rows[here])
+    tokens_BL, targets_BL = map(torch.from_numpy, inputs_and_targets(ids_BM, real_B))
+    documents_BL = (
+        number_documents(tokens_BL, targets_BL, readers[0].eos_id) if isolate_documents else None
+    )
+    return Batch(tokens_BL, targets_BL, ids, documents_BL)
 
 
 def number_documents(tokens_BL: Tensor, targets_BL: Tensor, eos_id: int) -> Tensor:
@@ -209,10 +353,13 @@ def _read_ahead(source: Generator[Batch, None, None]) -> Generator[Batch, None, 
     thread.start()
     try:
         while True:
+            begun = time.perf_counter()
             item = ready.get()
-            if isinstance(item, BaseException):
+            if isinstance(item, Exception):
                 raise item
-            yield item
+            if isinstance(item, BaseException):  # its end is no end of this thread
+                raise OSError(f"the thread that reads data ended: {item!r}") from item
+            yield replace(item, waited_s=time.perf_counter() - begun)
     finally:
         stop.set()
         with suppress(queue.Empty):

@@ -1,0 +1,91 @@
+"""From the ``data`` section of the settings to open datasets and the plan of their order."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from hourglass_dist.config_data import CacheConfig, DataConfig
+from hourglass_dist.data.order import require_enough
+from hourglass_dist.data.plan import Plan, Source, Stage
+from hourglass_dist.data.remote import Cache, Remote, RemoteStore, is_remote, mirror_index
+from hourglass_dist.data.shards import LocalStore, Manifest, Store
+from hourglass_dist.data.tokenizer import Tokenizer, load_tokenizer, require_same
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A dataset under the name that it has in a run."""
+
+    name: str
+    where: str
+    """The folder or address that was given."""
+    manifest: Manifest
+    store: Store
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether its shards are fetched."""
+        return is_remote(self.where)
+
+
+def open_dataset(where: str, name: str = "data", cache: CacheConfig | None = None) -> Dataset:
+    """The dataset in a folder or at an address. Its shards are not looked at yet.
+
+    Raises ValueError when it is missing, damaged or cannot be read.
+    """
+    if not is_remote(where):
+        manifest = Manifest.load(Path(where))
+        return Dataset(name, where, manifest, LocalStore(manifest))
+    settings = cache or CacheConfig()
+    remote, files = Remote(where, settings), Cache(settings)
+    manifest = mirror_index(remote, files)
+    return Dataset(name, where, manifest, RemoteStore(remote, manifest, files))
+
+
+def open_mixture(data: DataConfig) -> tuple[list[Dataset], Tokenizer]:
+    """All sources and their tokenizer. Raises ValueError when they do not fit each other."""
+    datasets = [open_dataset(s.path, s.name, data.cache) for s in data.all_sources]
+    first = datasets[0]
+    tokenizer = load_tokenizer(first.manifest.folder)
+    for dataset in datasets:
+        require_same(
+            dataset.manifest.tokenizer,
+            tokenizer.fingerprint,
+            "the shards" if dataset is first else f"the shards of {dataset.where}",
+            f"{first.where}'s tokenizer",
+        )
+    return datasets, tokenizer
+
+
+def make_plan(datasets: Sequence[Dataset], data: DataConfig, seed: int, steps: int) -> Plan:
+    """The order of ``steps`` steps.
+
+    Raises ValueError when sequence lengths, phases or weights do not fit the datasets or each
+    other, or a source would be read more often than it may be.
+    """
+    stages = [Stage(*portion) for portion in data.portions if portion.first_step < steps]
+    longest = max(stage.seq_len for stage in stages)
+    plan = Plan(
+        sources=tuple(
+            Source(
+                dataset.name,
+                dataset.manifest.dataset_id,
+                dataset.manifest.rows("train", longest),
+                source.max_epochs,
+            )
+            for dataset, source in zip(datasets, data.all_sources, strict=True)
+        ),
+        stages=tuple(stages),
+        seed=seed,
+        lanes=max(stage.batch_size for stage in stages),
+    )
+    require_enough(plan, steps)
+    return plan
+
+
+def simple_plan(dataset: Dataset, seq_len: int, batch_size: int, seed: int) -> Plan:
+    """The order of one dataset, for ever the same."""
+    data = DataConfig(dataset=dataset.where, seq_len=seq_len, batch_size=batch_size)
+    return make_plan([dataset], data, seed, steps=1)

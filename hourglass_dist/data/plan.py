@@ -1,0 +1,203 @@
+"""What the order of training depends on: sources, stages of the run, seed, lanes.
+
+``order.py`` says which row is read when; this file holds what was asked for, and refuses what
+cannot be. Everything here stands in the plan's hash.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from fractions import Fraction
+from functools import cached_property
+from itertools import pairwise
+
+RULE = 2
+"""The version of the rule above; part of every plan's hash."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """One dataset of a mixture."""
+
+    name: str
+    dataset_id: str
+    rows_per_shard: tuple[int, ...]
+    """Rows of the longest sequence length in every shard of the split."""
+    max_epochs: int | None = None
+    """How often it may be read; None: as often as the run needs."""
+
+    @cached_property
+    def rows(self) -> int:
+        """Rows in an epoch."""
+        return sum(self.rows_per_shard)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A part of the run with one batch size, sequence length and mixture."""
+
+    first_step: int
+    """The optimizer step (0 is the first) with which it begins."""
+    batch_size: int
+    """Rows in a step, over all ranks."""
+    seq_len: int
+    """Tokens in a row."""
+    weights: tuple[float, ...]
+    """Share of each source; any positive scale."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that the order depends on."""
+
+    sources: tuple[Source, ...]
+    stages: tuple[Stage, ...]
+    seed: int
+    lanes: int
+    """How many places of a source are read side by side; the largest batch by default."""
+    mix_block: int = 1000
+    """Slots of a lane in which the mixture is exact."""
+
+    def __post_init__(self) -> None:
+        """Raise ValueError, one line, for a plan that cannot be."""
+        if not self.sources or not self.stages or self.stages[0].first_step != 0:
+            raise ValueError("plan: expected a source, and a stage from step 0 on")
+        for source in self.sources:
+            if source.rows < 1 or min(source.rows_per_shard) < 0:
+                raise ValueError(f"{source.name}: rows: expected at least 1, given {source.rows}")
+        if self.lanes < 1:
+            raise ValueError(f"lanes: expected at least 1, given {self.lanes}")
+        if not 0 <= self.seed < 2**64:
+            raise ValueError(f"seed: expected 0 to 2**64 - 1, given {self.seed}")
+        for before, after in pairwise(self.stages):
+            if after.first_step <= before.first_step:
+                raise ValueError(
+                    f"phases: expected growing steps, given {before.first_step} and then "
+                    f"{after.first_step}"
+                )
+        for stage in self.stages:
+            if min(stage.batch_size, stage.seq_len) < 1 or self.chunk % stage.seq_len:
+                raise ValueError(
+                    f"sequence length: {stage.seq_len} does not divide the longest, {self.chunk}"
+                )
+            if len(stage.weights) != len(self.sources):
+                raise ValueError(f"weights: expected {len(self.sources)}, given {stage.weights}")
+        assert self.segments, "refuses stages that do not fit"
+        assert self.quotas, "refuses weights that are none"
+
+    @cached_property
+    def chunk(self) -> int:
+        """Tokens of the longest row."""
+        return max(stage.seq_len for stage in self.stages)
+
+    @cached_property
+    def hash(self) -> str:
+        """sha256 (hex) of the rule and of every field."""
+        return hashlib.sha256(
+            json.dumps({"rule": RULE} | asdict(self), sort_keys=True).encode()
+        ).hexdigest()
+
+    def __hash__(self) -> int:
+        return hash(self.hash)  # cached: plans are looked up for every batch
+
+    # Steps and rows
+
+    def stage(self, step: int) -> Stage:
+        """The stage that a step (0 is the first) belongs to."""
+        return [stage for stage in self.stages if stage.first_step <= max(step, 0)][-1]
+
+    def first_row(self, step: int) -> int:
+        """The number of the first row of a step: the rows of all steps before it.
+
+        Raises ValueError for a negative step.
+        """
+        if step < 0:
+            raise ValueError(f"step: expected at least 0, given {step}")
+        ends = [*(stage.first_step for stage in self.stages[1:]), step]
+        return sum(
+            max(0, min(end, step) - stage.first_step) * stage.batch_size
+            for stage, end in zip(self.stages, ends, strict=True)
+        )
+
+    @cached_property
+    def segments(self) -> tuple[Segment, ...]:
+        """The stages, those left out that only change the batch size."""
+        segments: list[Segment] = []
+        for stage in self.stages:
+            pieces = self.chunk // stage.seq_len
+            row, chunk = self.first_row(stage.first_step), 0
+            if segments:
+                last = segments[-1]
+                if (pieces, stage.weights) == (last.pieces, last.weights):
+                    continue
+                rows, group = row - last.row, self.lanes * last.pieces
+                if last.pieces > 1 and rows % group:
+                    raise ValueError(self._uneven(stage.first_step, last, group))
+                chunk = last.chunk + rows // last.pieces
+            segments.append(Segment(row, chunk, pieces, stage.weights))
+        return tuple(segments)
+
+    def _uneven(self, step: int, segment: Segment, group: int) -> str:
+        batch = self.stage(step - 1).batch_size
+        rows = self.first_row(step) - segment.row
+        near = [
+            s
+            for s in range(max(1, step - group), step + group + 1)
+            if (here := rows + (s - step) * batch) > 0 and here % group == 0
+        ]
+        near = sorted(sorted(near, key=lambda s: abs(s - step))[:2])
+        return (
+            f"phases: a change at step {step} would leave rows of {self.chunk} tokens half read "
+            f"by rows of {self.chunk // segment.pieces}; steps near it that do not: "
+            f"{', '.join(map(str, near)) or 'none'}"
+        )
+
+    @cached_property
+    def quotas(self) -> tuple[tuple[int, ...], ...]:
+        names = [source.name for source in self.sources]
+        return tuple(
+            largest_remainders(segment.weights, self.mix_block, names) for segment in self.segments
+        )
+
+
+@dataclass(frozen=True)
+class Segment:
+    row: int
+    """The first row."""
+    chunk: int
+    """The chunk that it belongs to."""
+    pieces: int
+    """Rows of a chunk."""
+    weights: tuple[float, ...]
+
+
+def largest_remainders(
+    weights: Sequence[float], slots: int, names: Sequence[str]
+) -> tuple[int, ...]:
+    """Whole numbers in proportion to ``weights`` that sum to ``slots`` (largest remainders).
+
+    Raises ValueError, naming the source, for weights that are negative, no numbers, all zero, or
+    positive and too small for one slot.
+    """
+    for name, weight in zip(names, weights, strict=True):
+        if not (math.isfinite(weight) and weight >= 0):
+            raise ValueError(f"weight of {name}: expected a number of at least 0, given {weight}")
+    total = sum(map(Fraction, weights))
+    if total == 0:
+        raise ValueError(f"weights of {', '.join(names)}: all are 0")
+    exact = [Fraction(weight) * slots / total for weight in weights]
+    counts = [math.floor(share) for share in exact]
+    by_rest = sorted(range(len(counts)), key=lambda s: counts[s] - exact[s])
+    for s in by_rest[: slots - sum(counts)]:
+        counts[s] += 1
+    for name, weight, count in zip(names, weights, counts, strict=True):
+        if weight > 0 and count == 0:
+            raise ValueError(
+                f"weight of {name}: {weight} is less than 1/{slots} of the mixture; use 0 to leave "
+                "it out"
+            )
+    return tuple(counts)

@@ -1,0 +1,391 @@
+"""Datasets in an object store or behind a web server: fetched with retries, cached by content.
+
+    s3://bucket/dataset   gs://...   http(s)://...     read through fsspec, a part at a time
+
+    CACHE/index/HASH/      index.json and tokenizer of an address, fetched at every start
+    CACHE/shards/SHA256    a whole shard; its access time says who goes first when room is needed
+    CACHE/lock             held while room is made
+
+A shard is downloaded under a lock of its own, so one process of a machine does it and the others
+wait; written under a temporary name, hashed, synced, renamed. A process that finds one hashes it
+before its first use. Files are removed while others read them: on Linux they stay readable.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import os
+import random
+import re
+import threading
+import time
+from collections.abc import Callable, Collection, Iterator, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from hourglass_dist.config_data import CacheConfig
+from hourglass_dist.data.shards import INDEX_FILE, Manifest, Shard, Split
+from hourglass_dist.data.tokenizer import DESCRIPTION_FILE, MODEL_FILE
+from hourglass_dist.files import replace, sha256_of
+
+T = TypeVar("T")
+
+PART_BYTES = 16 << 20
+"""Bytes asked for at a time."""
+FETCHERS = 4
+"""Shards that a rank fetches ahead at a time."""
+EXTRAS = {"s3": ("s3fs", "s3"), "gs": ("gcsfs", "gcs")}
+"""Which package reads a scheme, and the extra of ours that installs it."""
+FIRST_WAIT_S, LONGEST_WAIT_S = 0.25, 15.0
+GONE = -1.0
+"""The access time of shards that are not needed any more."""
+
+
+def is_remote(where: str) -> bool:
+    """Whether a dataset's address is no folder."""
+    return re.match(r"^[a-z0-9]+://", where) is not None
+
+
+# --- one address ---------------------------------------------------------------------------------
+
+
+class Remote:
+    """A folder of an object store or web server."""
+
+    def __init__(self, url: str, settings: CacheConfig) -> None:
+        """Raises ValueError for a scheme that is not known or whose package is not installed."""
+        self.url = url.rstrip("/")
+        self._settings = settings
+        self._system = _filesystem(self.url, settings)
+
+    def read(self, name: str, start: int | None = None, end: int | None = None) -> bytes:
+        """Bytes ``start`` to ``end`` of a file, or all of it.
+
+        What may pass is tried again, with growing pauses, until the deadline: timeouts, broken
+        connections, bodies of a wrong length, the statuses 408, 429 and 5xx. Raises ValueError at
+        once for what will not (missing, forbidden), naming the address.
+        """
+        from fsspec.asyn import sync
+
+        address = f"{self.url}/{name}"
+
+        def once() -> bytes:
+            data: bytes = sync(
+                self._system.loop,
+                *(self._system._cat_file, address),
+                timeout=self._settings.timeout_s,
+                start=start,
+                end=end,
+            )
+            if start is not None and end is not None and len(data) != end - start:
+                if len(data) < end:  # a server that ignores ranges sends the whole file
+                    raise OSError(f"expected {end - start} bytes, got {len(data)}")
+                data = data[start:end]
+            return data
+
+        return self._patiently(address, once)
+
+    def _patiently(self, address: str, once: Callable[[], T]) -> T:
+        begun, wait, tries = time.monotonic(), FIRST_WAIT_S, 0
+        while True:
+            tries += 1
+            try:
+                return once()
+            except Exception as error:
+                reason = _reason(error)
+                if not _may_pass(error):
+                    raise ValueError(f"{address}: {reason}") from error
+                spent = time.monotonic() - begun
+                if spent + wait > self._settings.deadline_s:
+                    raise ValueError(
+                        f"{address}: gave up after {tries} tries in {spent:.0f} s: {reason}"
+                    ) from error
+            time.sleep(wait * random.uniform(0.5, 1.5))
+            wait = min(2 * wait, LONGEST_WAIT_S)
+
+
+def _filesystem(url: str, settings: CacheConfig) -> Any:
+    scheme = url.partition("://")[0]
+    package, extra = EXTRAS.get(scheme, ("aiohttp", "http"))
+    if scheme not in (*EXTRAS, "http", "https"):
+        raise ValueError(f"{url}: expected a folder, s3://, gs://, http:// or https://")
+    try:
+        import fsspec
+
+        __import__(package)
+    except ImportError:
+        raise ValueError(
+            f"{url}: reading it needs {package}: pip install 'hourglass_dist[{extra}]'"
+        ) from None
+    options: dict[str, Any] = {"skip_instance_cache": True, "use_listings_cache": False}
+    if scheme == "s3":
+        options["config_kwargs"] = {
+            "connect_timeout": settings.timeout_s,
+            "read_timeout": settings.timeout_s,
+            "retries": {"total_max_attempts": 1},
+        }
+    elif scheme in ("http", "https"):
+        import aiohttp
+
+        options["client_kwargs"] = {"timeout": aiohttp.ClientTimeout(total=settings.timeout_s)}
+    system = fsspec.filesystem(scheme, **options)
+    system.retries = 1  # s3fs would try again by itself; here one place decides
+    return system
+
+
+def _status(error: BaseException) -> int | None:
+    for value in (getattr(error, "status", None), getattr(error, "code", None)):
+        with contextlib.suppress(TypeError, ValueError):
+            return int(value)  # type: ignore[arg-type]
+    return None
+
+
+def _may_pass(error: Exception) -> bool:
+    """Whether trying again may help."""
+    status = _status(error)
+    if status is not None:
+        return status in (408, 425, 429) or status >= 500
+    never = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
+    if isinstance(error, never) or type(error).__name__ == "NoCredentialsError":
+        return False
+    return not isinstance(error, (TypeError, AttributeError, ImportError))
+
+
+def _reason(error: Exception) -> str:
+    status = _status(error)
+    names = {401: "not authorised", 403: "forbidden", 404: "not found"}
+    if status is not None:
+        return f"status {status}" + (f" ({names[status]})" if status in names else "")
+    if isinstance(error, FileNotFoundError):
+        return "not found"
+    if isinstance(error, PermissionError):
+        return f"forbidden ({error})"
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text}"[:300] if text else type(error).__name__
+
+
+# --- the cache -----------------------------------------------------------------------------------
+
+
+class Cache:
+    """A folder of shards under their hashes, shared by all processes of a machine."""
+
+    def __init__(self, settings: CacheConfig) -> None:
+        """Raises OSError when the folder cannot be made or written."""
+        self.folder = Path(settings.dir)
+        self._limit = int(settings.max_gb * 1e9)
+        (self.folder / "shards").mkdir(parents=True, exist_ok=True)
+        (self.folder / "index").mkdir(exist_ok=True)
+        self._good: dict[str, tuple[int, ...]] = {}
+        self._wanted: dict[str, int] = {}
+
+    def want(self, shards: Sequence[Shard], of: Sequence[Shard]) -> None:
+        """Keep these of a split's shards, and give up the room of its others first.
+
+        Raises ValueError when they do not fit, with those that the other ranks of this machine read
+        side by side.
+        """
+        names = {shard.sha256: shard.bytes for shard in shards}
+        for shard in of:
+            if shard.sha256 in names:
+                self._wanted[shard.sha256] = shard.bytes
+            elif self._wanted.pop(shard.sha256, None):
+                self._touch(shard.sha256, GONE)
+        ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        needed = min(sum(self._wanted.values()) * ranks, sum(shard.bytes for shard in of))
+        if needed > self._limit:
+            raise ValueError(
+                f"data.cache.max_gb: {ranks} ranks of this machine read {len(self._wanted)} shards "
+                f"each side by side: expected at least {needed / 1e9:.3f}, given "
+                f"{self._limit / 1e9:.3f}"
+            )
+
+    def holds(self, shard: Shard) -> bool:
+        """Whether a file of that name and size is there."""
+        try:
+            return self._path(shard.sha256).stat().st_size == shard.bytes
+        except FileNotFoundError:
+            return False
+
+    def open(self, shard: Shard, download: Callable[[int], None]) -> int:
+        """A descriptor of a shard's file, right to the last bit.
+
+        ``download`` writes it into a descriptor when it is not there, and refuses a wrong one.
+        Raises what it raises, and OSError when the disk is full.
+        """
+        if (file := self._take(shard)) is not None:
+            return file
+        with _locked(self._path(f".{shard.sha256}.lock")) as lock:
+            if (file := self._take(shard)) is None:
+                self._fill(shard, download)
+                file = self._take(shard)
+            lock.unlink(missing_ok=True)
+        if file is None:
+            raise OSError(f"{self._path(shard.sha256)}: removed while it was being read")
+        return file
+
+    def _take(self, shard: Shard) -> int | None:
+        """Open a file that is there and right; remove one that is wrong."""
+        path = self._path(shard.sha256)
+        try:
+            file = os.open(path, os.O_RDONLY)
+        except FileNotFoundError:
+            return None
+        about = os.fstat(file)
+        version = (about.st_ino, about.st_size, about.st_mtime_ns)
+        if self._good.get(shard.sha256) != version:
+            if about.st_size != shard.bytes or sha256_of(path) != shard.sha256:
+                os.close(file)
+                path.unlink(missing_ok=True)
+                return None
+            self._good[shard.sha256] = version
+        self._touch(shard.sha256, time.time())
+        return file
+
+    def _fill(self, shard: Shard, download: Callable[[int], None]) -> None:
+        path, part = self._path(shard.sha256), self._path(f".{shard.sha256}.part")
+        for attempt in (1, 2):
+            self._make_room(shard.bytes, at_least=shard.bytes if attempt == 2 else 0)
+            file = os.open(part, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
+            try:
+                os.truncate(file, shard.bytes)  # its room is taken from now on
+                download(file)
+                os.fsync(file)
+                part.rename(path)
+                return
+            except OSError as error:
+                part.unlink(missing_ok=True)
+                if error.errno != errno.ENOSPC or attempt == 2:
+                    raise
+            except BaseException:
+                part.unlink(missing_ok=True)
+                raise
+            finally:
+                os.close(file)
+
+    def _make_room(self, size: int, at_least: int = 0) -> None:
+        """Remove files until ``size`` more bytes are within the limit, and ``at_least`` so many:
+        first those that nobody needs, then those not used for longest, wanted ones never."""
+        with _locked(self.folder / "lock"):
+            files = []
+            for path in (self.folder / "shards").iterdir():
+                with contextlib.suppress(FileNotFoundError):
+                    about = path.stat()
+                    files.append((about.st_atime, about.st_size, path))
+            over = sum(size for _, size, _ in files) + size - self._limit
+            over = max(over, at_least)
+            for _, length, path in sorted(files):
+                if over > 0 and not path.name.startswith(".") and path.name not in self._wanted:
+                    path.unlink(missing_ok=True)
+                    over -= length
+            if over > 0 and not at_least:
+                raise ValueError(
+                    f"data.cache.max_gb: no room in {self.folder} for a shard of {size} bytes "
+                    f"beside those in use; given {self._limit / 1e9:.3f}"
+                )
+
+    def _touch(self, name: str, when: float) -> None:
+        path = self._path(name)
+        with contextlib.suppress(FileNotFoundError, PermissionError):
+            os.utime(path, ns=(int(when * 1e9), path.stat().st_mtime_ns))
+
+    def _path(self, name: str) -> Path:
+        return self.folder / "shards" / name
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[Path]:
+    """Wait for a lock that goes with the process that holds it."""
+    file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield path
+    finally:
+        os.close(file)
+
+
+# --- a dataset -----------------------------------------------------------------------------------
+
+
+def mirror_index(remote: Remote, cache: Cache) -> Manifest:
+    """Fetch the manifest and tokenizer of a dataset into the cache and load the manifest.
+
+    Raises ValueError when they are missing or damaged.
+    """
+    folder = cache.folder / "index" / hashlib.sha256(remote.url.encode()).hexdigest()[:16]
+    folder.mkdir(exist_ok=True)
+    index = remote.read(INDEX_FILE)
+    tokenizer = {DESCRIPTION_FILE: remote.read(DESCRIPTION_FILE)}
+    if b"sentencepiece" in tokenizer[DESCRIPTION_FILE]:
+        tokenizer[MODEL_FILE] = remote.read(MODEL_FILE)
+    with _locked(folder / "lock"):
+        for name, data in (tokenizer | {INDEX_FILE: index}).items():
+            replace(folder / name, data)
+        try:
+            return Manifest.load(folder)
+        except ValueError as error:
+            raise ValueError(str(error).replace(str(folder), remote.url)) from None
+
+
+class RemoteStore:
+    """The shards of a dataset elsewhere, through the cache."""
+
+    def __init__(self, remote: Remote, manifest: Manifest, cache: Cache) -> None:
+        self._remote, self._manifest, self._cache = remote, manifest, cache
+        self._ahead: list[Shard] = []
+        self._wake = threading.Condition()
+        self._fetchers = 0
+
+    def check(self, split: Split, part: tuple[int, int], skip: Collection[str]) -> None:
+        """Nothing yet: every shard is hashed when it arrives."""
+
+    def open(self, shard: Shard) -> int:
+        """Open a shard, after fetching it where that has not been done."""
+        return self._cache.open(shard, lambda file: self._download(shard, file))
+
+    def expect(self, shards: Sequence[Shard]) -> None:
+        """Fetch these, in this order, by threads; keep them in the cache.
+
+        Raises ValueError when the cache is too small for them.
+        """
+        self._cache.want(shards, self._manifest.shards)
+        with self._wake:
+            self._ahead = [shard for shard in shards if not self._cache.holds(shard)]
+            self._wake.notify_all()
+            for _ in range(min(FETCHERS, len(self._ahead)) - self._fetchers):
+                self._fetchers += 1
+                threading.Thread(target=self._fetch, name="hourglass-fetch", daemon=True).start()
+
+    def _fetch(self) -> None:
+        """Work off what is ahead; what goes wrong is told by whoever needs the shard."""
+        while True:
+            with self._wake:
+                if not self._ahead:
+                    self._fetchers -= 1
+                    return
+                shard = self._ahead.pop(0)
+            with contextlib.suppress(ValueError, OSError):
+                os.close(self.open(shard))
+
+    def _download(self, shard: Shard, file: int) -> None:
+        """Write a shard into a file. Raises ValueError when what comes is another one, twice."""
+        found = ""
+        for _ in range(2):  # it may have been replaced while it was read
+            digest = hashlib.sha256()
+            for start in range(0, shard.bytes, PART_BYTES):
+                data = self._remote.read(shard.path, start, min(start + PART_BYTES, shard.bytes))
+                digest.update(data)
+                view = memoryview(data)
+                while view:
+                    written = os.pwrite(file, view, start)
+                    view, start = view[written:], start + written
+            found = digest.hexdigest()
+            if found == shard.sha256:
+                return
+        raise ValueError(
+            f"{self._remote.url}/{shard.path}: altered shard: expected sha256 "
+            f"{shard.sha256[:12]}, found {found[:12]}"
+        )
