@@ -40,6 +40,8 @@ FETCHERS = 4
 EXTRAS = {"s3": ("s3fs", "s3"), "gs": ("gcsfs", "gcs")}
 """Which package reads a scheme, and the extra of ours that installs it."""
 FIRST_WAIT_S, LONGEST_WAIT_S = 0.25, 15.0
+ABANDONED_S = 3600.0
+"""Seconds after which a download that has not grown was left by a killed process."""
 GONE = -1.0
 """The access time of shards that are not needed any more."""
 
@@ -259,7 +261,8 @@ class Cache:
             except OSError as error:
                 part.unlink(missing_ok=True)
                 if error.errno != errno.ENOSPC or attempt == 2:
-                    raise
+                    reason = f"cannot write a shard of {shard.bytes} bytes"
+                    raise OSError(f"{self.folder}: {reason}: {error}") from None
             except BaseException:
                 part.unlink(missing_ok=True)
                 raise
@@ -274,7 +277,11 @@ class Cache:
             for path in (self.folder / "shards").iterdir():
                 with contextlib.suppress(FileNotFoundError):
                     about = path.stat()
-                    files.append((about.st_atime, about.st_size, path))
+                    abandoned = time.time() - about.st_mtime > ABANDONED_S
+                    if path.suffix == ".part" and abandoned:
+                        path.unlink(missing_ok=True)
+                    else:
+                        files.append((about.st_atime, about.st_size, path))
             over = sum(size for _, size, _ in files) + size - self._limit
             over = max(over, at_least)
             for _, length, path in sorted(files):
