@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from hourglass_dist.config_data import DataConfig, PositiveFloat, PositiveInt
+from hourglass_dist.data_config import DataConfig, PositiveFloat, PositiveInt
 from hourglass_dist.sections import ConfigError, Section, apply_override, parse, read_yaml
 
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]

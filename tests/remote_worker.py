@@ -9,9 +9,9 @@ import sys
 import zlib
 from itertools import islice
 
-from hourglass_dist.config_data import CacheConfig
 from hourglass_dist.data.mixture import open_dataset, simple_plan
 from hourglass_dist.data.stream import Stream
+from hourglass_dist.data_config import CacheConfig
 from hourglass_dist.sections import print_error
 
 

@@ -18,7 +18,7 @@ PACKAGES = ("hourglass_dist", "data_tools")
 
 # A file imports files above it, never one below. A new file is given its place here.
 ORDER = [
-    *("sections", "config_data", "config", "files", "dist"),
+    *("sections", "data_config", "config", "files", "dist"),
     *("data.tokenizer", "data.shards", "data.write", "data.plan", "data.order"),
     *("data.remote", "data.mixture", "data.stream"),
     *("model.linear", "model.layers", "model.resample", "model.hourglass", "model.cost"),

@@ -26,9 +26,9 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from hourglass_dist.config_data import CacheConfig
 from hourglass_dist.data.shards import INDEX_FILE, Manifest, Shard, Split
 from hourglass_dist.data.tokenizer import DESCRIPTION_FILE, MODEL_FILE
+from hourglass_dist.data_config import CacheConfig
 from hourglass_dist.files import replace, sha256_of
 
 T = TypeVar("T")
