@@ -23,7 +23,7 @@ ORDER = [
     *("data.remote", "data.mixture", "data.stream"),
     *("model.linear", "model.layers", "model.resample", "model.hourglass", "model.cost"),
     *("model.interop", "optim", "fragments", "engine", "checkpoint", "export", "evaluate"),
-    *("metrics", "train", "generate", "plan", "cli"),
+    *("metrics", "train", "generate", "plan", "bench.data", "cli"),
 ]
 FOR_DATA_TOOLS = ("data", "sections", "files")
 LONGEST_FUNCTION = 60
