@@ -130,6 +130,21 @@ def test_seeds_give_other_batches(manifest: Manifest) -> None:
     assert not torch.equal(one.targets_BL, other.targets_BL)
 
 
+def test_memory_is_used_again_only_when_nobody_looks_at_it(manifest: Manifest) -> None:
+    """Batches that are kept, or any part of them, stay what they were."""
+    expected = [batch.targets_BL.clone() for batch in global_batches(manifest, 1, 30)]
+    running = stream_of(manifest, 8, 12, 5).read(0)
+    kept, addresses = [], set()
+    for n, batch in enumerate(islice(running, 30)):
+        addresses.add(batch.targets_BL.data_ptr())
+        kept.append(
+            (n, batch.targets_BL[3:5]) if n % 3 == 0 else (n, batch.targets_BL[3:5].clone())
+        )
+        del batch
+    assert all(torch.equal(rows, expected[n][3:5]) for n, rows in kept)
+    assert len(addresses) < 20
+
+
 # --- state ---------------------------------------------------------------------------------------
 
 

@@ -4,18 +4,19 @@
     batches   the same rows as training gets them: located, read, split into inputs and targets
     locate    rows found in the order, nothing read
 
-On one core, in alternating rounds, so that a busy machine slows all of them; the best round of each
-counts. Files are in the page cache after the first round, as far as it holds them.
+On one core, in alternating rounds; the median batch of each counts, which other work on the machine
+hardly moves. Files are in the page cache after the first round, as far as it holds them.
 """
 
 from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from itertools import islice
+from statistics import median
 
 import numpy as np
 
@@ -24,7 +25,7 @@ from hourglass_dist.data.order import Int64s, Locations, locate_many
 from hourglass_dist.data.shards import ShardReader
 from hourglass_dist.data.stream import Stream
 
-ROUNDS = 20
+ROUNDS = 10
 
 
 @dataclass(frozen=True)
@@ -62,45 +63,49 @@ def bench_data(where: str, seq_len: int, batch_size: int, steps: int) -> DataSpe
     def rows(step: int) -> Int64s:
         return np.arange(step * batch_size, (step + 1) * batch_size)
 
-    def locate() -> None:
-        for step in range(steps):
-            locate_many(plan, rows(step))
-
-    def batches() -> None:
-        with closing(stream.read(0)) as reading:
-            for _ in islice(reading, steps):
-                pass
+    def locate() -> Iterator[Locations]:
+        return (locate_many(plan, rows(step)) for step in range(steps))
 
     begun = time.perf_counter()
     with closing(stream.read(plan.sources[0].rows // 2 // batch_size)) as reading:
         next(reading)
     cold_start = time.perf_counter() - begun
-    raw = raw_reads(dataset, seq_len, [locate_many(plan, rows(step)) for step in range(steps)])
-    best = [0.0] * 3
+    raw = raw_reads(dataset, seq_len, list(locate()))
+    works: tuple[Callable[[], Iterator[object]], ...]
+    works = (raw, lambda: islice(stream.read(0), steps), locate)
+    seconds: list[list[float]] = [[], [], []]
     for _ in range(ROUNDS):
-        for index, work in enumerate((raw, batches, locate)):
-            begun = time.perf_counter()
-            work()
-            best[index] = max(best[index], steps * batch_size / (time.perf_counter() - begun))
-    return DataSpeed(best[0] * seq_len, best[1] * seq_len, best[2], cold_start)
+        for times, work in zip(seconds, works, strict=True):
+            running, begun = iter(work()), time.perf_counter()
+            for _ in running:
+                times.append((now := time.perf_counter()) - begun)
+                begun = now
+    rates = [batch_size / median(times) for times in seconds]
+    return DataSpeed(rates[0] * seq_len, rates[1] * seq_len, rates[2], cold_start)
 
 
-def raw_reads(dataset: Dataset, seq_len: int, batches: list[Locations]) -> Callable[[], None]:
-    """A function that reads the rows of all batches, one after the other, and does no more."""
+def raw_reads(
+    dataset: Dataset, seq_len: int, batches: list[Locations]
+) -> Callable[[], Iterator[None]]:
+    """A function that reads the rows of one batch after the other, and does no more."""
     shards = dataset.manifest.split("train")
     files = [dataset.store.open(shard) for shard in shards]
     reader = ShardReader(dataset.manifest, "train", seq_len)
-    size = seq_len * reader.dtype.itemsize
+    buffer = [bytearray(seq_len * reader.dtype.itemsize)]
     places = []
     for found in batches:
         blocks, starts = np.divmod(found.rows * seq_len, dataset.manifest.block_tokens)
-        for shard, block, start in zip(found.shards, blocks, starts, strict=True):
-            offset = shards[shard].offsets[block] + int(start) * reader.dtype.itemsize
-            places.append((files[shard], offset))
-    buffer = [bytearray(size)]
+        places.append(
+            [
+                (files[shard], shards[shard].offsets[block] + int(start) * reader.dtype.itemsize)
+                for shard, block, start in zip(found.shards, blocks, starts, strict=True)
+            ]
+        )
 
-    def work() -> None:
-        for file, offset in places:
-            os.preadv(file, buffer, offset)
+    def work() -> Iterator[None]:
+        for batch in places:
+            for file, offset in batch:
+                os.preadv(file, buffer, offset)
+            yield
 
     return work

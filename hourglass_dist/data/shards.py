@@ -379,11 +379,12 @@ class ShardReader:
         return np.where(blank, 0, real)
 
     def row(self, shard: int, row: int) -> tuple[Int64s, Int64s]:
-        """``(inputs_L, targets_L)`` of a row, as ``fill`` and ``inputs_and_targets`` have them."""
+        """``(inputs_L, targets_L)`` of a row, as ``fill`` and ``split_rows`` have them."""
         ids_BM = np.empty((1, self.seq_len + 1), self.dtype)
         one = np.zeros(1, np.int64)
         real_B = self.fill(ids_BM, one, one + shard, one + row)
-        inputs_BL, targets_BL = inputs_and_targets(ids_BM, real_B)
+        inputs_BL, targets_BL = np.empty((2, 1, self.seq_len), np.int64)
+        split_rows(ids_BM, real_B, inputs_BL, targets_BL)
         return inputs_BL[0], targets_BL[0]
 
     def close(self) -> None:
@@ -406,12 +407,11 @@ class ShardReader:
         )
 
 
-def inputs_and_targets(ids_BM: Ids, real_B: Int64s) -> tuple[Int64s, Int64s]:
-    """``(inputs_BL, targets_BL)`` of rows: each target with the token before it.
+def split_rows(ids_BM: Ids, real_B: Int64s, inputs_BL: Int64s, targets_BL: Int64s) -> None:
+    """Rows as ``fill`` reads them into inputs and targets: each target with the token before it.
 
     All but the first ``real_B`` targets of a row are -100.
     """
-    inputs_BL, targets_BL = ids_BM[:, :-1].astype(np.int64), ids_BM[:, 1:].astype(np.int64)
+    inputs_BL[:], targets_BL[:] = ids_BM[:, :-1], ids_BM[:, 1:]
     for i in np.flatnonzero(real_B < targets_BL.shape[1]):
         targets_BL[i, real_B[i] :] = IGNORED
-    return inputs_BL, targets_BL

@@ -11,6 +11,7 @@ from __future__ import annotations
 import queue
 import threading
 import time
+import weakref
 from collections.abc import Callable, Collection, Generator, Iterator, Sequence
 from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass, replace
@@ -23,7 +24,7 @@ from torch import Tensor
 from hourglass_dist.data.mixture import Dataset
 from hourglass_dist.data.order import Int64s, Locations, epochs_read, locate_many, ranks_cut
 from hourglass_dist.data.plan import Plan
-from hourglass_dist.data.shards import IGNORED, ShardReader, Split, inputs_and_targets
+from hourglass_dist.data.shards import IGNORED, ShardReader, Split, split_rows
 
 READ_AHEAD = 4
 """Batches that wait, read, at most."""
@@ -107,6 +108,7 @@ class Stream:
         """As ``batches``, without a thread."""
         with ExitStack() as stack:
             readers: list[ShardReader] = []
+            buffers = Buffers()
             ahead = _Ahead(self._datasets, self.plan, self._rows, self.skip)
             for now, ns, found in self._located(step):
                 ahead.now_at(now)
@@ -117,7 +119,13 @@ class Stream:
                         stack.enter_context(closing(r)) for r in self._readers(stage.seq_len)
                     ]
                 batch = _batch(
-                    readers, found.sources, found.shards, found.rows, ns, self._isolate_documents
+                    readers,
+                    found.sources,
+                    found.shards,
+                    found.rows,
+                    ns,
+                    self._isolate_documents,
+                    buffers,
                 )
                 yield batch.pinned() if self._pin else batch
 
@@ -291,6 +299,7 @@ def _held_out_batches(
     source = np.repeat(np.arange(len(readers)), [len(r.rows_per_shard) for r in readers])
     shard = np.concatenate([np.arange(len(r.rows_per_shard)) for r in readers])
     ends = np.cumsum(counts)
+    buffers = Buffers()
     with ExitStack() as stack:
         for reader in readers:
             stack.enter_context(closing(reader))
@@ -299,7 +308,7 @@ def _held_out_batches(
             known = np.maximum(some, 0)
             at = np.searchsorted(ends, known, side="right")
             rows = known - (ends - counts)[at]
-            batch = _batch(readers, source[at], shard[at], rows, some, isolate_documents)
+            batch = _batch(readers, source[at], shard[at], rows, some, isolate_documents, buffers)
             batch.targets_BL[torch.from_numpy(some < 0)] = IGNORED
             yield batch
 
@@ -311,6 +320,7 @@ def _batch(
     rows: Int64s,
     ids: Int64s,
     isolate_documents: bool,
+    buffers: Buffers,
 ) -> Batch:
     ids_BM = np.empty((len(ids), readers[0].seq_len + 1), readers[0].dtype)
     real_B = np.empty(len(ids), np.int64)
@@ -318,11 +328,32 @@ def _batch(
         here = np.flatnonzero(sources == source)
         if len(here):
             real_B[here] = reader.fill(ids_BM, here, shards[here], rows[here])
-    tokens_BL, targets_BL = map(torch.from_numpy, inputs_and_targets(ids_BM, real_B))
+    lent = buffers.take(len(ids), readers[0].seq_len)
+    split_rows(ids_BM, real_B, lent[0], lent[1])
+    tokens_BL, targets_BL = torch.from_numpy(lent)
     documents_BL = (
         number_documents(tokens_BL, targets_BL, readers[0].eos_id) if isolate_documents else None
     )
     return Batch(tokens_BL, targets_BL, ids, documents_BL)
+
+
+class Buffers:
+    """Memory for batches, taken again when the batch that had it is gone: fresh memory costs more
+    than the reading."""
+
+    def __init__(self) -> None:
+        self._free: list[Int64s] = []
+
+    def take(self, rows: int, length: int) -> Int64s:
+        """Two matrices in one array. It comes back when the last tensor made of it is gone."""
+        shape, found = (2, rows, length), None
+        while self._free and found is None:
+            last = self._free.pop()
+            found = last if last.shape == shape else None
+        memory = np.empty(shape, np.int64) if found is None else found
+        lent: Int64s = memory.view()
+        weakref.finalize(lent, self._free.append, memory).atexit = False
+        return lent
 
 
 def number_documents(tokens_BL: Tensor, targets_BL: Tensor, eos_id: int) -> Tensor:
