@@ -295,3 +295,48 @@ def test_a_dataset_without_held_out_text(tmp_path: Path) -> None:
     message = refusal(lambda: held_out_rows([local(manifest)], 8, 4))
     assert "no shards of split 'heldout'" in message
     assert sorted(documents(manifest, "train", ByteTokenizer())) == sorted(TEXTS)
+
+
+def test_no_region_of_a_shard_can_be_damaged_unnoticed(manifest: Manifest, tmp_path: Path) -> None:
+    """A bit flipped in every 64 bytes (headers, members, padding, tail) and a cut at each of them:
+    refused before training starts, every time."""
+    shutil.copytree(manifest.folder, tmp_path / "mine")
+    mine = Manifest.load(tmp_path / "mine")
+    path = mine.folder / mine.split("train")[1].path
+    whole = path.read_bytes()
+    damaged = [whole[:at] for at in range(0, len(whole), 64)]
+    for at in range(0, len(whole), 64):
+        flipped = bytearray(whole)
+        flipped[at + at // 64 % 64] ^= 1 << at // 64 % 8
+        damaged.append(bytes(flipped))
+    for data in damaged:
+        path.unlink()
+        path.write_bytes(data)
+        message = refusal(lambda: stream_of(mine, 8, 4, 0))
+        assert message.startswith(f"{path}: ")
+        assert "truncated shard" in message or "altered shard" in message
+    assert len(damaged) == 320
+    path.write_bytes(whole)
+    stream_of(mine, 8, 4, 0)
+
+
+@pytest.mark.parametrize("name", ["../train-000000.tar", "/etc/passwd", "pipe:ls", "a.pickle"])
+def test_a_manifest_names_files_of_its_folder_only(
+    manifest: Manifest, tmp_path: Path, name: str
+) -> None:
+    shutil.copytree(manifest.folder, tmp_path / "mine")
+    index = json.loads((tmp_path / "mine" / "index.json").read_text())
+    index["shards"][0]["path"] = name
+    (tmp_path / "mine" / "index.json").write_text(json.dumps(index))
+    assert "shards.0.path: " in refusal(lambda: Manifest.load(tmp_path / "mine"))
+
+
+def test_a_shard_that_is_cut_while_it_is_read(manifest: Manifest, tmp_path: Path) -> None:
+    """An error with a name; a mapped file would have ended the process."""
+    shutil.copytree(manifest.folder, tmp_path / "mine")
+    mine = Manifest.load(tmp_path / "mine")
+    reader = ShardReader(mine, "train", 8)
+    reader.row(1, 20)
+    os.truncate(mine.folder / mine.split("train")[1].path, 1024)
+    message = refusal(lambda: reader.row(1, 20))
+    assert "train-000001.tar: truncated shard: expected 10240 bytes, found 1024" in message

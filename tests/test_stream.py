@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import json
 import os
@@ -216,6 +217,20 @@ def test_what_the_thread_raises_is_raised_here(tmp_path: Path) -> None:
         os.truncate(manifest.folder / shard.path, 600)
     assert "truncated shard: expected" in refusal(lambda: next(batches))
     assert not readers()
+
+
+def test_a_thread_that_dies_is_an_error_and_no_endless_wait(manifest: Manifest) -> None:
+    """SystemExit raised inside it from outside, as an interpreter or a library might."""
+    before = set(readers())
+    batches = stream_of(manifest, 8, 12, 5).batches()
+    next(batches)
+    [thread] = set(readers()) - before
+    kill = ctypes.pythonapi.PyThreadState_SetAsyncExc
+    assert kill(ctypes.c_ulong(thread.ident or 0), ctypes.py_object(SystemExit)) == 1
+    with pytest.raises(OSError, match="the thread that reads data ended: SystemExit"):
+        for _ in range(100):
+            next(batches)
+    assert not set(readers()) - before
 
 
 # --- evaluation ----------------------------------------------------------------------------------
