@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import local, make, refusal, words
-from ranks import torchrun
+from ranks import TESTS, torchrun
 
 from data_tools.tokenizer import train_tokenizer
 from hourglass_dist import train
@@ -255,6 +255,23 @@ def mixed_run(config: Path, datasets: list[Dataset], run: Path, *overrides: str)
 def records(run: Path) -> list[dict[str, float]]:
     lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
     return [line for line in lines if "train/loss" in line]
+
+
+def test_ranks_that_see_other_data(
+    tiny_config: Path, datasets: list[Dataset], tmp_path: Path
+) -> None:
+    """As on two nodes with a folder of the same name and other shards."""
+    for rank, dataset in enumerate(datasets):
+        (tmp_path / f"{rank}").mkdir()
+        (tmp_path / f"{rank}" / "words").symlink_to(dataset.where)
+    settings = ["data.dataset=words", "data.seq_len=16", f"run.dir={tmp_path / 'run'}"]
+    worker = str(TESTS / "elsewhere_worker.py")
+    done = torchrun(2, worker, str(tmp_path), str(tiny_config), *settings)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    [line] = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert line == "error: ranks disagree: dataset data is another one on rank 1 than on rank 0"
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_run_with_phases_and_a_lost_shard(
