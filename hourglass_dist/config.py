@@ -42,6 +42,8 @@ class DataConfig(Section):
     """Tokens in one row. Must divide the block size of the shards."""
     batch_size: PositiveInt
     """Rows in one optimizer step, over all ranks and all accumulation steps together."""
+    isolate_documents: bool = False
+    """Documents that share a row do not see each other."""
 
 
 class OptimConfig(Section):

@@ -116,6 +116,7 @@ def open_stream(config: Config, manifest: Manifest, world: dist.World) -> Stream
         config.run.seed,
         world.rank,
         world.size,
+        config.data.isolate_documents,
     )
 
 
@@ -137,8 +138,10 @@ def make_model(config: Config, world: dist.World) -> HourglassLM:
 
 def held_out(config: Config, manifest: Manifest, world: dist.World) -> Iterator[Batch]:
     """This rank's part of the held-out split, every token once over all ranks."""
-    length, rows = config.data.seq_len, config.eval.batch_size
-    return held_out_rows(manifest, "heldout", length, rows, world.rank, world.size)
+    data, rows = config.data, config.eval.batch_size
+    return held_out_rows(
+        *(manifest, "heldout", data.seq_len, rows, world.rank, world.size, data.isolate_documents)
+    )
 
 
 def check_finite(result: StepResult, step: int, batch: Batch) -> None:
