@@ -82,6 +82,9 @@ class TrainConfig(Section):
     the world size."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """``bf16``: bf16 weights with fp32 master weights at ZeRO stages 1-3, autocast at stage 0."""
+    activation_memory: PositiveFloat | None = None
+    """GiB that the activations of one micro batch may take on one rank; what levels with
+    ``activation_checkpointing: auto`` are chosen for."""
 
 
 class EvalConfig(Section):
@@ -173,6 +176,11 @@ class Config(Section):
             raise ValueError(
                 f"train.micro_batch_size: {self.train.micro_batch_size} does not divide "
                 f"data.batch_size={self.data.batch_size}"
+            )
+        auto = any(level.activation_checkpointing == "auto" for level in self.model.levels)
+        if auto and self.train.activation_memory is None:
+            raise ValueError(
+                "train.activation_memory: activation_checkpointing: auto needs a budget in GiB"
             )
         if not self.model.causal:
             raise ValueError(

@@ -38,7 +38,7 @@ class LevelConfig(Section):
     shorten: PositiveInt = 1
     """How many positions of the level above make one position here, on average at least. Level 0:
     1. Others: 2 or more."""
-    shorten_choices: list[Annotated[int, Field(ge=2)]] = []
+    shorten_choices: list[Annotated[int, Field(ge=2)]] = Field(default_factory=list)
     """Shorten-factor dropout (paper, section 3.2): each training step draws one of these; scoring
     and generation use ``shorten``. Empty: always ``shorten``."""
     pooling: Literal["fixed", "spacelike"] = "fixed"
@@ -61,17 +61,17 @@ class LevelConfig(Section):
     """Positions of this level that a query sees, itself included; null: all earlier ones."""
     activation_checkpointing: str = "none"
     """What the backward pass recomputes. ``full``: every layer, only its input is kept. ``every
-    K``: each K-th layer. ``selective``: all but attention and matrix products. ``offload``: nothing,
-    but what is kept waits in CPU memory (GPUs only). ``auto``: the cheapest of none, selective and
-    full that fits train.activation_memory."""
+    K``: each K-th layer. ``selective``: all but attention and matrix products. ``offload``:
+    nothing, but what is kept waits in CPU memory (GPUs only). ``auto``: the cheapest of none,
+    selective and full that fits train.activation_memory."""
 
     @field_validator("activation_checkpointing")
     @classmethod
     def _is_a_policy(cls, policy: str) -> str:
         if not re.fullmatch(CHECKPOINTING, policy):
             raise ValueError(
-                "model.levels.activation_checkpointing: expected none, full, selective, offload, "
-                f"auto or 'every K' such as 'every 2', given {policy!r}"
+                "expected none, full, selective, offload, auto or 'every K' such as 'every 2', "
+                f"given {policy!r}"
             )
         return policy
 
@@ -163,9 +163,7 @@ class ModelConfig(Section):
                 raise ValueError("model.hierarchy: give either hierarchy or levels, not both")
             given["levels"] = levels_of(notation)
         if isinstance(levels := given.get("levels"), list):
-            given["levels"] = [
-                _inherit(level, given, index) for index, level in enumerate(levels)
-            ]
+            given["levels"] = [_inherit(level, given, index) for index, level in enumerate(levels)]
         return given
 
     @model_validator(mode="after")
@@ -334,6 +332,7 @@ def _inherit(level: Any, model: dict[str, Any], index: int) -> Any:
         return level
     usual = {"heads": 8, "ff_mult": 4, "dropout": 0.0}
     level = dict(level)
+    own = any(level.get(name) is not None for name in ("dim", "heads"))
     for name in INHERITED:
         value = model.get(name, usual.get(name))
         if level.get(name) is None and value is not None:
@@ -343,9 +342,10 @@ def _inherit(level: Any, model: dict[str, Any], index: int) -> Any:
         if type(dim) is not int or type(heads) is not int or min(dim, heads) < 1:
             level["dim_head"] = 1  # their own errors say what is wrong with them
         elif dim % heads:
+            where = f"model.levels.{index}" if own else "model"
             raise ValueError(
-                f"model.levels.{index}.heads: {heads} heads do not divide dim={dim}; "
-                "choose another number or set dim_head"
+                f"{where}.heads: {heads} heads do not divide {where}.dim={dim}; choose another "
+                f"number or set {where}.dim_head"
             )
         else:
             level["dim_head"] = dim // heads

@@ -41,6 +41,15 @@ class Batch:
     """int64: which document of its row each target belongs to: 0, 1, 2, ... along the row. None
     where documents are not kept apart."""
 
+    @property
+    def rows(self) -> dict[str, Tensor | None]:
+        """What a model reads, under the names of its arguments."""
+        return {
+            "tokens_BL": self.tokens_BL,
+            "targets_BL": self.targets_BL,
+            "documents_BL": self.documents_BL,
+        }
+
 
 class Stream:
     """The training rows of one rank."""

@@ -19,6 +19,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
+from einops import rearrange
 from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
@@ -154,7 +155,8 @@ def attend(
 ) -> Tensor:
     """softmax(q.k * scale) v over what each query sees: (B, H, Q, K)."""
     if isinstance(sight.mask, BlockMask):
-        return _flex()(q_BHQK, k_BHJK, v_BHJK, block_mask=sight.mask, scale=scale)
+        out: Tensor = _flex()(q_BHQK, k_BHJK, v_BHJK, block_mask=sight.mask, scale=scale)
+        return out
     if sight.window is not None:
         return _attend_in_blocks(q_BHQK, k_BHJK, v_BHJK, sight, scale, dropout)
     return F.scaled_dot_product_attention(
@@ -171,13 +173,14 @@ def attend(
 def _attend_in_blocks(
     q_BHLK: Tensor, k_BHLK: Tensor, v_BHLK: Tensor, sight: Sight, scale: float, dropout: float
 ) -> Tensor:
-    assert sight.window is not None and isinstance(sight.mask, Tensor)
+    assert sight.window is not None
+    assert isinstance(sight.mask, Tensor)
     rows, _, length, _ = q_BHLK.shape
     window = sight.window
     blocks = -(-length // window)
     behind = blocks * window - length
-    q_NHWK = F.pad(q_BHLK, (0, 0, 0, behind)).unflatten(2, (blocks, window))
-    q_NHWK = q_NHWK.transpose(1, 2).flatten(0, 1)
+    q_BHLK = F.pad(q_BHLK, (0, 0, 0, behind))
+    q_NHWK = rearrange(q_BHLK, "b h (n w) k -> (b n) h w k", w=window)
     k_NHJK, v_NHJK = (
         F.pad(t, (0, 0, window, behind)).unfold(2, 2 * window, window).movedim(2, 1).flatten(0, 1)
         for t in (k_BHLK, v_BHLK)
@@ -191,8 +194,8 @@ def _attend_in_blocks(
         dropout_p=dropout,
         scale=scale,
     )
-    mixed_BHNWK = mixed_NHWK.unflatten(0, (rows, blocks)).transpose(1, 2)
-    return mixed_BHNWK.flatten(2, 3)[:, :, :length]
+    mixed_BHLK = rearrange(mixed_NHWK, "(b n) h w k -> b h (n w) k", b=rows)
+    return mixed_BHLK[:, :, :length]
 
 
 @functools.cache

@@ -18,13 +18,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hourglass_dist.model.attend import Sight, additive, attend
 from hourglass_dist.model.hourglass import Hourglass, HourglassLM, Stage
-from hourglass_dist.model.layers import Attention, Layer, Waves, make_waves
+from hourglass_dist.model.layers import Layer, Waves, make_waves
 from hourglass_dist.model.layout import Rows, word_starts
-from hourglass_dist.model.resample import EarlierAttention, Shorten, take
+from hourglass_dist.model.pool import take
+from hourglass_dist.model.resample import EarlierAttention, Lengthen, Shorten
 from hourglass_dist.model_config import ModelConfig
 
 
@@ -40,7 +41,10 @@ class KeyValues:
     def append(self, rows_N: Tensor, place_N: Tensor, key: Tensor, value: Tensor) -> None:
         """Store (N, H, 1, K) of the positions ``place_N`` of some rows."""
         slots_N = place_N if self.window is None else place_N % self.window
-        if self.window is None and (missing := int(place_N.max()) + 1 - self.keys_BHCK.shape[2]) > 0:
+        if (
+            self.window is None
+            and (missing := int(place_N.max()) + 1 - self.keys_BHCK.shape[2]) > 0
+        ):
             self._grow(missing)
         self.keys_BHCK[rows_N, :, slots_N] = key[:, :, 0]
         self.values_BHCK[rows_N, :, slots_N] = value[:, :, 0]
@@ -70,7 +74,7 @@ class BucketCache:
     """The bucket that a level is filling, and what the last full one gave."""
 
     ring_BSD: Tensor
-    """``fixed``: the last S-1 positions, zeros before the first. ``spacelike``: their sum, S = 1."""
+    """``fixed``: the last S-1 positions, zeros before the first. ``spacelike``: their sum."""
     size_B: Tensor
     """``spacelike``: how many positions are in the sum."""
     block_BSD: Tensor
@@ -155,7 +159,8 @@ def _read(
     view, crossing = stages[module.index]
     window = module.config.levels[module.index].window
 
-    def run(layer: Layer, x_BLD: Tensor, kept: list[KeyValues]) -> Tensor:
+    def run(layer: nn.Module, x_BLD: Tensor, kept: list[KeyValues]) -> Tensor:
+        assert isinstance(layer, Layer)
         q, k, v = layer.attention.project(x_BLD, view.waves)
         kept.append(_keep(k, v, lengths_B, window))
         mixed = attend(q, k, v, view.sight, layer.attention.heads.scale)
@@ -194,9 +199,9 @@ def _read_bucket(
     ring_BSD, size_B = _unfinished(module.shorten, z_BLD, view.rows, lengths_B, inside_B)
     outside = inside = None
     if crossing is not None:
-        k, v = module.shorten.attention.project_keys(z_BLD, crossing.outside)
+        k, v = _earlier(module.shorten).project_keys(z_BLD, crossing.outside)
         outside = _keep(k, v, lengths_B, None)
-        k, v = module.lengthen.attention.project_keys(keys_BGD, crossing.inside)
+        k, v = _earlier(module.lengthen).project_keys(keys_BGD, crossing.inside)
         inside = _keep(k, v, inside_B, None)
     return BucketCache(ring_BSD, size_B, block_BGSD.gather(1, newest)[:, 0], outside, inside)
 
@@ -295,14 +300,15 @@ def _waves(module: Hourglass, place_N: Tensor, stride: int, like: Tensor) -> Wav
 
 
 def _step_layer(
-    layer: Layer,
+    layer: nn.Module,
     known: KeyValues,
     rows_N: Tensor,
     place_N: Tensor,
     x_N1D: Tensor,
     waves: Waves | None,
 ) -> Tensor:
-    attention: Attention = layer.attention
+    assert isinstance(layer, Layer)
+    attention = layer.attention
     q, k, v = attention.project(x_N1D, waves)
     known.append(rows_N, place_N, k, v)
     mixed = known.look(rows_N, place_N + 1, q, attention.heads.scale)
@@ -329,7 +335,7 @@ def _step_bucket(
     if shorten.attends == "earlier":
         waves = _waves(module, place_N, stride, x_N1D)
         assert bucket.outside is not None
-        bucket.outside.append(rows_N, place_N, *shorten.attention.project_keys(z_N1D, waves))
+        bucket.outside.append(rows_N, place_N, *_earlier(shorten).project_keys(z_N1D, waves))
     if shorten.words:
         assert starts_N is not None
         wanted_N = (starts_N | (place_N == 0)).long()
@@ -350,10 +356,8 @@ def _step_bucket(
     added_N1D = bucket.block_BSD[rows_N, part_N][:, None]
     if module.lengthen.attends == "earlier":
         assert bucket.inside is not None
-        attention = module.lengthen.attention
-        added_N1D = _look(
-            attention, bucket.inside, rows_N, inner.count_B[rows_N], x_N1D + added_N1D, waves
-        )
+        count_N, query_N1D = inner.count_B[rows_N], x_N1D + added_N1D
+        added_N1D = _look(module.lengthen, bucket.inside, rows_N, count_N, query_N1D, waves)
     out: Tensor = module.lengthen.combine(x_N1D, added_N1D)
     return out
 
@@ -382,26 +386,30 @@ def _enter(
         assert bucket.outside is not None
         waves = _waves(module, place_N, stride, pooled_N1D)
         pooled_N1D = shorten.query_norm(pooled_N1D)
-        pooled_N1D = _look(
-            shorten.attention, bucket.outside, rows_N, place_N + 1, pooled_N1D, waves
-        )
+        pooled_N1D = _look(shorten, bucket.outside, rows_N, place_N + 1, pooled_N1D, waves)
     size = module.config.levels[module.index + 1].shorten
     pooled_NE = shorten.finish(pooled_N1D)[:, 0]
     valley_NE = _step(module.inner, inner, rows_N, pooled_NE, stride * size, None)
     keys_N1D, block_N1SD = module.lengthen.blocks(valley_NE[:, None], size)
     bucket.block_BSD[rows_N] = block_N1SD[:, 0]
     if bucket.inside is not None:
-        k, v = module.lengthen.attention.project_keys(keys_N1D, waves)
+        k, v = _earlier(module.lengthen).project_keys(keys_N1D, waves)
         bucket.inside.append(rows_N, number_N, k, v)
 
 
 def _look(
-    attention: EarlierAttention,
+    way: Shorten | Lengthen,
     known: KeyValues,
     rows_N: Tensor,
     count_N: Tensor,
     x_N1D: Tensor,
     waves: Waves | None,
 ) -> Tensor:
+    attention = _earlier(way)
     q = attention.project(x_N1D, waves)
     return attention.finish(x_N1D, known.look(rows_N, count_N, q, attention.heads.scale))
+
+
+def _earlier(way: Shorten | Lengthen) -> EarlierAttention:
+    assert isinstance(way.attention, EarlierAttention)
+    return way.attention

@@ -27,16 +27,13 @@ from hourglass_dist.model.layers import (
 )
 from hourglass_dist.model.layout import places, row_layouts
 from hourglass_dist.model.norms import RMSNorm, make_norm
+from hourglass_dist.model.pool import Gate, LinearPool, LinearSpread, Pad
 from hourglass_dist.model.recompute import Recompute
 from hourglass_dist.model.resample import (
     BucketAttention,
     Crossing,
     EarlierAttention,
-    Gate,
     Lengthen,
-    LinearPool,
-    LinearSpread,
-    Pad,
     Shorten,
     ValleyAttention,
     make_crossing,
@@ -116,15 +113,13 @@ class HourglassLM(nn.Module):
         mask_BL: Tensor | None = None,
         documents_BL: Tensor | None = None,
         targets_BL: Tensor | None = None,
-        shortens: tuple[int, ...] | None = None,
     ) -> Any:
         """int64 (B, L) to logits (B, L, V); with targets to (nats summed, targets that count).
 
-        ``mask_BL`` is True at real tokens: the others are as if they were not there, and what stands
-        at their places means nothing. ``documents_BL`` numbers the documents of packed rows: each
-        is as if it were alone. ``shortens`` are this step's shorten factors, level 0's (1) first.
-        Raises ValueError for an empty row, one longer than the position table, or documents out of
-        order.
+        ``mask_BL`` is True at real tokens: the others are as if they were not there, and the logits
+        at their places mean nothing. ``documents_BL`` numbers the documents of packed rows: each
+        is as if it were alone. Raises ValueError for an empty row, one longer than the position
+        table, or documents out of order.
         """
         self.check(tokens_BL, documents_BL)
         order_BL = None
@@ -137,7 +132,7 @@ class HourglassLM(nn.Module):
                 documents_BL = _padding_last(documents_BL, mask_BL, order_BL)
             real_BL = None if self.config.causal else _real_first(mask_BL)
         x_BLD = self.embed(tokens_BL, documents_BL)
-        stages = self.stages(x_BLD, tokens_BL, documents_BL, real_BL, shortens)
+        stages = self.stages(x_BLD, tokens_BL, documents_BL, real_BL)
         x_BLD = self.hourglass(x_BLD, stages)
         if order_BL is not None:
             back_BL = order_BL.argsort(dim=1)
@@ -174,9 +169,9 @@ class HourglassLM(nn.Module):
         tokens_BL: Tensor,
         documents_BL: Tensor | None = None,
         mask_BL: Tensor | None = None,
-        shortens: tuple[int, ...] | None = None,
     ) -> list[Stage]:
         """What every level needs to know of these rows; ``x_BLD`` gives dtype and device."""
+        shortens = self._draw_shortens()
         layouts = row_layouts(self.config, tokens_BL, documents_BL, mask_BL, shortens)
         stages, stride = [], 1
         for index, (level, rows) in enumerate(zip(self.config.levels, layouts, strict=True)):
@@ -188,6 +183,16 @@ class HourglassLM(nn.Module):
             stages.append(Stage(view, crossing))
             stride *= rows.shorten
         return stages
+
+    def _draw_shortens(self) -> list[int]:
+        """The shorten factor of every level; drawn anew in training where a level has choices."""
+        levels = self.config.levels
+        return [
+            level.shorten_choices[int(torch.randint(len(level.shorten_choices), ()))]
+            if self.training and level.shorten_choices
+            else level.shorten
+            for level in levels
+        ]
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from hourglass_dist.model.hourglass import Hourglass, HourglassLM
 from hourglass_dist.model.layers import Attention, FeedForward, Layer
-from hourglass_dist.model.resample import BucketAttention, ValleyAttention
-from hourglass_dist.model_config import ModelConfig
+from hourglass_dist.model.resample import BucketAttention, EarlierAttention, ValleyAttention
+from hourglass_dist.model_config import INHERITED, ModelConfig
 from hourglass_dist.sections import differences
 
 
@@ -68,11 +68,11 @@ def lucidrains_kwargs(config: ModelConfig) -> dict[str, Any]:
         depth = (level.pre, depth, level.post)
     kwargs = {
         "num_tokens": config.vocab_size,
-        "dim": config.dim,
+        "dim": config.levels[0].dim,
         "max_seq_len": config.max_seq_len or 1,
         "depth": depth,
         "shorten_factor": tuple(level.shorten for level in config.levels[1:]) or None,
-        "heads": config.heads,
+        "heads": config.levels[0].heads,
         "dim_head": config.levels[0].dim_head,
         "attn_resampling": config.attention_resampling != "none",
         "updown_sample_type": "linear" if config.downsampling == "linear" else "naive",
@@ -90,8 +90,9 @@ def _without_what_has_no_weights(config: ModelConfig, theirs: ModelConfig) -> Mo
         ours.model_copy(update={name: getattr(level, name) for name in names})
         for ours, level in zip(config.levels, theirs.levels, strict=True)
     ]
-    alike = {"levels": levels, "dim_head": theirs.dim_head, "dropout": 0.0, "legacy_mask": False}
-    return config.model_copy(update=alike | {"residual_dropout": False})
+    defaults = {name: getattr(theirs, name) for name in INHERITED}  # each level has its own
+    rest = {"legacy_mask": False, "residual_dropout": False}
+    return config.model_copy(update={"levels": levels} | defaults | rest)
 
 
 def _join(parts: list[Tensor]) -> Tensor:
@@ -127,6 +128,7 @@ def _level(prefix: str, level: Hourglass) -> Names:
     for there, resample in (("pre", level.shorten), ("post", level.lengthen)):
         if resample.attends == "bucket":
             block = f"{prefix}.attn_resampling_{there}_valley.layers.0"
+            assert not isinstance(resample.attention, EarlierAttention)
             names |= _layer(block, resample.attention, resample.feed_forward)
     return names
 

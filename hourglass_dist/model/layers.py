@@ -12,6 +12,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -72,9 +73,7 @@ def make_view(
 def rotate(x_BHLK: Tensor, waves: Waves) -> Tensor:
     """Rotary positions: the halves of a head are the two coordinates of P planes."""
     one, two = x_BHLK.chunk(2, dim=-1)
-    return torch.cat(
-        [one * waves.cos - two * waves.sin, two * waves.cos + one * waves.sin], dim=-1
-    )
+    return torch.cat([one * waves.cos - two * waves.sin, two * waves.cos + one * waves.sin], dim=-1)
 
 
 class RelativePositions(nn.Module):
@@ -89,15 +88,18 @@ class RelativePositions(nn.Module):
 
     def __init__(self, level: LevelConfig) -> None:
         super().__init__()
-        self.content = nn.Parameter(torch.zeros(level.heads, 1, level.dim_head))
-        self.place = nn.Parameter(torch.zeros(level.heads, 1, level.dim_head))
+        self.content = nn.Parameter(torch.zeros(level.inner))
+        self.place = nn.Parameter(torch.zeros(level.inner))
         self.weight = nn.Parameter(torch.zeros(level.heads, level.dim_head, level.dim_head))
 
     def forward(self, q_BHLK: Tensor, waves: Waves) -> Tensor:
         """(B, H, L, K) -> (B, H, L, 2K), to be multiplied with ``with_waves`` of the keys."""
-        on_sin, on_cos = ((q_BHLK + self.place) @ self.weight).chunk(2, dim=-1)
+        place_H1K, content_H1K = (
+            vector.view(len(self.weight), 1, -1) for vector in (self.place, self.content)
+        )
+        on_sin, on_cos = ((q_BHLK + place_H1K) @ self.weight).chunk(2, dim=-1)
         turned = on_cos * waves.sin - on_sin * waves.cos, on_sin * waves.sin + on_cos * waves.cos
-        return torch.cat([q_BHLK + self.content, *turned], dim=-1)
+        return torch.cat([q_BHLK + content_H1K, *turned], dim=-1)
 
 
 def with_waves(k_BHLK: Tensor, waves: Waves) -> Tensor:
@@ -121,7 +123,7 @@ class Heads(nn.Module):
 
     def split(self, x_BLI: Tensor) -> Tensor:
         """(B, L, I) -> (B, H, L, K)."""
-        return x_BLI.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        return rearrange(x_BLI, "b l (h k) -> b h l k", h=self.heads)
 
     def queries(self, q_BLI: Tensor, waves: Waves | None) -> Tensor:
         """(B, L, I) -> (B, H, L, K), or 2K with relative positions."""
@@ -151,7 +153,7 @@ class Heads(nn.Module):
         """(B, H, L, K or 2K) -> (B, L, I)."""
         if self.relative is not None:
             mixed_BHLK = mixed_BHLK.chunk(2, dim=-1)[0]
-        return mixed_BHLK.transpose(1, 2).flatten(2)
+        return rearrange(mixed_BHLK, "b h l k -> b l (h k)")
 
 
 class Attention(nn.Module):
@@ -191,9 +193,7 @@ class FeedForward(nn.Module):
         super().__init__()
         self.gated = config.feed_forward == "swiglu"
         self.norm = make_norm(config, level.dim)
-        self.hidden = Linear(
-            level.dim, level.hidden * (2 if self.gated else 1), bias=config.bias
-        )
+        self.hidden = Linear(level.dim, level.hidden * (2 if self.gated else 1), bias=config.bias)
         self.out = Linear(level.hidden, level.dim, bias=config.bias)
         self.dropout = level.dropout
         self.branch_dropout = level.dropout if config.residual_dropout else 0.0

@@ -33,6 +33,8 @@ class Buckets(NamedTuple):
     """Which bucket a position goes into; G: none, no boundary follows in its document."""
     out_BL: Tensor
     """Which bucket a position gets its summary from; G: none, the row had no more room."""
+    wanted: Tensor
+    """How many buckets all rows would have with room for every word and document."""
 
 
 class Rows(NamedTuple):
@@ -82,7 +84,7 @@ def row_layouts(
     if documents_BL is not None:
         check_documents(documents_BL, tokens_BL)
         place_BL = places(documents_BL)
-    factors = list(shortens or [level.shorten for level in config.levels]) + [1]
+    factors = [*(shortens or [level.shorten for level in config.levels]), 1]
     layouts: list[Rows] = []
     length, words_BL = tokens_BL.shape[1], None
     for index, inner in enumerate([*config.levels[1:], None]):
@@ -98,6 +100,18 @@ def row_layouts(
         if mask_BL is not None:
             mask_BL = cut(mask_BL, shorten, config.causal).any(dim=2)
     raise AssertionError("the innermost level ends the loop")
+
+
+def missed_buckets(
+    config: ModelConfig, tokens_BL: Tensor, documents_BL: Tensor | None = None
+) -> tuple[int, int]:
+    """(word and document starts that got no bucket, all that wanted one), over all levels."""
+    missed = wanted = 0
+    for rows in row_layouts(config, tokens_BL, documents_BL):
+        if rows.buckets is not None:
+            wanted += int(rows.buckets.wanted)
+            missed += int(rows.buckets.wanted - (rows.buckets.end_BG < rows.length).sum())
+    return missed, wanted
 
 
 def check_documents(documents_BL: Tensor, tokens_BL: Tensor) -> None:
@@ -176,50 +190,44 @@ def _rows(
     size, buckets = bucket_count(length, shorten), None
     if inner is not None and (document_BL is not None or words_BL is not None):
         size += inner.extra_buckets
-        kept_BL = boundaries(length, place_BL, document_BL, shorten, inner.extra_buckets, words_BL)
-        buckets = _buckets(kept_BL, document_BL, size)
+        if place_BL is None:
+            assert words_BL is not None
+            place_BL = torch.arange(length, device=words_BL.device)[None]
+        wanted_BL = place_BL % shorten == 0
+        kept_BL = wanted_BL
+        if words_BL is not None:
+            wanted_BL = words_BL | (place_BL == 0)
+            kept_BL = keep_boundaries(wanted_BL, place_BL, shorten, inner.extra_buckets)
+        buckets = _buckets(kept_BL, document_BL, size, wanted_BL.sum())
+        place_BL = None if document_BL is None else place_BL
     return Rows(length, place_BL, document_BL, mask_BL, shorten, size, buckets)
 
 
-def boundaries(
-    length: int,
-    place_BL: Tensor | None,
-    document_BL: Tensor | None,
-    shorten: int,
-    extra: int,
-    words_BL: Tensor | None,
-) -> Tensor:
-    """(B or 1, L) bool: where buckets end.
+def keep_boundaries(wanted_BL: Tensor, place_BL: Tensor, shorten: int, extra: int) -> Tensor:
+    """(B, L) bool: which of the wanted boundaries have room.
 
-    A document begins with a boundary. Up to its place p there are at most p // S + 1 + ``extra``
-    word starts among them: further ones are passed over, until there is room again. That looks at
-    earlier positions only, whatever the length of the row, so generation finds the same ones.
+    Up to place p of a document there are at most p // S + 1 + ``extra``; further ones are passed
+    over until there is room again. That looks at earlier positions of the document only, whatever
+    the length of the row, so generation finds the same ones.
+
+    How many were kept is k_t = min(k_{t-1} + wanted_t, room_t), from 0 on in each document. Without
+    the recursion: wanted so far + min(0, min over earlier t of (room_t - wanted so far)).
     """
-    if place_BL is None:
-        device = words_BL.device if words_BL is not None else None
-        place_BL = torch.arange(length, device=device)[None]
-    if words_BL is None:
-        return place_BL % shorten == 0
-    wanted_BL = words_BL | (place_BL == 0)
-    # How many were kept, k_t = min(k_{t-1} + wanted_t, room_t) from 0 on in each document, is
-    # wanted so far + min over earlier t of (room_t - wanted so far).
+    length = wanted_BL.shape[1]
+    index_L = torch.arange(length, device=place_BL.device)
     so_far_BL = wanted_BL.cumsum(dim=1)
+    first_BL = (index_L - place_BL).expand_as(so_far_BL)
+    so_far_BL = so_far_BL - so_far_BL.gather(1, first_BL) + 1  # a document begins with a boundary
     room_BL = place_BL // shorten + 1 + extra
-    slack_BL = room_BL - so_far_BL
-    if document_BL is not None:  # lower for every later document: no minimum reaches back
-        ordinal_BL = (place_BL == 0).cumsum(dim=1)
-        before_BL = so_far_BL.gather(1, torch.arange(length, device=place_BL.device) - place_BL) - 1
-        so_far_BL = so_far_BL - before_BL
-        slack_BL = room_BL - so_far_BL - ordinal_BL * (2 * length + extra + 2)
-        lowest_BL = slack_BL.cummin(dim=1).values + ordinal_BL * (2 * length + extra + 2)
-    else:
-        lowest_BL = slack_BL.cummin(dim=1).values
+    # later documents lie lower by more than any room, so that no minimum reaches back
+    depth_BL = (place_BL == 0).cumsum(dim=1) * (2 * length + extra + 2)
+    lowest_BL = (room_BL - so_far_BL - depth_BL).cummin(dim=1).values + depth_BL
     kept_so_far_BL = so_far_BL + lowest_BL.clamp(max=0)
     before_BL = F.pad(kept_so_far_BL[:, :-1], (1, 0)).masked_fill(place_BL == 0, 0)
     return kept_so_far_BL > before_BL
 
 
-def _buckets(kept_BL: Tensor, document_BL: Tensor | None, size: int) -> Buckets:
+def _buckets(kept_BL: Tensor, document_BL: Tensor | None, size: int, wanted: Tensor) -> Buckets:
     rows, length = (document_BL if document_BL is not None else kept_BL).shape
     kept_BL = kept_BL.expand(rows, -1)
     after_BL = kept_BL.cumsum(dim=1)
@@ -235,7 +243,7 @@ def _buckets(kept_BL: Tensor, document_BL: Tensor | None, size: int) -> Buckets:
     if document_BL is not None:
         into_BL = _same_document(document_BL, ends_BG, into_BL, size)
         out_BL = _same_document(document_BL, ends_BG, out_BL, size)
-    return Buckets(end_BG, into_BL, out_BL)
+    return Buckets(end_BG, into_BL, out_BL, wanted)
 
 
 def _same_document(document_BL: Tensor, ends_BG: Tensor, bucket_BL: Tensor, none: int) -> Tensor:

@@ -38,8 +38,10 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(..., D) -> (..., D)."""
         if x.device.type != "cpu" or torch.compiler.is_compiling():
-            return F.rms_norm(x, self.weight.shape, self.weight, EPS)
-        return _rms_norm(x, self.weight)
+            out: Tensor = F.rms_norm(x, self.weight.shape, self.weight, EPS)
+            return out
+        normed: Tensor = _rms_norm(x, self.weight)
+        return normed
 
 
 class _RMSNorm(torch.autograd.Function):

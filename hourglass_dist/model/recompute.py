@@ -12,7 +12,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -56,25 +55,21 @@ class Recompute:
         self.every = int(policy.split()[1]) if policy.startswith("every") else 1
         self.draws = draws
 
-    def __call__(self, number: int, module: nn.Module, *inputs: Any) -> Tensor:
+    def __call__(self, number: int, module: nn.Module, *inputs: Any) -> Any:
         """``module(*inputs)``, the level's module number ``number``."""
         if not (module.training and torch.is_grad_enabled()) or self.policy == "none":
-            out: Tensor = module(*inputs)
-            return out
+            return module(*inputs)
         if self.policy == "offload":
             with _offloaded(inputs[0].device):
-                out = module(*inputs)
-            return out
+                return module(*inputs)
         if (number + 1) % self.every:
-            out = module(*inputs)
-            return out
+            return module(*inputs)
         options: dict[str, Any] = {}
         if self.policy == "selective":
             options["context_fn"] = partial(create_selective_checkpoint_contexts, _keeps)
-        out = checkpoint(
+        return checkpoint(
             module, *inputs, use_reentrant=False, preserve_rng_state=self.draws, **options
         )
-        return out
 
 
 def _keeps(_: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
@@ -102,5 +97,3 @@ def _offloaded(device: torch.device) -> saved_tensors_hooks:
         return back
 
     return saved_tensors_hooks(pack, unpack)
-
-

@@ -3,8 +3,7 @@
     Shorten    x_BLD  ->  pool  ->  attention to the bucket, or to all before  ->  widen  ->  BGE
     Lengthen   BGE  ->  narrow  ->  spread  ->  + the stream outside  ->  attention  ->  BLD
 
-Where buckets lie is said by ``layout.Rows``; regular ones are cut out, others gathered and
-scattered.
+Where buckets lie is said by ``layout.Rows``.
 
 Legend: B rows, L positions outside, S positions in a bucket, G buckets (the positions inside),
 D width outside, E width inside, H heads, K width of one head, I = H*K.
@@ -23,6 +22,16 @@ from hourglass_dist.model.layers import FeedForward, Heads, Waves, drop, make_wa
 from hourglass_dist.model.layout import Rows, cut
 from hourglass_dist.model.linear import Linear
 from hourglass_dist.model.norms import make_norm
+from hourglass_dist.model.pool import (
+    Gate,
+    LinearPool,
+    LinearSpread,
+    MeanPool,
+    Pad,
+    bucket_means,
+    gather_buckets,
+    lay_out,
+)
 from hourglass_dist.model_config import LevelConfig, ModelConfig
 
 MANY_KEYS = 8
@@ -30,85 +39,25 @@ MANY_KEYS = 8
 than projecting every position (docs/LOG.md)."""
 
 
-def gather_buckets(x_BLD: Tensor, rows: Rows) -> Tensor:
-    """(B, L, D) -> (B, G, S, D): the S positions up to each boundary, zeros before the document."""
-    if rows.buckets is None or rows.place_BL is None:
-        return cut(x_BLD, rows.shorten, causal=True)
-    end_BG1 = rows.buckets.end_BG.unsqueeze(-1)
-    back_S = torch.arange(1 - rows.shorten, 1, device=x_BLD.device)
-    place_BG1 = rows.place_BL.gather(1, end_BG1[..., 0].clamp(max=rows.length - 1)).unsqueeze(-1)
-    there_BGS = (place_BG1 + back_S >= 0) & (end_BG1 < rows.length)
-    index_BGS = (end_BG1 + back_S).clamp(0, rows.length - 1)
-    x_BGSD = take(x_BLD, index_BGS.flatten(1)).unflatten(1, index_BGS.shape[1:])
-    return x_BGSD.masked_fill(~there_BGS.unsqueeze(-1), 0.0)
-
-
-def bucket_means(x_BLD: Tensor, rows: Rows) -> Tensor:
-    """(B, L, D) -> (B, G, D): means of buckets of any size; zeros where there is none."""
-    assert rows.buckets is not None
-    into_BL = rows.buckets.into_BL
-    total_BGD = x_BLD.new_zeros(x_BLD.shape[0], rows.size + 1, x_BLD.shape[2])
-    total_BGD = total_BGD.scatter_add(1, into_BL.unsqueeze(-1).expand_as(x_BLD), x_BLD)
-    count_BG = into_BL.new_zeros(total_BGD.shape[:2])
-    count_BG = count_BG.scatter_add(1, into_BL, torch.ones_like(into_BL)).clamp(min=1)
-    return (total_BGD / count_BG.unsqueeze(-1))[:, : rows.size]
-
-
-def take(x_BLD: Tensor, index_BN: Tensor) -> Tensor:
-    """(B, L, D) -> (B, N, D): the positions of the indices."""
-    return x_BLD.gather(1, index_BN.unsqueeze(-1).expand(-1, -1, x_BLD.shape[2]))
-
-
-class MeanPool(nn.Module):
-    """The mean of a bucket over the positions that are there."""
-
-    def forward(self, x_BGSD: Tensor, present_BGS: Tensor | None) -> Tensor:
-        """(B, G, S, D) -> (B, G, D). Positions that are not ``present_BGS`` hold zeros."""
-        if present_BGS is None:
-            return x_BGSD.mean(dim=2)
-        count_BG1 = present_BGS.sum(dim=2).clamp(min=1).unsqueeze(-1)
-        return x_BGSD.sum(dim=2) / count_BG1
-
-
-class LinearPool(nn.Module):
-    """A learned projection of the positions of a bucket, side by side."""
-
-    def __init__(self, dim: int, shorten: int, bias: bool) -> None:
-        super().__init__()
-        self.proj = Linear(dim * shorten, dim, bias)
-
-    @torch.no_grad()
-    def init_as_mean(self) -> None:
-        """Become the mean of the bucket."""
-        dim, width = self.proj.weight.shape
-        eye_DD = torch.eye(dim, dtype=self.proj.weight.dtype, device=self.proj.weight.device)
-        self.proj.weight.copy_(eye_DD.repeat(1, width // dim) * (dim / width))
-
-    def forward(self, x_BGSD: Tensor, present_BGS: Tensor | None) -> Tensor:
-        """(B, G, S, D) -> (B, G, D). Positions that are not ``present_BGS`` hold zeros."""
-        pooled_BGD: Tensor = self.proj(x_BGSD.flatten(2))
-        return pooled_BGD
-
-
-class HeadQueries(nn.Linear):
+class HeadQueries(Linear):
     """A key projection (I, D) that can be applied to the query instead: q.(W x) = (W^T q).x."""
 
-    def forward(self, x: Tensor, to_queries: bool) -> Tensor:
+    def forward(self, x: Tensor, to_queries: bool = False) -> Tensor:
         """Queries (B, G, H, K) -> (B, G, H, D), the direction in which each head looks; positions
         (B, G, S, D) -> (B, G, S, I)."""
         if not to_queries:
-            return F.linear(x, self.weight)
+            return super().forward(x)
         weight_HKD = self.weight.view(*x.shape[-2:], -1)
         return torch.einsum("bghk,hkd->bghd", x, weight_HKD)
 
 
-class HeadValues(nn.Linear):
-    """A value projection (I, D) that can follow the mixing: sum_j a_j (W x_j) = W (sum_j a_j x_j)."""
+class HeadValues(Linear):
+    """A value projection (I, D) that can follow the mixing: sum a_j (W x_j) = W (sum a_j x_j)."""
 
-    def forward(self, x: Tensor, after_mixing: bool) -> Tensor:
+    def forward(self, x: Tensor, after_mixing: bool = False) -> Tensor:
         """Mixed positions (B, G, H, D) -> (B, G, I); positions (B, G, S, D) -> (B, G, S, I)."""
         if not after_mixing:
-            return F.linear(x, self.weight)
+            return super().forward(x)
         weight_HKD = self.weight.view(x.shape[2], -1, x.shape[3])
         return torch.einsum("bghd,hkd->bghk", x, weight_HKD).flatten(2)
 
@@ -140,18 +89,18 @@ class BucketAttention(nn.Module):
         query_BGI = self.query(self.norm(pooled_BGD)) * self.scale
         query_BGHK = query_BGI.unflatten(-1, (self.heads, -1))
         if many:
-            scores_BGHS = self.key(query_BGHK, True) @ x_BGSD.transpose(-1, -2)
+            scores_BGHS = self.key(query_BGHK, to_queries=True) @ x_BGSD.transpose(-1, -2)
         else:
-            key_BGSHK = self.key(x_BGSD, False).unflatten(-1, (self.heads, -1))
+            key_BGSHK = self.key(x_BGSD).unflatten(-1, (self.heads, -1))
             scores_BGHS = (query_BGHK.unsqueeze(2) * key_BGSHK).sum(-1).transpose(-1, -2)
         if present_BGS is not None:
             lowest = torch.finfo(scores_BGHS.dtype).min
             scores_BGHS = scores_BGHS.masked_fill(~present_BGS.unsqueeze(2), lowest)
         weights_BGHS = drop(scores_BGHS.softmax(dim=-1), self.dropout, self.training)
         if many:
-            mixed_BGI = self.value(weights_BGHS @ x_BGSD, True)
+            mixed_BGI = self.value(weights_BGHS @ x_BGSD, after_mixing=True)
         else:
-            value_BGSHK = self.value(x_BGSD, False).unflatten(-1, (self.heads, -1))
+            value_BGSHK = self.value(x_BGSD).unflatten(-1, (self.heads, -1))
             weights_BGSH1 = weights_BGHS.transpose(-1, -2).unsqueeze(-1)
             mixed_BGI = (weights_BGSH1 * value_BGSHK).sum(dim=2).flatten(2)
         out_BGD: Tensor = self.out(mixed_BGI)
@@ -232,32 +181,10 @@ def make_crossing(
     )
 
 
-class Pad(nn.Module):
-    """Widen by a learned vector, the same everywhere."""
-
-    def __init__(self, narrow: int, wide: int) -> None:
-        super().__init__()
-        self.vector = nn.Parameter(torch.zeros(wide - narrow))
-
-    def forward(self, x_BGD: Tensor) -> Tensor:
-        """(B, G, D) -> (B, G, E)."""
-        return torch.cat([x_BGD, self.vector.expand(*x_BGD.shape[:-1], -1)], dim=-1)
-
-
-class Gate(nn.Module):
-    """One factor for each channel, 1 at the start."""
-
-    def __init__(self, dim: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(dim))
-
-    def forward(self, x_BLD: Tensor) -> Tensor:
-        """(B, L, D) -> (B, L, D)."""
-        return x_BLD * self.weight
-
-
 class Shorten(nn.Module):
     """One level in, from level ``index`` to the next: (B, L, D) -> (B, G, E)."""
+
+    attention: BucketAttention | EarlierAttention
 
     def __init__(self, config: ModelConfig, index: int) -> None:
         super().__init__()
@@ -271,7 +198,7 @@ class Shorten(nn.Module):
         if self.attends == "earlier":
             self.key_norm = make_norm(config, outer.dim)
             self.query_norm = make_norm(config, outer.dim)
-            self.attention: nn.Module = EarlierAttention(config, outer)
+            self.attention = EarlierAttention(config, outer)
         elif self.attends == "bucket":
             self.attention = BucketAttention(config, outer)
         if self.attends != "none":
@@ -330,27 +257,6 @@ class Shorten(nn.Module):
         return self.pool(x_BGSD, present_BGS), x_BGSD, present_BGS
 
 
-class LinearSpread(nn.Module):
-    """A learned projection of a pooled token to the S positions of its bucket."""
-
-    def __init__(self, dim: int, shorten: int, bias: bool) -> None:
-        super().__init__()
-        self.shorten = shorten
-        self.proj = Linear(dim, dim * shorten, bias)
-
-    @torch.no_grad()
-    def init_as_repeat(self) -> None:
-        """Become a repeat."""
-        dim = self.proj.weight.shape[1]
-        eye_DD = torch.eye(dim, dtype=self.proj.weight.dtype, device=self.proj.weight.device)
-        self.proj.weight.copy_(eye_DD.repeat(self.shorten, 1))
-
-    def forward(self, valley_BGD: Tensor) -> Tensor:
-        """(B, G, D) -> (B, G, S, D)."""
-        spread_BGSD: Tensor = self.proj(valley_BGD).unflatten(-1, (self.shorten, -1))
-        return spread_BGSD
-
-
 class ValleyAttention(nn.Module):
     """Positions attend to the pooled token of their bucket: one key, so every weight is 1.
 
@@ -388,6 +294,8 @@ class ValleyAttention(nn.Module):
 class Lengthen(nn.Module):
     """One level out, to level ``index``: (B, G, E) and the positions outside -> (B, L, D)."""
 
+    attention: ValleyAttention | EarlierAttention
+
     def __init__(self, config: ModelConfig, index: int) -> None:
         super().__init__()
         outer, inner = config.levels[index], config.levels[index + 1]
@@ -401,7 +309,7 @@ class Lengthen(nn.Module):
         if self.attends == "earlier":
             self.key_norm = make_norm(config, outer.dim)
             self.query_norm = make_norm(config, outer.dim)
-            self.attention: nn.Module = EarlierAttention(config, outer)
+            self.attention = EarlierAttention(config, outer)
         elif self.attends == "bucket":
             self.attention = ValleyAttention(config, outer)
         if self.attends != "none":
@@ -450,20 +358,3 @@ class Lengthen(nn.Module):
             if self.branch_norm is not None:
                 added_BLD = self.branch_norm(added_BLD)
         return skipped_BLD + added_BLD
-
-
-def lay_out(block_BGSD: Tensor, rows: Rows) -> Tensor:
-    """(B, G, S or 1, D) -> (B, L, D): each position gets its part of its bucket; zeros without one."""
-    buckets = rows.buckets
-    if buckets is None:
-        block_BGSD = block_BGSD.expand(-1, -1, rows.shorten, -1)
-        return block_BGSD.flatten(1, 2)[:, : rows.length]
-    parts = block_BGSD.shape[2]
-    nothing_B1SD = block_BGSD.new_zeros(block_BGSD.shape[0], 1, *block_BGSD.shape[2:])
-    flat_BND = torch.cat([block_BGSD, nothing_B1SD], dim=1).flatten(1, 2)
-    index_BL = buckets.out_BL * parts
-    if parts > 1:
-        begin_BL = F.pad(buckets.end_BG, (0, 1)).gather(1, buckets.out_BL)
-        offset_BL = torch.arange(rows.length, device=block_BGSD.device) - begin_BL
-        index_BL = index_BL + offset_BL.clamp(max=parts - 1)
-    return take(flat_BND, index_BL)
