@@ -228,8 +228,7 @@ def test_a_thread_that_dies_is_an_error_and_no_endless_wait(manifest: Manifest) 
     kill = ctypes.pythonapi.PyThreadState_SetAsyncExc
     assert kill(ctypes.c_ulong(thread.ident or 0), ctypes.py_object(SystemExit)) == 1
     with pytest.raises(OSError, match="the thread that reads data ended: SystemExit"):
-        for _ in range(100):
-            next(batches)
+        list(islice(batches, 100))
     assert not set(readers()) - before
 
 
