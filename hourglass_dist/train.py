@@ -27,7 +27,8 @@ from hourglass_dist.data.tokenizer import Tokenizer, require_same
 from hourglass_dist.engine import Engine, StepResult, deepspeed_settings
 from hourglass_dist.evaluate import evaluate
 from hourglass_dist.metrics import Metrics, due
-from hourglass_dist.model.hourglass import HourglassLM, sum_loss
+from hourglass_dist.model.cost import choose_checkpointing
+from hourglass_dist.model.hourglass import HourglassLM
 from hourglass_dist.sections import print_error
 
 
@@ -57,7 +58,7 @@ def train(config: Config) -> None:
             run.close()
             return
     dist.together(lambda: run.record(config, tokenizer) if world.is_main else None, world.device)
-    engine = Engine(make_model(config, world), sum_loss, config, world)
+    engine = Engine(make_model(config, world), config, world)
     if found:
         engine.load(path)
     announce(config, world, step)
@@ -67,7 +68,7 @@ def train(config: Config) -> None:
     batches = stream.batches(start_step=step)
     while step < config.train.steps:
         batch = dist.together(lambda: next(batches), world.device)
-        result = engine.step(batch.tokens_BL, batch.targets_BL, step)
+        result = engine.step(batch.rows, step)
         check_finite(result, step, batch)
         step += 1
         metrics.record(step, result, batch, stream.epochs_read)
@@ -122,8 +123,15 @@ def resume_data(progress: Progress, stream: Stream, tokenizer: Tokenizer, path: 
 
 def make_model(config: Config, world: dist.World) -> HourglassLM:
     """The model on this rank's device, the same weights on every rank."""
+    settled = choose_checkpointing(
+        config.model,
+        max(portion.seq_len for portion in config.data.portions),
+        rows=config.train.micro_batch_size,
+        bytes_per_number=2 if config.train.precision == "bf16" else 4,
+        budget=int((config.train.activation_memory or 0) * 2**30),
+    )
     with torch.device("meta"):
-        model = HourglassLM(config.model)
+        model = HourglassLM(settled)
     model.to_empty(device=world.device)
     model.init_weights(config.run.seed)
     return model

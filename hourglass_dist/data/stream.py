@@ -50,6 +50,15 @@ class Batch:
     waited_s: float = 0.0
     """Seconds that whoever asked for it waited."""
 
+    @property
+    def rows(self) -> dict[str, Tensor | None]:
+        """What a model reads, under the names of its arguments."""
+        return {
+            "tokens_BL": self.tokens_BL,
+            "targets_BL": self.targets_BL,
+            "documents_BL": self.documents_BL,
+        }
+
     def pinned(self) -> Batch:
         """The same in page-locked memory, from where a GPU copies while it computes."""
         documents_BL = None if self.documents_BL is None else self.documents_BL.pin_memory()
