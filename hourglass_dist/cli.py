@@ -12,6 +12,7 @@ import typer
 
 from data_tools.cli import app as data_app
 from hourglass_dist import config as settings
+from hourglass_dist.bench.cli import app as bench_app
 from hourglass_dist.sections import print_error, to_yaml
 
 app = typer.Typer(
@@ -22,6 +23,7 @@ app = typer.Typer(
     help="Pretrain hourglass language models: from a raw corpus to an exported checkpoint.",
 )
 app.add_typer(data_app, name="data")
+app.add_typer(bench_app, name="bench")
 
 ConfigFile = Annotated[Path, typer.Argument(help="A YAML file such as configs/quickstart.yaml.")]
 Overrides = Annotated[

@@ -41,7 +41,7 @@ ORDER = [
         "evaluate",
     ),
     *("metrics", "train", "generate", "plan"),
-    *("bench.shared", "bench.model", "bench.decode", "bench.compare", "cli"),
+    *("bench.shared", "bench.model", "bench.decode", "bench.compare", "bench.cli", "cli"),
 ]
 FOR_DATA_TOOLS = ("data", "sections", "files")
 LONGEST_FUNCTION = 60

@@ -223,8 +223,8 @@ def mix(size: Size, level: LevelConfig, pairs: Pairs) -> Part:
     wide = 2 if size.relative else 1
     queries = pairs.queries if pairs.window is None else pairs.blocks * pairs.window
     out = size.numbers(queries * level.inner * wide) + size.wide(queries * level.heads)
-    cut_off = size.relative or (queries > pairs.queries and size.rows > 1)  # so it is copied
-    joined = size.numbers(pairs.queries * level.inner) if cut_off else 0
+    apart = size.waves or pairs.window is not None  # head by head as the queries, so joining copies
+    joined = size.numbers(pairs.queries * level.inner) if apart else 0
     return Part(
         flops=4 * (pairs.dense if size.dense else pairs.needed) * level.inner * wide,
         kept=out + joined,
@@ -401,13 +401,22 @@ def valley_attention(size: Size, level: LevelConfig, g: int) -> Part:
     )
 
 
-def crossing(size: Size, between: Between) -> int:
-    """Bytes that both ways share: where buckets lie, and the waves of attention between levels."""
-    tables = 0 if between.regular else size.indices(2 * between.n + between.g)
+def crossing_waves(size: Size, between: Between) -> int:
+    """Bytes of the waves of attention between levels, which both ways share."""
     if size.config.attention_resampling != "earlier" or not size.relative:
-        return tables
+        return 0
     inside = between.g * (1 if between.regular else size.rows)
-    return tables + (between.n + inside) * between.outer.dim_head * size.number_bytes
+    return (between.n + inside) * between.outer.dim_head * size.number_bytes
+
+
+def tables(size: Size, n: int, between: Between | None, recomputed: bool) -> int:
+    """Bytes of the tables that say where documents and buckets lie: whole where modules are
+    ``recomputed``, else what gathering and scattering keep of them."""
+    count = 2 * n if size.packed and recomputed else 0
+    if between is not None and not between.regular:
+        words = between.inner.pooling == "spacelike"
+        count += 2 * n + between.g if recomputed or words else n
+    return size.indices(count)
 
 
 def stack_norm(size: Size, n: int, dim: int) -> Part:
