@@ -14,7 +14,7 @@ from itertools import product
 from typing import NamedTuple
 
 from hourglass_dist.model import cost_parts as parts
-from hourglass_dist.model.cost_parts import Between, Part, Size
+from hourglass_dist.model.cost_units import Between, Part, Size
 from hourglass_dist.model_config import LevelConfig, ModelConfig
 
 AUTOMATIC = ("none", "selective", "full")
