@@ -30,6 +30,7 @@ ORDER = [
         "model.decode",
     ),
     *(
+        "model.cost_units",
         "model.cost_parts",
         "model.cost",
         "model.interop",
