@@ -135,6 +135,7 @@ def make_model(config: Config, world: dist.World) -> HourglassLM:
         config.data.seq_len,
         rows=config.train.micro_batch_size,
         bytes_per_number=2 if config.train.precision == "bf16" else 4,
+        packed=config.data.isolate_documents,
         budget=int((config.train.activation_memory or 0) * 2**30),
     )
     with torch.device("meta"):
