@@ -238,8 +238,6 @@ def lengthen(size: Size, between: Between) -> Part:
             part += norm(size, n, dim)
     elif config.attention_resampling == "bucket":
         part += valley_attention(size, outer, g) + feed_forward(size, outer, n)
-        if config.stack_norms:  # it is there, and unused
-            part += Part(parameters=norm(size, n, dim).parameters)
     if config.skip == "gated":
         part += Part(parameters=dim)
     return part
