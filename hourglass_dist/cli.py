@@ -12,6 +12,7 @@ import typer
 
 from data_tools.cli import app as data_app
 from hourglass_dist import config as settings
+from hourglass_dist.bench.cli import app as bench_app
 from hourglass_dist.sections import print_error, to_yaml
 
 app = typer.Typer(
@@ -22,7 +23,6 @@ app = typer.Typer(
     help="Pretrain hourglass language models: from a raw corpus to an exported checkpoint.",
 )
 app.add_typer(data_app, name="data")
-bench_app = typer.Typer(no_args_is_help=True, help="Measure speeds beside the raw limits.")
 app.add_typer(bench_app, name="bench")
 
 ConfigFile = Annotated[Path, typer.Argument(help="A YAML file such as configs/quickstart.yaml.")]
@@ -137,22 +137,6 @@ def generate(
     for piece in generate_text(export, text, max_new_tokens, temperature, top_k, top_p, seed):
         print(piece, end="", flush=True)
     print()
-
-
-@bench_app.command("data")
-def bench_data(
-    dataset: Annotated[str, typer.Argument(help="A dataset: a folder, or its address.")],
-    seq_len: Annotated[int, typer.Option(help="Tokens in a row.", min=1)] = 2048,
-    batch_size: Annotated[int, typer.Option(help="Rows in a batch of one rank.", min=1)] = 64,
-    steps: Annotated[int, typer.Option(help="Batches in a round.", min=1)] = 100,
-) -> None:
-    """Say how fast training would read a dataset on one core, and how fast the machine could.
-
-    Example: hourglass bench data data/tinyshakespeare --seq-len 128
-    """
-    from hourglass_dist.bench.data import bench_data as measure
-
-    print(measure(dataset, seq_len, batch_size, steps))
 
 
 def main() -> None:

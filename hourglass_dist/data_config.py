@@ -133,6 +133,11 @@ class DataConfig(Section):
             first = phase.until_step
         return [*portions, Portion(first, self.batch_size, self.seq_len, tuple(usual.values()))]
 
+    @property
+    def longest(self) -> int:
+        """Tokens in the longest row of the run."""
+        return max(portion.seq_len for portion in self.portions)
+
     def tokens(self, step: int) -> int:
         """Tokens that the steps before ``step`` take, padding included."""
         portions = self.portions

@@ -87,17 +87,17 @@ class Plan:
 
     @property
     def tokens_per_step(self) -> int:
-        """Over all ranks."""
+        """Over all ranks, in a step after the last phase."""
         return self.config.data.batch_size * self.config.data.seq_len
 
     @property
     def tokens(self) -> int:
         """Of the whole run."""
-        return self.config.train.steps * self.tokens_per_step
+        return self.config.data.tokens(self.config.train.steps)
 
     @property
     def training_flops(self) -> float:
-        """Of the whole run, without recomputation."""
+        """Of the whole run, without recomputation; as if all rows were of the longest length."""
         return self.tokens * self.cost.training_flops_per_token
 
 
@@ -111,7 +111,7 @@ def plan(config: Config, world_size: int) -> Plan:
     model = settle_checkpointing(config)
     cost = model_cost(
         model,
-        config.data.seq_len,
+        config.data.longest,
         rows=config.train.micro_batch_size,
         bytes_per_number=_number_bytes(config),
         packed=config.data.isolate_documents,
@@ -134,7 +134,7 @@ def settle_checkpointing(config: Config) -> ModelConfig:
     """
     return choose_checkpointing(
         config.model,
-        config.data.seq_len,
+        config.data.longest,
         rows=config.train.micro_batch_size,
         bytes_per_number=_number_bytes(config),
         packed=config.data.isolate_documents,
@@ -201,7 +201,7 @@ def _headline(plan: Plan) -> str:
     config = plan.config
     return (
         f"{config.model.hierarchy}, {_widths(config.model)}: "
-        f"{plan.cost.parameters:,} parameters, rows of {config.data.seq_len} tokens, "
+        f"{plan.cost.parameters:,} parameters, rows of {config.data.longest} tokens, "
         f"{config.train.precision}, ZeRO-{config.deepspeed.stage}, ranks: {plan.world_size}"
     )
 

@@ -125,9 +125,10 @@ def make_model(config: Config, world: dist.World) -> HourglassLM:
     """The model on this rank's device, the same weights on every rank."""
     settled = choose_checkpointing(
         config.model,
-        max(portion.seq_len for portion in config.data.portions),
+        config.data.longest,
         rows=config.train.micro_batch_size,
         bytes_per_number=2 if config.train.precision == "bf16" else 4,
+        packed=config.data.isolate_documents,
         budget=int((config.train.activation_memory or 0) * 2**30),
     )
     with torch.device("meta"):

@@ -31,6 +31,7 @@ ORDER = [
         "model.decode",
     ),
     *(
+        "model.cost_units",
         "model.cost_parts",
         "model.cost",
         "model.interop",
@@ -42,7 +43,8 @@ ORDER = [
         "evaluate",
     ),
     *("metrics", "train", "generate", "plan"),
-    *("bench.shared", "bench.model", "bench.decode", "bench.compare", "bench.data", "cli"),
+    *("bench.shared", "bench.model", "bench.decode", "bench.compare", "bench.data", "bench.cli"),
+    "cli",
 ]
 FOR_DATA_TOOLS = ("data", "sections", "files")
 LONGEST_FUNCTION = 60

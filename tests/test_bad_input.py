@@ -156,7 +156,8 @@ def test_exports(exported: Path, run_folder: Path, tmp_path: Path, dataset: Path
     with pytest.raises(ValueError, match="not a readable export"):
         load_export(broken)
     about = json.loads((exported / "config.json").read_text())
-    about["model"]["dim"] = 48
+    for level in about["model"]["levels"]:
+        level["dim"] = 48
     (broken / "config.json").write_text(json.dumps(about))
     shutil.copy(exported / "model.safetensors", broken)
     with pytest.raises(ValueError, match=r"the model has shape \(\d+, 48\)|has shape \(48,"):

@@ -13,18 +13,19 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
+from zoo import KINDS, LEVELS, documents_of, make_config, random_text
 
-from hourglass_dist.model.cost import ModelCost, model_cost
+from hourglass_dist.model import decode
+from hourglass_dist.model.cost import ModelCost, choose_checkpointing, model_cost
 from hourglass_dist.model.hourglass import HourglassLM
 from hourglass_dist.model_config import ModelConfig
-from tests.zoo import KINDS, LEVELS, make_config, random_text
 
 LENGTHS = (1, 5, 35, 48)  # 5 is shorter than the windows of 7, 35 no multiple of any bucket
 DOCUMENTS = (3, 17, 1, 8, 6)
 POLICIES = [("none",), ("full",), ("every 2",), ("selective",), ("offload",), ("full", "none")]
 CLOSE = 0.03
-"""What memory may be off by. What is off are the norm statistics of bf16: fp32 on GPUs, bf16 on
-CPUs."""
+"""What memory may be off by. What is off most are the norm statistics of bf16: fp32 on GPUs, bf16
+on CPUs, and a large share of models as small as these."""
 
 # Beyond what the files in configs/ have: (kind, options).
 VARIANTS: list[tuple[str, dict[str, Any]]] = [
@@ -49,7 +50,15 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
 ]
 
 every_variant = pytest.mark.parametrize(("kind", "more"), VARIANTS, ids=str)
-every_shape = pytest.mark.parametrize("levels", LEVELS)
+
+
+MEETINGS = [
+    (kind, more, POLICIES[(2 * number + turn) % len(POLICIES)], list(LEVELS)[(number + turn) % 5])
+    for number, (kind, more) in enumerate(VARIANTS)
+    for turn in range(2)
+]
+"""Every variant with two policies at two depths, in turn: all of them would take minutes."""
+every_meeting = pytest.mark.parametrize(("kind", "more", "policies", "levels"), MEETINGS, ids=str)
 
 
 def configs(kind: str, more: dict[str, Any], levels: str = "") -> Iterator[ModelConfig]:
@@ -83,7 +92,7 @@ def counted_flops(
         nll, _ = model(tokens_BL, documents_BL=ids_BL, targets_BL=tokens_BL)
         if train:
             nll.backward()
-    return counter.get_total_flops()
+    return int(counter.get_total_flops())
 
 
 def kept_bytes(
@@ -132,12 +141,12 @@ def test_parameters_and_forward_operations_are_exact(kind: str, more: dict[str, 
         assert cost.flops_per_token == counted / tokens_BL.numel()
 
 
-@every_variant
-@pytest.mark.parametrize("policies", POLICIES, ids=str)
+@every_meeting
 def test_training_operations_are_exact(
-    kind: str, more: dict[str, Any], policies: tuple[str, ...]
+    kind: str, more: dict[str, Any], policies: tuple[str, ...], levels: str
 ) -> None:
-    for config, length in product(configs(kind, more), (5, 35)):
+    length = 35
+    for config in configs(kind, more, levels):
         settled = with_policies(config, policies)
         cost = model_cost(settled, length, dense_attention=True)
         tokens_BL = random_text(2, length)
@@ -147,14 +156,134 @@ def test_training_operations_are_exact(
         assert cost.training_flops_per_token == plain.hardware_flops_per_token
 
 
-@every_variant
+@every_meeting
 @pytest.mark.parametrize("bf16", [False, True])
-@pytest.mark.parametrize("policies", POLICIES, ids=str)
 def test_activation_bytes_are_those_kept(
-    kind: str, more: dict[str, Any], policies: tuple[str, ...], bf16: bool
+    kind: str, more: dict[str, Any], policies: tuple[str, ...], levels: str, bf16: bool
 ) -> None:
-    for config, (rows, length) in product(configs(kind, more), [(2, 35), (3, 48), (1, 31)]):
+    """At a width at which tables of words and documents do not weigh more than they do in use."""
+    rows, length = (3, 48) if bf16 else (2, 35)
+    for config in configs(kind, more | {"width": 64}, levels):
         settled = with_policies(config, policies)
         cost = model_cost(settled, length, rows=rows, bytes_per_number=2 if bf16 else 4)
         kept = kept_bytes(settled, random_text(rows, length), bf16=bf16)
         assert predicted_bytes(cost) == pytest.approx(kept, rel=CLOSE)
+
+
+@every_meeting
+def test_packed_rows_cost_what_they_do(
+    kind: str, more: dict[str, Any], policies: tuple[str, ...], levels: str
+) -> None:
+    tokens_BL, ids_BL = random_text(2, sum(DOCUMENTS)), documents_of(*DOCUMENTS).repeat(2, 1)
+    length = tokens_BL.shape[1]
+    settled = with_policies(make_config(kind, levels, **(more | {"width": 64})), policies)
+    cost = model_cost(settled, length, rows=2, dense_attention=True, packed=True)
+    counted = counted_flops(settled, tokens_BL, ids_BL, train=True) / tokens_BL.numel()
+    assert cost.hardware_flops_per_token == pytest.approx(counted, rel=1e-12)
+    kept = kept_bytes(settled, tokens_BL, ids_BL)
+    assert predicted_bytes(cost) == pytest.approx(kept, rel=CLOSE)
+
+
+@every_variant
+@pytest.mark.parametrize("policy", ["full", "selective"])
+def test_recomputing_a_layer_holds_what_it_would_have_kept(
+    kind: str, more: dict[str, Any], policy: str
+) -> None:
+    config = with_policies(make_config(kind, "flat", **more), (policy,))
+    one = config.model_copy(update={"levels": [config.levels[0].model_copy(update={"layers": 1})]})
+    tokens_BL = random_text(2, 48)
+    transient = model_cost(one, 48, rows=2).levels[0].transient_bytes
+    whole = kept_bytes(with_policies(one, ("none",)), tokens_BL)
+    assert whole - kept_bytes(one, tokens_BL) == pytest.approx(transient, rel=CLOSE)
+
+
+@every_variant
+def test_needed_pairs_are_those_that_the_masks_leave(kind: str, more: dict[str, Any]) -> None:
+    for config, length in product(configs(kind, more), (5, 35)):
+        model = HourglassLM(config)
+        tokens_BL = random_text(1, length)
+        with torch.no_grad():
+            stages = model.stages(model.embed(tokens_BL), tokens_BL)
+        cost = model_cost(config, length)
+        dense = model_cost(config, length, dense_attention=True)
+        for level, stage, one, all_pairs in zip(
+            config.levels, stages, cost.levels, dense.levels, strict=True
+        ):
+            n, sight = stage.view.rows.length, stage.view.sight
+            lower = torch.ones(n, n).tril()
+            seen = int((lower.cumsum(0).tril() <= (level.window or n)).logical_and(lower).sum())
+            computed = n * n if sight.mask is None else sight.mask.numel()
+            taken_off = (level.pre + level.post) * (computed - seen)
+            if stage.crossing is not None:
+                if stage.view.rows.buckets is not None:
+                    continue  # where words begin is not known: as if they lay evenly
+                for rule in (stage.crossing.down, stage.crossing.up):
+                    mask = rule.sight(model.tokens.weight, flex=False).mask
+                    assert isinstance(mask, Tensor)
+                    taken_off += int(mask.isinf().sum())
+            wide = 2 if config.positions == "relative" else 1
+            assert all_pairs.flops - one.flops == 4 * level.inner * wide * taken_off
+
+
+@every_variant
+def test_cache_bytes_are_those_of_a_prompt(kind: str, more: dict[str, Any]) -> None:
+    for config, length in product(configs(kind, more), (48,)):
+        _, cache = decode.prefill(HourglassLM(config), random_text(1, length))
+        held = [t for t in tensors_in(cache.level) if t.is_floating_point()]
+        expected = sum(tensor.numel() * tensor.element_size() for tensor in held)
+        assert model_cost(config, length).cache_bytes == expected
+
+
+def tensors_in(part: Any) -> Iterator[Tensor]:
+    """All tensors of nested dataclasses and lists."""
+    if isinstance(part, Tensor):
+        yield part
+    elif isinstance(part, list):
+        for item in part:
+            yield from tensors_in(item)
+    elif hasattr(part, "__dict__"):
+        yield from tensors_in(list(vars(part).values()))
+
+
+@every_variant
+def test_cache_grows_by_what_a_token_adds(kind: str, more: dict[str, Any]) -> None:
+    for config in configs(kind, more):
+        stride = config.strides[-1]
+        near, far = (model_cost(config, n) for n in (stride * 20, stride * 30))
+        grown = (far.cache_bytes - near.cache_bytes) / (stride * 10)
+        assert near.cache_bytes_per_token == far.cache_bytes_per_token == pytest.approx(grown)
+
+
+@every_variant
+@pytest.mark.parametrize("levels", ["flat", "by 2", "by 2, 4"])
+def test_checkpointing_is_chosen_to_fit(kind: str, more: dict[str, Any], levels: str) -> None:
+    config = with_policies(make_config(kind, levels, **more), ("auto", "every 2", "auto"))
+
+    def cost(model: ModelConfig) -> ModelCost:
+        return model_cost(model, 48, rows=2, bytes_per_number=2)
+
+    def choose(budget: int) -> ModelConfig:
+        return choose_checkpointing(config, 48, rows=2, bytes_per_number=2, budget=budget)
+
+    policies = [level.activation_checkpointing for level in choose(2**40).levels]
+    assert policies == ["none", "every 2", "none"][: len(policies)]
+    before = cost(choose(2**40))
+    budget = before.activation_bytes
+    least = 0
+    while not least:
+        try:
+            chosen = cost(choose(budget))
+        except ValueError as error:
+            least = int(str(error).split(" take ")[1].split()[0].replace(",", ""))
+            break
+        assert chosen.activation_bytes <= budget
+        assert chosen.recompute_flops >= before.recompute_flops
+        before, budget = chosen, chosen.activation_bytes - 1
+    assert least == budget + 1 == before.activation_bytes
+
+
+def test_checkpointing_that_is_not_automatic_stays() -> None:
+    config = with_policies(make_config("modern", "by 2"), ("full", "selective"))
+    assert choose_checkpointing(config, 48, rows=1, bytes_per_number=4, budget=1) == config
+    with pytest.raises(ValueError, match="auto has no cost before it is settled"):
+        model_cost(with_policies(config, ("auto",)), 48)

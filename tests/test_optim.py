@@ -51,5 +51,6 @@ def test_matrices_decay_and_nothing_else() -> None:
     assert decays | stays == set(names.values()) - frozen
     assert not decays & stays
     assert all(name.endswith(".weight") and "norm" not in name for name in decays)
-    assert {"tokens.weight", "positions.weight", "norm.weight", "norm.bias", "logits.bias"} <= stays
-    assert "logits.weight" in decays
+    assert {"tokens.weight", "positions.weight"} <= stays
+    assert {"head.norm.weight", "head.norm.bias", "head.output.bias"} <= stays
+    assert "head.output.weight" in decays

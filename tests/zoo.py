@@ -62,14 +62,15 @@ def make_config(kind: str, levels: str = "by 2", **more: Any) -> ModelConfig:
     options = KINDS[kind] | more
     words, wider = options.pop("words", False), options.pop("wider", 0)
     window, extra = options.pop("window", None), options.pop("extra_buckets", 12)
+    width = options.pop("width", 16)
     settings = [dict(level) for level in LEVELS[levels]]
     for index, level in enumerate(settings):
-        level |= {"dim": 16 + wider * index, "heads": 2, "dim_head": 6, "window": window}
+        level |= {"dim": width + wider * index, "heads": 2, "dim_head": 6, "window": window}
         level["extra_buckets"] = extra
         if words and index == 1:
             level["pooling"] = "spacelike"
     return parse(
-        ModelConfig, {"dim": 16, "levels": settings} | options, source="zoo", prefix="model"
+        ModelConfig, {"dim": width, "levels": settings} | options, source="zoo", prefix="model"
     )
 
 

@@ -144,6 +144,8 @@ def bench_compare(
 ) -> list[dict[str, Any]]:
     """Train what is not in ``out`` yet and print the table; its rows. Raises ValueError for wrong
     arms, data or results."""
+    if not 2 <= seeds <= MOST_SEEDS:
+        raise ValueError(f"--seeds: expected 2 to {MOST_SEEDS} for an interval, given {seeds}")
     entries = read_arms(folder, budget)
     manifest, tokenizer = Manifest.load(budget.dataset), load_tokenizer(budget.dataset)
     for entry in entries:

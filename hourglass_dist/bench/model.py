@@ -50,17 +50,17 @@ class Shape(NamedTuple):
     settings: dict[str, Any]
     rows: tuple[int, ...]
     """Batch sizes."""
-    without: tuple[str, ...]
-    """Rewrites to leave out, one at a time, at one row a batch."""
+    changes: tuple[str, ...]
+    """What to change in ours, one at a time, at one row a batch."""
 
 
 README = {"depth": (4, 2, 4), "shorten_factor": 2, "max_seq_len": 1024}
 NESTED = {"depth": (4, (2, 1, 2), 3), "shorten_factor": (2, 4), "max_seq_len": 2048}
-USUAL = ("valley", "attention", "linear", "loss", "keys")
+USUAL = ("valley", "attention", "linear", "loss", "queries", "selective")
 SHAPES = {
     "readme": Shape(README, (1, 4), USUAL),
     "nested": Shape(NESTED, (1, 4), USUAL),
-    "readme by 8": Shape({**README, "shorten_factor": 8}, (1,), ("valley", "queries")),
+    "readme by 8": Shape({**README, "shorten_factor": 8}, (1,), ("valley", "keys")),
     "readme, 32k vocabulary": Shape({**README, "num_tokens": 32768}, (1,), ("loss",)),
 }
 """The two examples of the reference's README, and what shows the last rewrites."""
@@ -133,7 +133,7 @@ def step(model: nn.Module, batch: Tensor) -> float:
     return float(loss.detach())
 
 
-# --- ours without a rewrite ----------------------------------------------------------------------
+# --- ours with one change ----------------------------------------------------------------------
 
 
 def _lengthen_with_queries(
@@ -176,26 +176,38 @@ def _loss_of_all_logits(self: head.Output, x_BLD: Tensor, targets_BL: Tensor) ->
     return nats, targets_BL.numel()
 
 
-PLAIN: dict[str, tuple[str, Any, str, Any]] = {
-    "valley": ("valley attention by query", resample.Lengthen, "forward", _lengthen_with_queries),
-    "attention": ("attention spelled out", layers, "attend", _attend_spelled_out),
-    "linear": ("nn.Linear", linear.Linear, "forward", nn.Linear.forward),
-    "loss": ("all logits at once", head.Output, "forward", _loss_of_all_logits),
-    "keys": ("bucket attention through queries", resample, "MANY_KEYS", 1),
-    "queries": ("bucket attention through keys", resample, "MANY_KEYS", 10**9),
+_run, _selective = Recompute.__call__, Recompute("selective", draws=False)
+
+
+def _run_selectively(_: Recompute, number: int, module: nn.Module, *inputs: Any) -> Tensor:
+    out: Tensor = _run(_selective, number, module, *inputs)
+    return out
+
+
+CHANGES: dict[str, tuple[str, Any, str, Any]] = {
+    "valley": (
+        *("without one-key valley attention", resample.Lengthen, "forward"),
+        _lengthen_with_queries,
+    ),
+    "attention": ("without fused attention", layers, "attend", _attend_spelled_out),
+    "linear": ("without linear.py (nn.Linear)", linear.Linear, "forward", nn.Linear.forward),
+    "loss": ("without the chunked loss", head.Output, "forward", _loss_of_all_logits),
+    "queries": ("bucket attention through queries", resample, "MANY_KEYS", 1),
+    "keys": ("bucket attention through keys", resample, "MANY_KEYS", 10**9),
+    "selective": ("with selective checkpointing", Recompute, "__call__", _run_selectively),
 }
-"""What to put in the place of a rewrite: in words, the owner of a name, the name, its new value."""
+"""What ours is measured with: in words, the owner of a name, the name, what it stands for."""
 
 
 @contextmanager
-def without(name: str | None) -> Iterator[None]:
-    """Ours without one rewrite, for as long as the block runs."""
+def changed(name: str | None) -> Iterator[None]:
+    """Ours with one change, for as long as the block runs."""
     if name is None:
         yield
         return
-    _, owner, attribute, plain = PLAIN[name]
+    _, owner, attribute, other = CHANGES[name]
     kept = getattr(owner, attribute)
-    setattr(owner, attribute, plain)
+    setattr(owner, attribute, other)
     try:
         yield
     finally:
@@ -220,14 +232,14 @@ def check_agreement(
 ) -> float:
     """How far the reference's gradients are from ours: the length of the difference as a share of
     theirs. Fails when loss or gradients differ by more than rounding makes them, here or in ours
-    without any of ``names``."""
+    with any of the changes ``names``."""
     batch, limit = case.batch(case.length), AGREES[case.dtype]
     loss = step(ours, batch)
     mine = [grad.clone() for grad in gradients(ours, ours)]
     share = 0.0
     for name in (*names, None):
         model = theirs if name is None else ours
-        with without(name):
+        with changed(name):
             other = step(model, batch)
         share = _difference(mine, gradients(model, ours))
         assert abs(loss - other) < limit * loss, f"{name or 'reference'}: loss {other}, not {loss}"
@@ -273,14 +285,14 @@ def cases(quick: bool, device: torch.device) -> list[Case]:
 
 
 def bench_case(case: Case, repeats: int) -> list[dict[str, Any]]:
-    """One table: the reference, ours, and at one row a batch ours without each rewrite."""
-    names = SHAPES[case.shape].without if case.rows == 1 else ()
+    """One table: the reference, ours, and ours with one thing changed at a time."""
+    names = SHAPES[case.shape].changes if case.rows == 1 else ("selective",)
     ours, theirs, batch = case.model(), case.reference(), case.batch(case.length)
     share = check_agreement(case, ours, theirs, names)
 
     def timed(model: nn.Module, name: str | None) -> Callable[[], float]:
         def run() -> float:
-            with without(name):
+            with changed(name):
                 taken = seconds(lambda: step(model, batch), case.device)
             model.zero_grad()
             return taken
@@ -295,7 +307,7 @@ def bench_case(case: Case, repeats: int) -> list[dict[str, Any]]:
     found = [
         {
             "case": str(case),
-            "variant": f"without: {PLAIN[name][0]}" if name in PLAIN else name,
+            "variant": CHANGES[name][0] if name in CHANGES else name,
             "ms": 1e3 * statistics.median(taken),
             "speed": ratio(times["reference"], taken),
             "slower": ratio(taken, times["ours"]),
@@ -320,7 +332,7 @@ def bench_case(case: Case, repeats: int) -> list[dict[str, Any]]:
 def step_peak(case: Case, variant: str) -> int:
     """The memory that a first step takes on top of the weights: call it in a fresh process."""
     model = case.reference() if variant == "reference" else case.model()
-    with without(variant if variant in PLAIN else None):
+    with changed(variant if variant in CHANGES else None):
         step(model, case.batch(WARM_UP))  # libraries are loaded, threads started
         model.zero_grad()
         batch = case.batch(case.length)

@@ -48,9 +48,14 @@ def reference() -> Any:
 
 
 def prepare(device: str, threads: int | None) -> torch.device:
-    """Set the number of threads; the device. Raises ValueError for one that is not there."""
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"--device: {device}: this PyTorch sees no GPU")
+    """Set the number of threads; the device, ``auto`` being a GPU where there is one. Raises
+    ValueError for one that is not there."""
+    if device not in ("auto", "cpu", "cuda"):
+        raise ValueError(f"--device: expected auto, cpu or cuda, given {device!r}")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device: cuda: this PyTorch sees no GPU")
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     if threads is not None:
         torch.set_num_threads(threads)
     return torch.device(device)

@@ -128,7 +128,7 @@ def _masked(mask_BL: Tensor, causal: bool, legacy: bool, like: Tensor) -> Tensor
 
 
 def _block_masks(rows: Rows, window: int, like: Tensor) -> Tensor:
-    """(N or B*N, 1, W, 2W): query i of block n sees keys i+1 .. i+W of blocks n-1 and n together,
+    """(B*N, 1, W, 2W): query i of block n sees keys i+1 .. i+W of blocks n-1 and n together,
     of its own document."""
     blocks = -(-rows.length // window)
     query_W1 = torch.arange(window, device=like.device)[:, None]
@@ -137,7 +137,7 @@ def _block_masks(rows: Rows, window: int, like: Tensor) -> Tensor:
     is_there_NJ = torch.arange(blocks, device=like.device)[:, None] * window + key_J >= window
     seen_NWJ = seen_NWJ & is_there_NJ[:, None]
     if rows.document_BL is None:
-        return additive(seen_NWJ[:, None], like)
+        return additive(seen_NWJ[:, None], like).repeat(len(like), 1, 1, 1)
     documents_BL = F.pad(rows.document_BL, (window, blocks * window - rows.length), value=-1)
     theirs_BNJ = documents_BL.unfold(1, 2 * window, window)
     mine_BNW = theirs_BNJ[..., window:]
@@ -182,15 +182,18 @@ def _attend_in_blocks(
     q_BHLK = F.pad(q_BHLK, (0, 0, 0, behind))
     q_NHWK = rearrange(q_BHLK, "b h (n w) k -> (b n) h w k", w=window)
     k_NHJK, v_NHJK = (
-        F.pad(t, (0, 0, window, behind)).unfold(2, 2 * window, window).movedim(2, 1).flatten(0, 1)
+        # K last in memory, too: the fused kernel of the CPU takes nothing else
+        rearrange(
+            F.pad(t, (0, 0, window, behind)).unfold(2, 2 * window, window),
+            "b h n k j -> (b n) h j k",
+        )
         for t in (k_BHLK, v_BHLK)
     )
-    mask = sight.mask if len(sight.mask) == len(q_NHWK) else sight.mask.repeat(rows, 1, 1, 1)
     mixed_NHWK = F.scaled_dot_product_attention(
         q_NHWK,
-        k_NHJK.transpose(-1, -2),
-        v_NHJK.transpose(-1, -2),
-        attn_mask=mask,
+        k_NHJK,
+        v_NHJK,
+        attn_mask=sight.mask,
         dropout_p=dropout,
         scale=scale,
     )

@@ -14,7 +14,7 @@ from itertools import product
 from typing import NamedTuple
 
 from hourglass_dist.model import cost_parts as parts
-from hourglass_dist.model.cost_parts import Between, Part, Size
+from hourglass_dist.model.cost_units import Between, Part, Size
 from hourglass_dist.model_config import LevelConfig, ModelConfig
 
 AUTOMATIC = ("none", "selective", "full")
@@ -222,13 +222,12 @@ def _shapes(size: Size, length: int) -> Iterator[_Shape]:
 
 
 def _level(size: Size, shape: _Shape) -> LevelCost:
-    own, between = shape.own, shape.between
-    modules, policy = _modules(size, shape), own.activation_checkpointing
+    modules, policy = _modules(size, shape), shape.own.activation_checkpointing
     recomputed = [module for module in modules if _is_recomputed(policy, module.number)]
     rest = [module for module in modules if not _is_recomputed(policy, module.number)]
     kept = sum(module.part.kept for module in rest)
     kept += sum(_kept_anyway(policy, module) for module in recomputed)
-    kept += _around(size, shape, bool(between) and _is_recomputed(policy, 0))
+    kept += _shared(size, shape, [module.number for module in recomputed])
     norms = _stack_norms(size, shape)
     offloads = policy == "offload"
     return LevelCost(
@@ -271,16 +270,17 @@ def _kept_anyway(policy: str, module: _Module) -> int:
     return module.inputs + (module.part.products if policy == "selective" else 0)
 
 
-def _around(size: Size, shape: _Shape, recomputes: bool) -> int:
-    """What several modules of a level share: masks, waves, and the stream between pre and post
-    layers, which both ways between levels read."""
+def _shared(size: Size, shape: _Shape, recomputed: list[int]) -> int:
+    """What several modules of a level share: masks, waves, tables, and the stream between pre and
+    post layers, which both ways between levels read."""
     own, n, between = shape.own, shape.n, shape.between
     kept = parts.view(size, own, n) if own.pre + own.post else 0
+    kept += parts.tables(size, n, between, bool(recomputed))
     if between is None:
         return kept
     config = size.config
-    keeps_stream = config.skip == "gated" or config.attention_resampling == "earlier" or recomputes
-    return kept + parts.crossing(size, between) + size.numbers(n * own.dim * keeps_stream)
+    reads = config.skip == "gated" or config.attention_resampling == "earlier" or 0 in recomputed
+    return kept + parts.crossing_waves(size, between) + (size.numbers(n * own.dim) if reads else 0)
 
 
 def _stack_norms(size: Size, shape: _Shape) -> Part:

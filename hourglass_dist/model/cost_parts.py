@@ -9,126 +9,11 @@ In names: n positions of a level, g those of the next one, s in a bucket.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import NamedTuple
-
+from hourglass_dist.model.cost_units import INDEX_BYTES, WIDE_BYTES, Between, Pairs, Part, Size
 from hourglass_dist.model.head import CHUNK_LOGITS
 from hourglass_dist.model.layout import bucket_count
 from hourglass_dist.model.resample import MANY_KEYS
-from hourglass_dist.model_config import LevelConfig, ModelConfig
-
-WIDE_BYTES = 4  # norm statistics, softmax normalisers and what the loss sums stay in fp32
-INDEX_BYTES = 8  # indices are int64
-
-
-class Size(NamedTuple):
-    """What is computed, and how."""
-
-    config: ModelConfig
-    rows: int
-    number_bytes: int  # of an activation: 4 in fp32, 2 in bf16
-    dense: bool  # count all products of attention, those that a mask takes away too
-    packed: bool  # rows hold several documents, kept apart
-
-    def numbers(self, count: int) -> int:
-        """Bytes of activations, ``count`` in each row."""
-        return self.rows * count * self.number_bytes
-
-    def wide(self, count: int) -> int:
-        """Bytes of fp32 numbers, ``count`` in each row."""
-        return self.rows * count * WIDE_BYTES
-
-    def indices(self, count: int) -> int:
-        """Bytes of indices, ``count`` in each row."""
-        return self.rows * count * INDEX_BYTES
-
-    @property
-    def relative(self) -> bool:
-        """Whether keys and values are twice as wide as a head."""
-        return self.config.positions == "relative"
-
-    @property
-    def waves(self) -> bool:
-        """Whether there are sines and cosines of places."""
-        return self.config.positions != "learned"
-
-
-@dataclass(frozen=True)
-class Part:
-    """A module or a piece of one."""
-
-    parameters: int = 0
-    frozen: int = 0
-    """How many of ``parameters`` have no gradient."""
-    flops: int = 0
-    """Forward pass of one row."""
-    kept: int = 0
-    """Bytes that wait for the backward pass, of all rows."""
-    products: int = 0
-    """Bytes of the results that ``selective`` keeps: of matrix products and attention."""
-
-    def __add__(self, other: Part) -> Part:
-        return Part(
-            self.parameters + other.parameters,
-            self.frozen + other.frozen,
-            self.flops + other.flops,
-            self.kept + other.kept,
-            self.products + other.products,
-        )
-
-
-class Pairs(NamedTuple):
-    """Queries and keys of one attention."""
-
-    queries: int
-    keys: int
-    needed: int
-    """Pairs that are seen."""
-    window: int | None = None
-    """Where attention goes in blocks: each computes all pairs of W queries and 2W keys."""
-
-    @property
-    def blocks(self) -> int:
-        """Blocks of W queries."""
-        assert self.window is not None
-        return -(-self.queries // self.window)
-
-    @property
-    def dense(self) -> int:
-        """Pairs that a kernel without causal path computes."""
-        if self.window is None:
-            return self.queries * self.keys
-        return self.blocks * 2 * self.window * self.window
-
-
-class Between(NamedTuple):
-    """Two levels, from the outer one's side."""
-
-    outer: LevelConfig
-    inner: LevelConfig
-    n: int
-    g: int
-    regular: bool
-    """Bucket i ends at position i*s in every row."""
-
-    @property
-    def s(self) -> int:
-        """Positions in a bucket."""
-        return self.inner.shorten
-
-    def pairs_down(self) -> Pairs:
-        """Pooled tokens see the positions up to theirs; irregular ones as if they lay evenly."""
-        n, g = self.n, self.g
-        last = (g - 1) * self.s if self.regular else n - 1
-        return Pairs(g, n, g + g * last // 2)
-
-    def pairs_up(self) -> Pairs:
-        """Positions see the pooled tokens up to theirs."""
-        n, g = self.n, self.g
-        if not self.regular:
-            return Pairs(n, g, n * (g + 1) // 2)
-        whole, rest = divmod(n, self.s)
-        return Pairs(n, g, self.s * whole * (whole + 1) // 2 + rest * (whole + 1))
+from hourglass_dist.model_config import LevelConfig
 
 
 def self_pairs(size: Size, level: LevelConfig, n: int) -> Pairs:
@@ -218,8 +103,8 @@ def mix(size: Size, level: LevelConfig, pairs: Pairs) -> Part:
     wide = 2 if size.relative else 1
     queries = pairs.queries if pairs.window is None else pairs.blocks * pairs.window
     out = size.numbers(queries * level.inner * wide) + size.wide(queries * level.heads)
-    cut_off = size.relative or (queries > pairs.queries and size.rows > 1)  # so it is copied
-    joined = size.numbers(pairs.queries * level.inner) if cut_off else 0
+    apart = size.waves or pairs.window is not None  # head by head as the queries, so joining copies
+    joined = size.numbers(pairs.queries * level.inner) if apart else 0
     return Part(
         flops=4 * (pairs.dense if size.dense else pairs.needed) * level.inner * wide,
         kept=out + joined,
@@ -353,8 +238,6 @@ def lengthen(size: Size, between: Between) -> Part:
             part += norm(size, n, dim)
     elif config.attention_resampling == "bucket":
         part += valley_attention(size, outer, g) + feed_forward(size, outer, n)
-        if config.stack_norms:  # it is there, and unused
-            part += Part(parameters=norm(size, n, dim).parameters)
     if config.skip == "gated":
         part += Part(parameters=dim)
     return part
@@ -396,13 +279,22 @@ def valley_attention(size: Size, level: LevelConfig, g: int) -> Part:
     )
 
 
-def crossing(size: Size, between: Between) -> int:
-    """Bytes that both ways share: where buckets lie, and the waves of attention between levels."""
-    tables = 0 if between.regular else size.indices(2 * between.n + between.g)
+def crossing_waves(size: Size, between: Between) -> int:
+    """Bytes of the waves of attention between levels, which both ways share."""
     if size.config.attention_resampling != "earlier" or not size.relative:
-        return tables
+        return 0
     inside = between.g * (1 if between.regular else size.rows)
-    return tables + (between.n + inside) * between.outer.dim_head * size.number_bytes
+    return (between.n + inside) * between.outer.dim_head * size.number_bytes
+
+
+def tables(size: Size, n: int, between: Between | None, recomputed: bool) -> int:
+    """Bytes of the tables that say where documents and buckets lie: whole where modules are
+    ``recomputed``, else what gathering and scattering keep of them."""
+    count = 2 * n if size.packed and recomputed else 0
+    if between is not None and not between.regular:
+        words = between.inner.pooling == "spacelike"
+        count += 2 * n + between.g if recomputed or words else n
+    return size.indices(count)
 
 
 def stack_norm(size: Size, n: int, dim: int) -> Part:

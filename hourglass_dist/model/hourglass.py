@@ -25,7 +25,7 @@ from hourglass_dist.model.layers import (
     drop,
     make_view,
 )
-from hourglass_dist.model.layout import places, row_layouts
+from hourglass_dist.model.layout import check_documents, places, row_layouts
 from hourglass_dist.model.norms import RMSNorm, make_norm
 from hourglass_dist.model.pool import Gate, LinearPool, LinearSpread, Pad
 from hourglass_dist.model.recompute import Recompute
@@ -149,8 +149,10 @@ class HourglassLM(nn.Module):
                 f"model: expected 1 to max_seq_len={longest} tokens, given {length}: "
                 "positions are learned"
             )
-        if documents_BL is not None and not self.config.causal:
-            raise ValueError("model: packed documents need a causal model, given causal=false")
+        if documents_BL is not None:
+            check_documents(documents_BL, tokens_BL)
+            if not self.config.causal:
+                raise ValueError("model: packed documents need a causal model, given causal=false")
 
     def embed(self, tokens_BL: Tensor, documents_BL: Tensor | None = None) -> Tensor:
         """(B, L) -> (B, L, D)."""

@@ -78,11 +78,10 @@ def row_layouts(
 
     ``documents_BL`` numbers the documents of packed rows. ``mask_BL`` (encoders and
     ``legacy_mask`` only) is True at real tokens. ``shortens`` replaces every level's ``shorten``,
-    level 0's first. Raises ValueError for document ids that decrease along a row.
+    level 0's first.
     """
     place_BL = None
     if documents_BL is not None:
-        check_documents(documents_BL, tokens_BL)
         place_BL = places(documents_BL)
     factors = [*(shortens or [level.shorten for level in config.levels]), 1]
     layouts: list[Rows] = []

@@ -43,8 +43,14 @@ def bucket_means(x_BLD: Tensor, rows: Rows) -> Tensor:
 
 
 def take(x_BLD: Tensor, index_BN: Tensor) -> Tensor:
-    """(B, L, D) -> (B, N, D): the positions of the indices."""
-    return x_BLD.gather(1, index_BN.unsqueeze(-1).expand(-1, -1, x_BLD.shape[2]))
+    """(B, L, D) -> (B, N, D): the positions of the indices.
+
+    ``gather`` would keep all of ``x_BLD`` for the backward pass; this keeps the indices only.
+    """
+    rows, length, _ = x_BLD.shape
+    begin_B1 = torch.arange(rows, device=x_BLD.device)[:, None] * length
+    taken_ND = x_BLD.flatten(0, 1).index_select(0, (index_BN + begin_B1).flatten())
+    return taken_ND.view(rows, -1, x_BLD.shape[2])
 
 
 class MeanPool(nn.Module):

@@ -83,7 +83,7 @@ def _offloaded(device: torch.device) -> saved_tensors_hooks:
     """Saved tensors wait in pinned memory; weights, which are there anyway, stay."""
 
     def pack(tensor: Tensor) -> Any:
-        if isinstance(tensor, nn.Parameter) or tensor.device.type == "cpu":
+        if isinstance(tensor, nn.Parameter) or tensor.device.type != "cuda":
             return tensor
         kept = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
         kept.copy_(tensor, non_blocking=True)

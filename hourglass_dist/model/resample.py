@@ -35,8 +35,9 @@ from hourglass_dist.model.pool import (
 from hourglass_dist.model_config import LevelConfig, ModelConfig
 
 MANY_KEYS = 8
-"""From this many positions in a bucket on, taking the query through the key projection is faster
-than projecting every position (docs/LOG.md)."""
+"""From this many positions in a bucket on, the query is taken through the key projection, instead
+of every position. An early look found that slower at 2 positions and faster at 8; ``hourglass bench
+model`` measures both ways."""
 
 
 class HeadQueries(Linear):
@@ -314,7 +315,8 @@ class Lengthen(nn.Module):
             self.attention = ValleyAttention(config, outer)
         if self.attends != "none":
             self.feed_forward = FeedForward(config, outer)
-        self.branch_norm = make_norm(config, outer.dim) if config.stack_norms else None
+        normed = config.stack_norms and self.attends != "bucket"  # that ends in a feed-forward
+        self.branch_norm = make_norm(config, outer.dim) if normed else None
         self.gate = Gate(outer.dim) if config.skip == "gated" else None
 
     def forward(
@@ -343,7 +345,7 @@ class Lengthen(nn.Module):
             block = self.query_norm(block)
         elif self.attends == "bucket":
             block = block + self.attention(valley_BGD, shorten)
-        if self.branch_norm is not None and self.attends == "none":
+        elif self.branch_norm is not None:
             block = self.branch_norm(block)
         return valley_BGD, block
 
