@@ -109,7 +109,7 @@ def test_the_shuffle_does_not_depend_on_the_memory_used(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = make(tmp_path, words(200))
-    monkeypatch.setattr("data_tools.shard.SPILL_BYTES", 500)
+    monkeypatch.setattr("data_tools.shard.RUN_BYTES", 500)
     (tmp_path / "other").mkdir()
     assert make(tmp_path / "other", words(200)).dataset_id == whole.dataset_id
 
@@ -164,7 +164,7 @@ def test_a_killed_run_leaves_no_dataset_and_the_next_one_succeeds(tmp_path: Path
     hidden = tmp_path / ".dataset.unfinished"
     try:
         deadline = time.monotonic() + 60
-        while not any(hidden.glob("spill/*")) and time.monotonic() < deadline:
+        while not any(hidden.glob("runs/*")) and time.monotonic() < deadline:
             time.sleep(0.01)
         os.killpg(process.pid, signal.SIGSTOP)  # in the middle of its work
         second = hourglass_data(*_sharding(tmp_path, 1), cwd=tmp_path)
@@ -173,7 +173,7 @@ def test_a_killed_run_leaves_no_dataset_and_the_next_one_succeeds(tmp_path: Path
     finally:
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-    assert any(hidden.glob("spill/*"))
+    assert any(hidden.glob("runs/*"))
     assert not (tmp_path / "dataset").exists()
     third = hourglass_data(*_sharding(tmp_path, 1), cwd=tmp_path)
     assert third.returncode == 0, third.stderr
