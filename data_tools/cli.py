@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -20,6 +22,8 @@ from data_tools.verify import verify as verify_dataset
 from data_tools.workspace import Show
 from hourglass_dist.data.shards import Manifest, Split
 from hourglass_dist.data.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
+
+LOG_EVERY_S = 30.0
 
 app = typer.Typer(
     no_args_is_help=True, help="Prepare a corpus: train a tokenizer, make shards, look at them."
@@ -36,6 +40,7 @@ Separator = Annotated[
 TextField = Annotated[str, typer.Option(help="The field of the text in .jsonl files.")]
 
 
+StageName = Literal["read", "exact", "bands", "clusters", "tokenizer", "tokens", "shards"]
 Dataset = Annotated[Path, typer.Argument(help="A folder made by 'hourglass data shard'.")]
 
 
@@ -165,6 +170,54 @@ def _print_counts(progress: sharding.Progress, out: Path) -> None:
 
 
 @app.command()
+def prepare(
+    config: Annotated[
+        Path, typer.Argument(help="A YAML file such as configs/prepare/english.yaml.")
+    ],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(help="Settings to change, such as out=data/mine executor.workers=4."),
+    ] = None,
+    stage: Annotated[
+        StageName | None,
+        typer.Option(help="Do this stage only; those before it must be done."),
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option(help="Say what would be read and made, and how long it might take.")
+    ] = False,
+) -> None:
+    """Make datasets of a corpus of any size: clean, without duplicates, shuffled.
+
+    Runs on the cores of this machine, a Ray cluster or Slurm, and goes on where it was stopped.
+
+    Example: hourglass data prepare configs/prepare/bytes.yaml out=data/bytes
+    """
+    from data_tools.settings import load_settings
+
+    settings = load_settings(config, overrides or ())
+    preparing = _prepare_module()
+    if dry_run:
+        print("\n".join(preparing.plan(settings)))
+        return
+    with _live_line() as show:
+        report = preparing.prepare(settings, only=stage, show=show, say=print)
+    if report:
+        print("\n".join([*report.lines(), f"report    {settings.out}/report.html"]))
+
+
+def _prepare_module() -> Any:
+    """The pipeline, whose packages training does not need."""
+    try:
+        from data_tools import prepare as preparing
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            f"'hourglass data prepare' needs the package {error.name}: "
+            "pip install 'hourglass_dist[prepare]'"
+        ) from None
+    return preparing
+
+
+@app.command()
 def inspect(
     dataset: Dataset,
     show: Annotated[int, typer.Option(help="Print this many documents, too.", min=0)] = 0,
@@ -195,9 +248,21 @@ def verify(dataset: Dataset) -> None:
 
 @contextmanager
 def _live_line() -> Iterator[Show]:
-    """A function that shows a line on stderr, over the one before, when that is a terminal."""
+    """A function that shows a line on stderr: over the one before on a terminal, else now and then
+    one for the log."""
     columns = SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()
     console = Console(stderr=True)
-    with Bar(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+    shown = time.monotonic()
+
+    def log(line: str) -> None:
+        nonlocal shown
+        if time.monotonic() - shown > LOG_EVERY_S:
+            shown = time.monotonic()
+            print(line, file=sys.stderr, flush=True)
+
+    if not console.is_terminal:
+        yield log
+        return
+    with Bar(*columns, console=console, transient=True) as bar:
         task = bar.add_task("")
         yield lambda line: bar.update(task, description=line)

@@ -92,7 +92,7 @@ def read_documents(path: Path, separator: str | None, text_field: str) -> Iterat
 def read_text(path: Path, separator: str | None) -> Records:
     """The documents of a text file: all of it, or what stands between separators."""
     if separator is None:
-        yield 0, _decode(b"".join(_chunks(path)), path, 0)
+        yield 0, _decode(b"".join(chunks(path)), path, 0)
         return
     for offset, piece in _pieces(path, separator.encode()):
         yield offset, _decode(piece, path, offset)
@@ -105,14 +105,14 @@ def read_json_lines(path: Path, text_field: str, begin: int = 0, end: int | None
             return
         if not line.isspace() and line:
             text = _text_of(line, text_field)
-            if isinstance(text, _Wrong):
+            if isinstance(text, Wrong):
                 problem = Problem(path, offset, None if begin else number, text, line[:200])
                 yield offset, problem
             else:
                 yield offset, text
 
 
-class _Wrong(str):
+class Wrong(str):
     """What is wrong with a record; a text otherwise."""
 
     __slots__ = ()
@@ -129,32 +129,32 @@ def _text_of(line: bytes, text_field: str) -> str:
     try:
         record = json.loads(line.decode("utf-8"))
     except UnicodeDecodeError as error:
-        return _Wrong(
+        return Wrong(
             f"invalid UTF-8: byte 0x{line[error.start]:02x} at byte {error.start} of the line"
         )
     except json.JSONDecodeError as error:
-        return _Wrong(f"bad JSON: {error.msg} at character {error.pos}")
+        return Wrong(f"bad JSON: {error.msg} at character {error.pos}")
     except ValueError:
-        return _Wrong("bad JSON: a number too long")
+        return Wrong("bad JSON: a number too long")
     except RecursionError:
-        return _Wrong("bad JSON: too deep")
+        return Wrong("bad JSON: too deep")
     if not isinstance(record, dict):
-        return _Wrong(f"expected a JSON object, given {show(record)}")
+        return Wrong(f"expected a JSON object, given {show(record)}")
     if text_field not in record:
         fields = ", ".join(map(str, record)) or "none"
-        return _Wrong(f"no field {text_field!r} (--text-field); its fields: {fields}")
+        return Wrong(f"no field {text_field!r} (--text-field); its fields: {fields}")
     return text_or_wrong(record[text_field], f"field {text_field!r}")
 
 
 def text_or_wrong(value: object, name: str) -> str:
     """A value that should be text, or what is wrong with it."""
     if not isinstance(value, str):
-        return _Wrong(f"{name}: expected text, given {show(value)}")
+        return Wrong(f"{name}: expected text, given {show(value)}")
     try:
         value.encode("utf-8")
     except UnicodeEncodeError as error:
         surrogate = f"U+{ord(value[error.start]):04X} at character {error.start}"
-        return _Wrong(f"{name}: lone surrogate {surrogate}")
+        return Wrong(f"{name}: lone surrogate {surrogate}")
     return value
 
 
@@ -173,15 +173,15 @@ def _pieces(path: Path, separator: bytes, start: int = 0) -> Iterator[tuple[int,
     With ``start``, pieces that begin there or later; a separator is one byte then.
     """
     buffer, offset, searched = bytearray(), max(0, start - 1), 0
-    chunks = _chunks(path, offset)
+    content = chunks(path, offset)
     if start:
-        for chunk in chunks:
+        for chunk in content:
             if (found := chunk.find(separator)) >= 0:
                 buffer += chunk[found + 1 :]
                 offset += found + 1
                 break
             offset += len(chunk)
-    for chunk in itertools.chain([b""], chunks):
+    for chunk in itertools.chain([b""], content):
         buffer += chunk
         begin = 0
         while (end := buffer.find(separator, searched)) >= 0:
@@ -197,7 +197,7 @@ def _pieces(path: Path, separator: bytes, start: int = 0) -> Iterator[tuple[int,
 # --- compression ---------------------------------------------------------------------------------
 
 
-def _chunks(path: Path, start: int = 0) -> Iterator[bytes]:
+def chunks(path: Path, start: int = 0) -> Iterator[bytes]:
     """The content of a file, decompressed. Raises ValueError when compressed data is damaged."""
     with path.open("rb") as file:
         file.seek(start)
