@@ -15,8 +15,10 @@ from rich.console import Console
 from rich.progress import Progress as Bar
 from rich.progress import SpinnerColumn, TextColumn, TimeElapsedColumn
 
+from data_tools import reshape
 from data_tools import shard as sharding
-from data_tools.inspect import describe, documents
+from data_tools.inspect import describe, documents, random_documents, row_ids
+from data_tools.reshape import compare
 from data_tools.tokenizer import train_tokenizer
 from data_tools.verify import verify as verify_dataset
 from data_tools.workspace import Show
@@ -197,7 +199,7 @@ def prepare(
     settings = load_settings(config, overrides or ())
     preparing = _prepare_module()
     if dry_run:
-        print("\n".join(preparing.plan(settings)))
+        print("\n".join(preparing.dry_run(settings)))
         return
     with _live_line() as show:
         report = preparing.prepare(settings, only=stage, show=show, say=print)
@@ -221,7 +223,13 @@ def _prepare_module() -> Any:
 def inspect(
     dataset: Dataset,
     show: Annotated[int, typer.Option(help="Print this many documents, too.", min=0)] = 0,
-    split: Annotated[Split, typer.Option(help="Whose documents.")] = "train",
+    random: Annotated[bool, typer.Option(help="Documents drawn at random, not the first.")] = False,
+    seed: Annotated[int, typer.Option(help="Of the draw.", min=0)] = 0,
+    row: Annotated[
+        int | None, typer.Option(help="Print this row of the split: its targets as text.")
+    ] = None,
+    seq_len: Annotated[int, typer.Option(help="Tokens in a row.", min=1)] = 1024,
+    split: Annotated[Split, typer.Option(help="Whose documents and rows.")] = "train",
     characters: Annotated[int, typer.Option(help="Of each document, at most.", min=1)] = 400,
 ) -> None:
     """Say what is in a dataset.
@@ -230,9 +238,107 @@ def inspect(
     """
     manifest, tokenizer = Manifest.load(dataset), load_tokenizer(dataset)
     print(describe(manifest, tokenizer))
-    for number, text in enumerate(islice(documents(manifest, split, tokenizer), show), 1):
+    if row is not None:
+        shard_name, inside, ids = row_ids(manifest, split, seq_len, row)
+        print(f"\n--- {split} row {row:,}: row {inside:,} of {shard_name}, {len(ids):,} tokens")
+        print(tokenizer.decode(ids.tolist()))
+    numbered = enumerate(islice(documents(manifest, split, tokenizer), show), 1)
+    drawn = random_documents(manifest, split, tokenizer, show, seed)
+    for number, text in drawn if random else numbered:
         more = f" ({len(text):,} characters)" if len(text) > characters else ""
         print(f"\n--- {split} document {number}{more}\n{text[:characters]}")
+
+
+@app.command()
+def stats(
+    dataset: Dataset,
+    out: Annotated[Path, typer.Option(help="The folder of the plots.")],
+    split: Annotated[Split, typer.Option(help="Whose documents.")] = "train",
+) -> None:
+    """Count and plot a dataset: lengths of documents, bytes per token, how often ids occur.
+
+    Example: hourglass data stats data/try --out plots/try
+    """
+    from data_tools.stats import stats as make_stats
+
+    with _live_line() as show:
+        lines = make_stats(dataset, split, out, show)
+    print("\n".join(lines))
+
+
+@app.command()
+def diff(
+    a: Annotated[Path, typer.Argument(help="A dataset folder.")],
+    b: Annotated[Path, typer.Argument(help="Another one.")],
+) -> None:
+    """Say what differs between two datasets: recipe, tokenizer, documents. Exit code 1 if any does.
+
+    Example: hourglass data diff data/try data/try
+    """
+    lines = compare(a, b)
+    print("\n".join(lines) if lines else f"{a} and {b} are the same")
+    if lines:
+        raise typer.Exit(1)
+
+
+@app.command()
+def merge(
+    datasets: Annotated[list[Path], typer.Argument(help="Dataset folders with one tokenizer.")],
+    out: Annotated[Path, typer.Option(help="The new dataset folder.")],
+    seed: Annotated[int, typer.Option(help="Of the shuffle of documents.", min=0)] = 0,
+) -> None:
+    """Make one dataset of several, shuffled all together. Nothing is encoded again.
+
+    Example: hourglass data merge data/try data/small --out data/merged
+    """
+    with _live_line() as show:
+        print(_summary(reshape.merge(datasets, out, seed, show)))
+
+
+@app.command(name="split")
+def split_command(
+    dataset: Dataset,
+    first: Annotated[Path, typer.Option(help="The new dataset with the fraction.")],
+    second: Annotated[Path, typer.Option(help="The new dataset with the rest.")],
+    fraction: Annotated[float, typer.Option(help="Of the documents, by content.")] = 0.1,
+) -> None:
+    """Make two datasets of one, by the content of documents. Nothing is encoded again.
+
+    Example: hourglass data split data/bytes/plays --first data/part --second data/rest --fraction 0.5
+    """
+    with _live_line() as show:
+        for manifest in reshape.split(dataset, first, second, fraction, show):
+            print(_summary(manifest))
+
+
+@app.command()
+def reshard(
+    dataset: Dataset,
+    out: Annotated[Path, typer.Option(help="The new dataset folder.")],
+    block_tokens: Annotated[int, typer.Option(help="Tokens in a block.", min=1)] = 2**19,
+    shard_blocks: Annotated[int, typer.Option(help="Blocks in a shard, at most.", min=1)] = 64,
+) -> None:
+    """Change the sizes of blocks and shards. Documents keep their order; nothing is encoded again.
+
+    Example: hourglass data reshard data/try --block-tokens 4096 --out data/small
+    """
+    with _live_line() as show:
+        print(_summary(reshape.reshard(dataset, out, block_tokens, shard_blocks, show)))
+
+
+@app.command()
+def export_text(
+    dataset: Dataset,
+    out: Annotated[Path, typer.Option(help="The new file, .jsonl or .jsonl.zst.")],
+    split: Annotated[Split, typer.Option(help="Whose documents.")] = "train",
+) -> None:
+    """Write the documents of a dataset as JSON lines, as they went in.
+
+    Example: hourglass data export-text data/try --out try.jsonl
+    """
+    with _live_line() as show:
+        count = reshape.export_text(dataset, out, split, show)
+    print(f"{out}: {count:,} documents")
 
 
 @app.command()

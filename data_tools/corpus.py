@@ -100,7 +100,7 @@ def read_text(path: Path, separator: str | None) -> Records:
 
 def read_json_lines(path: Path, text_field: str, begin: int = 0, end: int | None = None) -> Records:
     """The documents of the lines that begin at byte ``begin`` or later, and before ``end``."""
-    for number, (offset, line) in enumerate(_pieces(path, b"\n", begin), 1):
+    for number, (offset, line) in enumerate(_pieces(path, b"\n", begin, end), 1):
         if end is not None and offset >= end:
             return
         if not line.isspace() and line:
@@ -167,10 +167,13 @@ def _decode(data: bytes, path: Path, offset: int) -> str | Problem:
         return Problem(path, offset, None, what, data[max(0, error.start - 100) :][:200])
 
 
-def _pieces(path: Path, separator: bytes, start: int = 0) -> Iterator[tuple[int, bytes]]:
+def _pieces(
+    path: Path, separator: bytes, start: int = 0, limit: int | None = None
+) -> Iterator[tuple[int, bytes]]:
     """What stands between separators, with its offset in the (decompressed) file.
 
-    With ``start``, pieces that begin there or later; a separator is one byte then.
+    With ``start``, pieces that begin there or later; a separator is one byte then. Whether one
+    begins before ``limit`` is known without reading on.
     """
     buffer, offset, searched = bytearray(), max(0, start - 1), 0
     content = chunks(path, offset)
@@ -181,6 +184,8 @@ def _pieces(path: Path, separator: bytes, start: int = 0) -> Iterator[tuple[int,
                 offset += found + 1
                 break
             offset += len(chunk)
+            if limit is not None and offset >= limit:
+                return
     for chunk in itertools.chain([b""], content):
         buffer += chunk
         begin = 0

@@ -60,6 +60,17 @@ def histogram_plot(
     return figure
 
 
+def rank_plot(title: str, counts_V: Any) -> Any:
+    """How often ids occur, the most frequent first, on two logarithmic axes."""
+    figure, axes = _figure(3.4)
+    counts = sorted((int(count) for count in counts_V if count), reverse=True)
+    axes.loglog(range(1, len(counts) + 1), counts, color=_COLOURS[1])
+    axes.set_xlabel("rank", fontsize=9)
+    axes.set_ylabel("occurrences", fontsize=9)
+    axes.set_title(title, loc="left", fontsize=11)
+    return figure
+
+
 def as_image(figure: Any) -> str:
     """A figure as the source of an image in a page."""
     buffer = io.BytesIO()

@@ -21,8 +21,10 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+from data_tools.clean import Cleaner
 from data_tools.executors import Executor, open_executor
 from data_tools.inputs import Inputs, changes, find
+from data_tools.plan import plan
 from data_tools.progress import Progress
 from data_tools.reading import QUARANTINE_FILE
 from data_tools.report import REPORT_FILE, Report, collect, write
@@ -49,6 +51,7 @@ def prepare(
     """
     out = Path(settings.out)
     inputs = find(settings)
+    Cleaner(settings)  # whatever it needs is missing now, not in an hour
     with _locked(out):
         _open(out, settings, inputs)
         if (out / REPORT_FILE).exists():
@@ -65,6 +68,15 @@ def prepare(
         write(report, out)
         shutil.rmtree(out / "work")
         return report
+
+
+def dry_run(settings: Prepare) -> list[str]:
+    """What would be done, a line for each fact. Raises ValueError as ``prepare`` would at once."""
+    inputs = find(settings)
+    out = Path(settings.out)
+    if out.exists():
+        _require_the_same(out, settings, inputs)
+    return plan(settings, inputs)
 
 
 @contextmanager
@@ -84,11 +96,18 @@ def _locked(out: Path) -> Iterator[None]:
 
 def _open(out: Path, settings: Prepare, inputs: Inputs) -> None:
     """Begin a folder, or make sure that it was begun with the same settings and inputs."""
+    if not (out / _SETTINGS).exists() and not any(out.iterdir()):
+        replace(out / _INPUTS, inputs.model_dump_json(indent=1))
+        replace(out / _SETTINGS, to_yaml(settings.decisive()))
+    _require_the_same(out, settings, inputs)
+    (out / "work").mkdir(exist_ok=True)
+
+
+def _require_the_same(out: Path, settings: Prepare, inputs: Inputs) -> None:
     if not (out / _SETTINGS).exists():
         if any(out.iterdir()):
             raise ValueError(f"{out}: already exists and was not made by 'hourglass data prepare'")
-        replace(out / _INPUTS, inputs.model_dump_json(indent=1))
-        replace(out / _SETTINGS, to_yaml(settings.decisive()))
+        return
     before = Work(out / "work").settings
     content = json.loads((out / _INPUTS).read_bytes())
     found = differences(before.decisive(), settings.decisive())
@@ -100,7 +119,6 @@ def _open(out: Path, settings: Prepare, inputs: Inputs) -> None:
             f"{out}: begun with other settings or inputs ({'; '.join(found[:5])}{more}); "
             "choose another folder (out) or remove it first"
         )
-    (out / "work").mkdir(exist_ok=True)
 
 
 class _Pipeline:

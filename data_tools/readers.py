@@ -171,6 +171,11 @@ def _read_warc(path: Path) -> Records:
     from warcio.archiveiterator import ArchiveIterator
     from warcio.exceptions import ArchiveLoadFailed
 
+    if path.suffix.lower() != ".gz":
+        with path.open("rb") as file:
+            file.seek(max(0, path.stat().st_size - 4))
+            if file.read() not in (b"", b"\r\n\r\n"):  # warcio takes half a header for the end
+                raise ValueError(f"{path}: truncated: the last record does not end")
     stream = io.BufferedReader(_Raw(chunks(path)))
     try:
         for number, record in enumerate(ArchiveIterator(stream, no_record_parse=False)):
@@ -184,9 +189,10 @@ def _page(path: Path, number: int, record: Any) -> str | Problem:
     """The text of a record: main text of a web page; plain text as it is."""
     import trafilatura
 
+    raw = record.raw_stream
     data = record.content_stream().read()
-    record.raw_stream.read()
-    if record.raw_stream.limit > 0:
+    raw.read()
+    if getattr(raw, "limit", 0) > 0:
         raise ValueError(f"{path}: truncated inside record {number}")
     url = record.rec_headers.get_header("WARC-Target-URI") or "?"
     kind = record.http_headers.get_header("Content-Type", "") if record.http_headers else ""

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import xxhash
 
 from data_tools.clean import Cleaner
@@ -23,6 +22,7 @@ from data_tools.documents import DocumentWriter
 from data_tools.inputs import InputFile
 from data_tools.readers import read_records
 from data_tools.settings import Source
+from data_tools.stats import bins_of
 from data_tools.workspace import Counts, Spec, Tick, Work
 
 QUARANTINE_FILE = "quarantine.jsonl"
@@ -111,7 +111,7 @@ class _Reader:
             "quarantined": self._quarantined,
             "dropped": dict(sorted(self._dropped.items())),
             "dropped_bytes": dict(sorted(self._dropped_bytes.items())),
-            "sizes": histogram(np.array(self._sizes, np.int64)),
+            "sizes": bins_of(np.array(self._sizes, np.int64)),
         }
 
 
@@ -137,13 +137,6 @@ def hash_of_inputs(work: Work, source: str) -> str:
             for (_, file, begin, _), part in zip(spec["parts"], counts["hashes"], strict=True):
                 lines.append([Path(file["path"]).name, file["bytes"], begin, part])
     return hashlib.sha256(json.dumps(lines).encode()).hexdigest()
-
-
-def histogram(values: npt.NDArray[np.int64]) -> dict[str, int]:
-    """How many values begin with each of four binary digits: bins a sixteenth to an eighth wide."""
-    exponents = np.maximum(np.frexp(np.maximum(values, 0).astype(np.float64))[1] - 4, 0)
-    bins, counts = np.unique((values >> exponents) << exponents, return_counts=True)
-    return {str(low): count for low, count in zip(bins.tolist(), counts.tolist(), strict=True)}
 
 
 class Samples:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args
@@ -38,6 +38,8 @@ from hourglass_dist.files import new_folder, sha256_of
 from hourglass_dist.sections import differences
 
 SPLITS: tuple[Split, ...] = get_args(Split)
+Piece = tuple[Split, int, npt.NDArray[Any]]
+"""(split, shuffle key, ids) of a document or a part of one."""
 RUN_BYTES = 1 << 27
 """About how many bytes of ids are in memory at once, before they are sorted and written."""
 
@@ -157,31 +159,55 @@ def make_dataset(job: Job, out: Path, show: Show = silent) -> Manifest:
 
     Raises ValueError, leaving nothing behind, when the inputs are damaged or have no text.
     """
+    progress = Progress()
+
+    def encoded() -> Iterator[Piece]:
+        yield from _encoded(job, progress, show)
+        _require_text(job, progress)
+
+    return write_dataset(
+        out, encoded(), job.recipe, job.tokenizer, lambda: progress.empty_documents, show
+    )
+
+
+def write_dataset(
+    out: Path,
+    pieces: Iterable[Piece],
+    recipe: Recipe,
+    tokenizer: Tokenizer,
+    empty_documents: Callable[[], int],
+    show: Show = silent,
+) -> Manifest:
+    """Write documents, in the order of their keys, to the new folder ``out``."""
     with new_folder(out) as folder:
         (folder / "runs").mkdir()
-        progress = Progress()
-        runs = _write_runs(job, folder / "runs", progress, show)
-        _require_text(job, progress)
+        runs = _write_runs(pieces, folder / "runs", tokenizer)
         shards = []
         for split in SPLITS:
-            for shard in _write_shards(job, folder, split, runs[split]):
-                shards.append(shard)
-                show(f"{progress}; wrote {shard.path}")
+            plan = plan_runs(runs[split])
+            count = plan.shards(recipe.block_tokens * recipe.shard_blocks)
+            for number in range(count):
+                shards.append(
+                    make_shard(folder, number, split, runs[split], plan, recipe, tokenizer)
+                )
+                show(f"wrote {split} shard {number + 1:,} of {count:,}")
         shutil.rmtree(folder / "runs")
-        job.tokenizer.save(folder)
+        tokenizer.save(folder)
         Manifest.make(
             folder,
-            tokenizer=job.tokenizer.fingerprint,
-            eos_id=job.tokenizer.eos_id,
-            dtype=dtype_name(job.tokenizer.vocab_size),
-            recipe=job.recipe,
-            empty_documents=progress.empty_documents,
+            tokenizer=tokenizer.fingerprint,
+            eos_id=tokenizer.eos_id,
+            dtype=dtype_name(tokenizer.vocab_size),
+            recipe=recipe,
+            empty_documents=empty_documents(),
             shards=tuple(shards),
         ).save()
     return Manifest.load(out)
 
 
-def _write_runs(job: Job, folder: Path, progress: Progress, show: Show) -> dict[Split, list[Run]]:
+def _write_runs(
+    pieces: Iterable[Piece], folder: Path, tokenizer: Tokenizer
+) -> dict[Split, list[Run]]:
     """All documents in runs of about RUN_BYTES."""
     runs: dict[Split, list[Run]] = {split: [] for split in SPLITS}
     keys: dict[Split, list[int]] = {split: [] for split in SPLITS}
@@ -191,14 +217,12 @@ def _write_runs(job: Job, folder: Path, progress: Progress, show: Show) -> dict[
         for split in SPLITS:
             if documents[split]:
                 run = Run(folder / f"{split}-{len(runs[split])}")
-                write_run(
-                    run.base, np.array(keys[split], np.uint64), documents[split], job.tokenizer
-                )
+                write_run(run.base, np.array(keys[split], np.uint64), documents[split], tokenizer)
                 runs[split].append(run)
                 keys[split], documents[split] = [], []
 
     held = 0
-    for split, key, ids in _encoded(job, progress, show):
+    for split, key, ids in pieces:
         keys[split].append(key)
         documents[split].append(ids)
         held += ids.nbytes
@@ -207,14 +231,6 @@ def _write_runs(job: Job, folder: Path, progress: Progress, show: Show) -> dict[
             held = 0
     flush()
     return runs
-
-
-def _write_shards(job: Job, folder: Path, split: Split, runs: Sequence[Run]) -> Iterator[Shard]:
-    """The shards of a split, each when it is on the disk."""
-    plan = plan_runs(runs)
-    size = job.recipe.block_tokens * job.recipe.shard_blocks
-    for number in range(plan.shards(size)):
-        yield make_shard(folder, number, split, runs, plan, job.recipe, job.tokenizer)
 
 
 def make_shard(
@@ -237,9 +253,7 @@ def make_shard(
     return write_shard(folder, number, split, blocks, recipe.source, tokenizer)
 
 
-def _encoded(
-    job: Job, progress: Progress, show: Show
-) -> Iterator[tuple[Split, int, npt.NDArray[Any]]]:
+def _encoded(job: Job, progress: Progress, show: Show) -> Iterator[Piece]:
     """(split, shuffle key, ids) of every part of every document."""
     number = 0
     for path in job.inputs:

@@ -24,10 +24,11 @@ import numpy as np
 from data_tools import dedup, reading
 from data_tools.documents import Array, Documents, mixed
 from data_tools.inputs import Inputs, read_tasks
-from data_tools.reading import Samples, histogram
+from data_tools.reading import Samples
 from data_tools.runs import Run, RunPlan, plan_runs, write_run
 from data_tools.shard import make_shard
 from data_tools.split import parse_rule
+from data_tools.stats import bins_of
 from data_tools.tokenizer import lines_of, train_on
 from data_tools.workspace import Counts, Spec, Tick, Work
 from data_tools.workspace import Run as RunTask
@@ -40,6 +41,8 @@ from hourglass_dist.data.tokenizer import (
 )
 
 SPLITS: tuple[Split, ...] = get_args(Split)
+SAMPLE_CHARACTERS = 100_000
+"""Of one document, at most, in the sample that a tokenizer is trained on."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +90,7 @@ def _sample(work: Work, tick: Tick) -> list[str]:
     for index, spec in enumerate(work.tasks("read")):
         documents = Documents(work.folder("read", index))
         rows = dedup.parted(work, index, len(documents))[""]
-        sizes = np.diff(documents.starts)[rows]
+        sizes = np.minimum(np.diff(documents.starts)[rows], SAMPLE_CHARACTERS)
         keys = _keys(work, spec["source"], documents, rows, purpose=1)
         found.append((keys, np.full(len(rows), index), rows, sizes))
         tick(tasks=index)
@@ -102,7 +105,7 @@ def _sample(work: Work, tick: Tick) -> list[str]:
         texts |= zip(places.tolist(), documents.texts(rows[places]), strict=True)
     path = Path()
     parts = [part for place in order.tolist() for part in rule.parts(texts[place], path)]
-    return [text for split, text in parts if split == "train"]
+    return [text[:SAMPLE_CHARACTERS] for split, text in parts if split == "train"]
 
 
 def _keys(work: Work, source: str, documents: Documents, rows: Array, purpose: int) -> Array:
@@ -155,8 +158,8 @@ def _make_tokens(work: Work, spec: Spec, folder: Path, tick: Tick) -> Counts:
             "documents": len(lengths),
             "tokens": int(lengths.sum()) + len(lengths),
             "text_bytes": int(text_bytes.sum()),
-            "bytes": histogram(text_bytes),
-            "tokens_per_byte": histogram(lengths * 4096 // np.maximum(text_bytes, 1)),
+            "bytes": bins_of(text_bytes),
+            "tokens_per_byte": bins_of(lengths * 4096 // np.maximum(text_bytes, 1)),
         }
     _sample_documents(work, spec["source"], documents, parted).write(folder)
     return counts

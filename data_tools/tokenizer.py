@@ -82,7 +82,7 @@ def train_on(
             model_writer=model,
             model_type=kind,
             vocab_size=vocab_size,
-            input_sentence_size=len(lines),
+            input_sentence_size=max(len(lines), 1000),  # it wants more than 100
             shuffle_input_sentence=False,
             max_sentence_length=MAX_LINE_BYTES,
             num_threads=1,

@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -53,8 +53,8 @@ class Work:
 
     def tasks(self, stage: str) -> list[Spec]:
         """The tasks of a stage. Raises FileNotFoundError before it was begun."""
-        found: list[Spec] = json.loads((self.root / stage / "tasks.json").read_bytes())
-        return found
+        path = self.root / stage / "tasks.json"
+        return _read_tasks(path, path.stat().st_mtime_ns)
 
     def folder(self, stage: str, index: int) -> Path:
         """Where a task's outputs are, once it is done."""
@@ -106,6 +106,13 @@ class Work:
             with suppress(OSError, ValueError):  # it is just being written
                 found.append(json.loads(path.read_bytes()))
         return found
+
+
+@lru_cache(maxsize=8)
+def _read_tasks(path: Path, version: int) -> list[Spec]:
+    """Once per process and version: there may be many."""
+    found: list[Spec] = json.loads(path.read_bytes())
+    return found
 
 
 def identity_of(specs: list[Spec], counts: list[Counts]) -> str:

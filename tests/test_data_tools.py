@@ -255,7 +255,10 @@ def test_verify_compares_the_tokenizer(tmp_path: Path) -> None:
 def examples() -> list[list[str]]:
     """The example of every data command's --help, as it can be pasted."""
     found = []
-    for name in ("tokenizer", "shard", "inspect", "verify"):
+    for name in (
+        *("tokenizer", "shard", "inspect", "verify", "stats", "diff", "reshard", "merge", "split"),
+        "export-text",
+    ):
         done = hourglass_data(name, "--help", cwd=ROOT)
         help_text = done.stdout.partition("Example:")[2]
         found.append(shlex.split(re.findall(r"(hourglass data .*[^ ]) *\n", help_text)[0]))
@@ -271,13 +274,22 @@ def test_the_examples_of_the_help_work(tmp_path: Path) -> None:
         assert done.returncode == 0, done.stderr
         assert done.stderr == ""
         outputs.append(done.stdout)
-    tokenizer, shard, inspected, verified = outputs
+    tokenizer, shard, inspected, verified, stats, diff, reshard, merge, split, exported = outputs
     assert "unigram, 2,048 ids" in tokenizer
     assert "train 1,003,855 tokens (1,003,854 bytes)" in shard
     assert "heldout 111,541 tokens (111,540 bytes)" in shard
     assert "held out   last:0.1" in inspected
     assert "First Citizen:\nBefore we proceed any further, hear me speak." in inspected
     assert verified.startswith("whole: data/try: train 1,003,855")
+    assert "median_tokens   1,003,855" in stats
+    assert {path.name for path in (tmp_path / "plots" / "try").glob("*.png")} == {
+        "lengths.png", "bytes_per_token.png", "ids.png",
+    }  # fmt: skip
+    assert diff == "data/try and data/try are the same\n"
+    assert "train 1,003,855 tokens" in reshard
+    assert "train 2,007,710 tokens" in merge
+    assert split.count("tokens") == 4
+    assert exported == "try.jsonl: 1 documents\n"
     again = hourglass_data(*commands[1][2:], cwd=tmp_path)
     assert again.stdout.startswith("already there: data/try")
 
