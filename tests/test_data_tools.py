@@ -256,8 +256,8 @@ def examples() -> list[list[str]]:
     """The example of every data command's --help, as it can be pasted."""
     found = []
     for name in (
-        *("tokenizer", "shard", "inspect", "verify", "stats", "diff", "reshard", "merge", "split"),
-        "export-text",
+        *("tokenizer", "shard", "inspect", "verify", "stats", "diff", "reshard", "merge"),
+        *("prepare", "split", "export-text"),
     ):
         done = hourglass_data(name, "--help", cwd=ROOT)
         help_text = done.stdout.partition("Example:")[2]
@@ -266,7 +266,8 @@ def examples() -> list[list[str]]:
 
 
 def test_the_examples_of_the_help_work(tmp_path: Path) -> None:
-    (tmp_path / "data_tools").symlink_to(ROOT / "data_tools")
+    for name in ("configs", "data_tools"):
+        (tmp_path / name).symlink_to(ROOT / name)
     outputs = []
     commands = examples()
     for example in commands:
@@ -274,7 +275,8 @@ def test_the_examples_of_the_help_work(tmp_path: Path) -> None:
         assert done.returncode == 0, done.stderr
         assert done.stderr == ""
         outputs.append(done.stdout)
-    tokenizer, shard, inspected, verified, stats, diff, reshard, merge, split, exported = outputs
+    tokenizer, shard, inspected, verified, stats, diff, *others = outputs
+    reshard, merge, prepared, split, exported = others
     assert "unigram, 2,048 ids" in tokenizer
     assert "train 1,003,855 tokens (1,003,854 bytes)" in shard
     assert "heldout 111,541 tokens (111,540 bytes)" in shard
@@ -288,6 +290,7 @@ def test_the_examples_of_the_help_work(tmp_path: Path) -> None:
     assert diff == "data/try and data/try are the same\n"
     assert "train 1,003,855 tokens" in reshard
     assert "train 2,007,710 tokens" in merge
+    assert "documents 7,222 = kept" in prepared
     assert split.count("tokens") == 4
     assert exported == "try.jsonl: 1 documents\n"
     again = hourglass_data(*commands[1][2:], cwd=tmp_path)
