@@ -8,15 +8,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from hourglass_dist.model_config import (
+    Fraction,
+    LevelConfig,
+    ModelConfig,
+    PositiveFloat,
+    PositiveInt,
+)
 from hourglass_dist.sections import ConfigError, Section, apply_override, parse, read_yaml
 
-PositiveInt = Annotated[int, Field(ge=1)]
-Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
-PositiveFloat = Annotated[float, Field(gt=0.0)]
+__all__ = ["Config", "LevelConfig", "ModelConfig", "load"]
 
 
 class RunConfig(Section):
@@ -37,183 +42,8 @@ class DataConfig(Section):
     """Tokens in one row. Must divide the block size of the shards."""
     batch_size: PositiveInt
     """Rows in one optimizer step, over all ranks and all accumulation steps together."""
-
-
-class LevelConfig(Section):
-    """One resolution of the hourglass. The last level of the list is the innermost (shortest)
-    one."""
-
-    layers: (
-        PositiveInt
-        | Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=2, max_length=2)]
-    )
-    """[pre, post]: layers on the way down and on the way up. Innermost level: one number."""
-    shorten: PositiveInt = 1
-    """How many positions of the level above make one position here. Level 0: 1. Others: 2 or
-    more."""
-    activation_checkpointing: Literal["none", "full"] = "none"
-    """``full``: keep only each layer's input for the backward pass and recompute the rest."""
-
-    @property
-    def pre(self) -> int:
-        """Layers before the next level (all of them at the innermost level)."""
-        return self.layers if isinstance(self.layers, int) else self.layers[0]
-
-    @property
-    def post(self) -> int:
-        """Layers after the next level (none at the innermost level)."""
-        return 0 if isinstance(self.layers, int) else self.layers[1]
-
-
-class ModelConfig(Section):
-    """The hourglass language model: the function of ``hourglass-transformer-pytorch`` 0.0.6."""
-
-    dim: PositiveInt
-    """Width of the residual stream, at every level."""
-    heads: PositiveInt = 8
-    """Attention heads."""
-    dim_head: PositiveInt
-    """Width of one attention head. Left out, it is dim / heads; given, heads x dim_head may differ
-    from dim."""
-    levels: Annotated[list[LevelConfig], Field(min_length=1)]
-    """From full resolution inwards; the last one is the innermost."""
-    max_seq_len: PositiveInt
-    """Length of the learned position table, in tokens. The model takes any length from 1 to
-    this."""
-    vocab_size: Annotated[int, Field(ge=2)] = 256
-    """Rows of the embedding table and of the output layer. At least the tokenizer's size."""
-    resampling: Literal["naive", "linear"] = "naive"
-    """``naive``: mean of a bucket going in, repeat coming out. ``linear``: a learned projection of
-    the bucket."""
-    attention_resampling: bool = True
-    """Pooled tokens attend to their bucket going in, positions to their pooled token coming out."""
-    causal: bool = True
-    """False makes an encoder: no shift, every position sees every other. Training needs true."""
-    ff_mult: PositiveInt = 4
-    """Hidden width of the feed-forward layers, as a multiple of dim."""
-    attn_dropout: Fraction = 0.0
-    """Probability of dropping an attention weight."""
-    ff_dropout: Fraction = 0.0
-    """Probability of dropping a hidden unit of the feed-forward layers."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _heads_divide_the_width(cls, given: Any) -> Any:
-        if not isinstance(given, dict) or given.get("dim_head") is not None:
-            return given
-        dim, heads = given.get("dim"), given.get("heads", 8)
-        if type(dim) is not int or type(heads) is not int or min(dim, heads) < 1:
-            return given | {"dim_head": 1}  # their own errors say what is wrong with them
-        if dim % heads:
-            raise ValueError(
-                f"model.heads: {heads} heads do not divide model.dim={dim}; "
-                "choose another number or set model.dim_head"
-            )
-        return given | {"dim_head": dim // heads}
-
-    @model_validator(mode="after")
-    def _levels_make_an_hourglass(self) -> ModelConfig:
-        *outer, inner = self.levels
-        for index, level in enumerate(self.levels):
-            if index == 0 and level.shorten != 1:
-                raise ValueError(
-                    "model.levels.0.shorten: level 0 is full resolution: "
-                    f"expected 1, given {level.shorten}"
-                )
-            if index > 0 and level.shorten < 2:
-                raise ValueError(
-                    f"model.levels.{index}.shorten: expected 2 or more, given {level.shorten}"
-                )
-        for index, level in enumerate(outer):
-            if isinstance(level.layers, int):
-                raise ValueError(
-                    f"model.levels.{index}.layers: a level with another one inside takes "
-                    f"[pre, post], given {level.layers}"
-                )
-        if not isinstance(inner.layers, int):
-            raise ValueError(
-                f"model.levels.{len(outer)}.layers: the innermost level takes one number, "
-                f"given {inner.layers}"
-            )
-        return self
-
-    @property
-    def strides(self) -> list[int]:
-        """Full-resolution tokens under one position, level by level."""
-        strides, stride = [], 1
-        for level in self.levels:
-            stride *= level.shorten
-            strides.append(stride)
-        return strides
-
-    @property
-    def hierarchy(self) -> str:
-        """The paper's notation, e.g. ``4@1 8@3 4@1`` (layers @ stride; Nawrot et al. 2021, arXiv
-        2110.13711)."""
-        down = [
-            f"{level.pre}@{stride}" for level, stride in zip(self.levels, self.strides, strict=True)
-        ]
-        up = [
-            f"{level.post}@{stride}"
-            for level, stride in zip(self.levels, self.strides, strict=True)
-        ]
-        return " ".join(down + up[-2::-1])
-
-    @classmethod
-    def from_lucidrains(
-        cls,
-        *,
-        num_tokens: int,
-        dim: int,
-        max_seq_len: int,
-        depth: int | Sequence[Any],
-        shorten_factor: int | Sequence[int] | None = None,
-        heads: int = 8,
-        dim_head: int = 64,
-        attn_resampling: bool = True,
-        updown_sample_type: str = "naive",
-        causal: bool = True,
-    ) -> ModelConfig:
-        """The settings of ``HourglassTransformerLM(**kwargs)`` of hourglass-transformer-pytorch
-        0.0.6.
-
-        ``depth`` nests as ``(pre, inner, post)``, lists or tuples; ``shorten_factor`` is one number
-        for every nesting, or one for each. Raises ConfigError when they do not fit together.
-        """
-        levels: list[dict[str, Any]] = []
-        shorten, rest = 1, depth
-        factors = iter(
-            [shorten_factor] * 64 if isinstance(shorten_factor, int) else list(shorten_factor or ())
-        )
-        while not isinstance(rest, int):
-            if len(rest) != 3:
-                raise ConfigError(
-                    f"depth: expected (pre, inner, post) or one number, given {rest!r}"
-                )
-            pre, rest, post = rest
-            levels.append({"layers": [pre, post], "shorten": shorten})
-            shorten = next(factors, 2 if shorten_factor is None else 0)
-            if shorten == 0:
-                raise ConfigError(
-                    f"shorten_factor: {shorten_factor!r} has fewer numbers than depth has nestings"
-                )
-        levels.append({"layers": rest, "shorten": shorten})
-        if not isinstance(shorten_factor, int) and next(factors, None) is not None:
-            raise ConfigError(
-                f"shorten_factor: {shorten_factor!r} has more numbers than depth has nestings"
-            )
-        settings = {
-            "dim": dim,
-            "heads": heads,
-            "dim_head": dim_head,
-            "levels": levels,
-            "max_seq_len": max_seq_len,
-            "vocab_size": num_tokens,
-            "resampling": updown_sample_type,
-            "attention_resampling": attn_resampling,
-            "causal": causal,
-        }
-        return parse(cls, settings, source="from_lucidrains", prefix="model")
+    isolate_documents: bool = False
+    """Documents that share a row do not see each other."""
 
 
 class OptimConfig(Section):
@@ -252,6 +82,9 @@ class TrainConfig(Section):
     the world size."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """``bf16``: bf16 weights with fp32 master weights at ZeRO stages 1-3, autocast at stage 0."""
+    activation_memory: PositiveFloat | None = None
+    """GiB that the activations of one micro batch may take on one rank; what levels with
+    ``activation_checkpointing: auto`` are chosen for."""
 
 
 class EvalConfig(Section):
@@ -333,15 +166,21 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _sections_fit_together(self) -> Config:
-        if self.data.seq_len > self.model.max_seq_len:
+        longest = self.model.max_seq_len
+        if longest is not None and self.data.seq_len > longest:
             raise ValueError(
                 f"data.seq_len: {self.data.seq_len} is longer than the position table, "
-                f"model.max_seq_len={self.model.max_seq_len}"
+                f"model.max_seq_len={longest}"
             )
         if self.data.batch_size % self.train.micro_batch_size:
             raise ValueError(
                 f"train.micro_batch_size: {self.train.micro_batch_size} does not divide "
                 f"data.batch_size={self.data.batch_size}"
+            )
+        auto = any(level.activation_checkpointing == "auto" for level in self.model.levels)
+        if auto and self.train.activation_memory is None:
+            raise ValueError(
+                "train.activation_memory: activation_checkpointing: auto needs a budget in GiB"
             )
         if not self.model.causal:
             raise ValueError(

@@ -1,11 +1,13 @@
 """The only importer of deepspeed: a model on this rank's device becomes an engine with four verbs.
 
-    step(tokens_BL, targets_BL, step)  ->  StepResult     one optimizer step on this rank's rows
-    eval_loss(tokens_BL, targets_BL)   ->  (nll, tokens)  no gradient, nothing changed
-    save(folder)                       this rank's part of the whole training state
-    load(folder)                       the state, whichever stage and world size wrote it
+    step(rows, step)  ->  StepResult     one optimizer step on this rank's rows
+    eval_loss(rows)   ->  (nll, tokens)  no gradient, nothing changed
+    save(folder)      this rank's part of the whole training state
+    load(folder)      the state, whichever stage and world size wrote it
 
-Legend: B rows of this rank, L tokens of a row.
+Rows are a mapping of tensors that begin with B, the rows of this rank: the arguments of the model,
+which returns its loss: ``model(**rows) -> (nats summed over the targets that count, how many those
+are)``.
 
 DeepSpeed 0.19.8 is used for what it is good at, sharding and communication. Batch sizes, clipping
 and precision are derived from our settings; the learning rate and the checkpoint files are ours,
@@ -18,7 +20,7 @@ import logging
 import math
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -40,8 +42,8 @@ deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
-LossFunction = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
-"""(model output, targets_BL) -> (nats summed over the targets that count, how many those are)."""
+Rows = Mapping[str, Tensor | None]
+"""Arguments of the model: ``targets_BL`` and whatever it reads."""
 
 
 class StepResult(NamedTuple):
@@ -81,10 +83,7 @@ class Engine:
     Raises ConfigError when the settings do not fit the world size.
     """
 
-    def __init__(
-        self, model: nn.Module, loss: LossFunction, config: Config, world: dist.World
-    ) -> None:
-        self._loss = loss
+    def __init__(self, model: nn.Module, config: Config, world: dist.World) -> None:
         self._config = config
         self._world = world
         self._accumulation = config.accumulation_steps(world.size)
@@ -98,7 +97,7 @@ class Engine:
         )
         self._module: nn.Module = self._engine.module
 
-    def step(self, tokens_BL: Tensor, targets_BL: Tensor, step: int) -> StepResult:
+    def step(self, rows: Rows, step: int) -> StepResult:
         """One optimizer step, number ``step`` (0 is the first), on this rank's rows of the global
         batch.
 
@@ -113,14 +112,9 @@ class Engine:
         norm = math.nan
         nll = torch.zeros((), dtype=torch.float64, device=self._world.device)
         count = torch.zeros((), dtype=torch.float64, device=self._world.device)
-        rows = self._config.train.micro_batch_size
-        assert len(tokens_BL) == rows * self._accumulation, "batch and settings disagree"
-        for tokens, targets in zip(
-            torch.split(tokens_BL, rows), torch.split(targets_BL, rows), strict=True
-        ):
-            tokens, targets = self._place(tokens, targets)
-            micro_nll, micro_count = self._loss(self._engine(tokens), targets)
-            self._engine.backward(micro_nll / targets.numel())
+        for micro in self._micro_batches(rows):
+            micro_nll, micro_count = self._engine(**micro)
+            self._engine.backward(micro_nll / micro["targets_BL"].numel())
             if self.stage == 0 and self._engine.is_gradient_accumulation_boundary():
                 norm = self._clip()
             self._engine.step()
@@ -138,15 +132,23 @@ class Engine:
         return float(nn.utils.clip_grad_norm_(trained, limit))
 
     @torch.no_grad()
-    def eval_loss(self, tokens_BL: Tensor, targets_BL: Tensor) -> tuple[float, int]:
+    def eval_loss(self, rows: Rows) -> tuple[float, int]:
         """(nats summed, targets scored) of this rank's rows."""
         self._engine.eval()
-        tokens, targets = self._place(tokens_BL, targets_BL)
-        nll, count = self._loss(self._engine(tokens), targets)
+        nll, count = self._engine(**self._place(rows))
         return nll.item(), int(count)
 
-    def _place(self, *tensors: Tensor) -> list[Tensor]:
-        return [tensor.to(self._world.device, non_blocking=True) for tensor in tensors]
+    def _micro_batches(self, rows: Rows) -> Iterator[dict[str, Tensor]]:
+        size = self._config.train.micro_batch_size
+        there = {name: tensor for name, tensor in rows.items() if tensor is not None}
+        assert len(there["targets_BL"]) == size * self._accumulation, "batch and settings disagree"
+        for first in range(0, size * self._accumulation, size):
+            yield self._place({name: t[first : first + size] for name, t in there.items()})
+
+    def _place(self, rows: Rows) -> dict[str, Tensor]:
+        device = self._world.device
+        there = {name: tensor for name, tensor in rows.items() if tensor is not None}
+        return {name: tensor.to(device, non_blocking=True) for name, tensor in there.items()}
 
     # --- state ---------------------------------------------------------------------------------
 

@@ -9,7 +9,7 @@ first ones of each row see little context, as they do in training.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +22,9 @@ from hourglass_dist.data.shards import Manifest
 from hourglass_dist.data.stream import Batch, held_out_rows
 from hourglass_dist.data.tokenizer import require_same
 from hourglass_dist.export import load_export
-from hourglass_dist.model.hourglass import sum_loss
+
+Rows = Mapping[str, Tensor | None]
+"""``Batch.rows``: the arguments of a model."""
 
 
 @dataclass(frozen=True)
@@ -51,17 +53,16 @@ def count_bytes(targets_BL: Tensor, byte_lengths_V: np.ndarray) -> int:
 
 
 def evaluate(
-    loss: Callable[[Tensor, Tensor], tuple[float, int]],
+    loss: Callable[[Rows], tuple[float, int]],
     batches: Iterable[Batch],
     byte_lengths_V: np.ndarray,
     world: dist.World,
 ) -> Score:
-    """Score this rank's batches with ``loss(tokens_BL, targets_BL) -> (nats, targets)`` and sum
-    over ranks."""
+    """Score this rank's batches with ``loss(batch.rows) -> (nats, targets)`` and sum over ranks."""
     nats, tokens, size = 0.0, 0, 0
     rest = iter(batches)
     while batch := dist.together(lambda: next(rest, None), world.device):
-        batch_nats, batch_tokens = loss(batch.tokens_BL, batch.targets_BL)
+        batch_nats, batch_tokens = loss(batch.rows)
         nats += batch_nats
         tokens += batch_tokens
         size += count_bytes(batch.targets_BL, byte_lengths_V)
@@ -81,11 +82,12 @@ def evaluate_export(folder: Path, dataset: Path, batch_size: int) -> Score:
     model.to(world.device)
 
     @torch.no_grad()
-    def loss(tokens_BL: Tensor, targets_BL: Tensor) -> tuple[float, int]:
-        logits_BLV = model(tokens_BL.to(world.device))
-        nats, count = sum_loss(logits_BLV, targets_BL.to(world.device))
+    def loss(rows: Rows) -> tuple[float, int]:
+        there = {name: t.to(world.device) for name, t in rows.items() if t is not None}
+        nats, count = model(**there)
         return float(nats), int(count)
 
     length = int(about["trained"]["data"]["seq_len"])
-    rows = held_out_rows(manifest, "heldout", length, batch_size, world.rank, world.size)
+    isolates = bool(about["trained"]["isolate_documents"])
+    rows = held_out_rows(manifest, "heldout", length, batch_size, world.rank, world.size, isolates)
     return evaluate(loss, rows, tokenizer.byte_lengths(), world)

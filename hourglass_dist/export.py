@@ -31,7 +31,7 @@ from hourglass_dist.model.hourglass import HourglassLM
 from hourglass_dist.model.interop import lucidrains_kwargs, to_lucidrains
 from hourglass_dist.sections import parse
 
-FORMAT = 1
+FORMAT = 2
 Format = Literal["hourglass", "lucidrains"]
 
 
@@ -82,6 +82,7 @@ def _origin(config: Config, progress: checkpoint.Progress, tokenizer: Tokenizer)
         "tokenizer": asdict(tokenizer.fingerprint),
         "trained": {
             "step": progress.step,
+            "isolate_documents": config.data.isolate_documents,
             "tokens": progress.step * config.data.batch_size * config.data.seq_len,
             "data": progress.data,
         },
@@ -114,8 +115,8 @@ def load_export(folder: Path) -> tuple[HourglassLM, Tokenizer, dict[str, Any]]:
         version = about["format"]
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise ValueError(f"{folder}: not a readable export: {error}") from None
-    if version > FORMAT:
-        raise ValueError(f"{folder}: written by a newer version: format {version}, known {FORMAT}")
+    if version != FORMAT:
+        raise ValueError(f"{folder}: written by another version: format {version}, known {FORMAT}")
     if "model" not in about:
         raise ValueError(f"{folder}: exported for another package (--format lucidrains)")
     config = parse(ModelConfig, about["model"], source=str(folder / "config.json"), prefix="model")

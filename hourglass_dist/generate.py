@@ -1,6 +1,7 @@
-"""Text from an export: prompt bytes -> ids -> one forward pass and one draw per new token -> text.
+"""Text from an export: prompt bytes -> ids -> one pass over the prompt -> a step and a draw for
+every new token -> text.
 
-In names: L tokens of the context, V vocabulary.
+In names: V vocabulary.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from hourglass_dist.data.tokenizer import StreamDecoder
 from hourglass_dist.export import load_export
+from hourglass_dist.model.decode import Cache, prefill, step
 from hourglass_dist.model.hourglass import HourglassLM
 
 
@@ -68,30 +70,34 @@ def generate(
     """Up to ``max_new_tokens`` ids that continue ``context``; ends before ``eos_id``.
 
     ``context`` is one id or more: training text begins with the end-of-text id, so prompts should.
-    Ids from ``vocab_size`` on (the tokenizer's, where the model has spare rows) are never drawn.
-    Puts ``model`` into evaluation mode. Raises ValueError for an empty context.
+    Ids from ``vocab_size`` on (the tokenizer's, where the model has spare rows) are never drawn. A
+    model with a table of positions forgets the older half of a text that fills it. Puts ``model``
+    into evaluation mode. Raises ValueError for an empty context.
     """
     if not context:
         raise ValueError("generate: expected at least one token of context, given none")
-    model.eval()
+    room, stride = model.config.max_seq_len, model.config.strides[-1]
+    device = model.tokens.weight.device
     ids = list(context)
-    for _ in range(max_new_tokens):
-        logits_V = next_logits(model, ids)[:vocab_size]
-        token = sample(logits_V, temperature, top_k, top_p, generator)
+
+    def read(start: int) -> tuple[Tensor, Cache]:
+        return prefill(model, torch.tensor([ids[start:]], device=device))
+
+    begin = 0 if room is None else context_start(len(ids), room, stride)
+    logits_1V, cache = read(begin)
+    for left in range(max_new_tokens, 0, -1):
+        token = sample(logits_1V[0, :vocab_size], temperature, top_k, top_p, generator)
         if token == eos_id:
             return
-        ids.append(token)
         yield token
-
-
-@torch.no_grad()
-def next_logits(model: HourglassLM, ids: Sequence[int]) -> Tensor:
-    """(V,): logits of the token after ``ids``, of which the model sees as many as have room."""
-    start = context_start(len(ids), model.config.max_seq_len, model.config.strides[-1])
-    device = model.tokens.weight.device
-    tokens_1L = torch.tensor([ids[start:]], dtype=torch.int64, device=device)
-    logits_V: Tensor = model(tokens_1L)[0, -1]
-    return logits_V
+        if left == 1:
+            return
+        ids.append(token)
+        if room is not None and len(ids) - begin > room:  # the table is full: keep half of the text
+            begin = context_start(len(ids), max(1, room // 2), stride)
+            logits_1V, cache = read(begin)
+        else:
+            logits_1V = step(model, torch.tensor([token], device=device), cache)
 
 
 def context_start(length: int, room: int, stride: int) -> int:

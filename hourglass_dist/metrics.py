@@ -26,6 +26,7 @@ from hourglass_dist.data.stream import Batch
 from hourglass_dist.engine import StepResult
 from hourglass_dist.evaluate import Score, count_bytes
 from hourglass_dist.files import replace
+from hourglass_dist.model.layout import missed_buckets
 
 
 class Metrics:
@@ -58,7 +59,8 @@ class Metrics:
         if not (due(step, self._config.metrics.every) or step in (1, total)):
             return
         mine = count_bytes(batch.targets_BL, self._byte_lengths_V)
-        [size] = dist.sum_over_ranks([mine], self._world.device)
+        buckets = missed_buckets(self._config.model, batch.tokens_BL, batch.documents_BL)
+        size, missed, wanted = dist.sum_over_ranks([mine, *buckets], self._world.device)
         values = {
             "train/loss": result.loss,
             "train/bits_per_byte": result.nll / math.log(2) / max(1.0, size),
@@ -66,6 +68,8 @@ class Metrics:
             "train/grad_norm": result.grad_norm,
             "train/tokens_per_second": self._clock.tokens_per_second,
         }
+        if wanted:  # buckets begin at words or documents: how many of those had no room
+            values["train/missed_buckets"] = missed / wanted
         if self._world.is_main:
             self._write(step, values)
             self._show(

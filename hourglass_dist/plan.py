@@ -31,7 +31,8 @@ from rich.console import Console
 from rich.table import Table
 
 from hourglass_dist.config import Config
-from hourglass_dist.model.cost import LevelCost, ModelCost, model_cost
+from hourglass_dist.model.cost import LevelCost, ModelCost, choose_checkpointing, model_cost
+from hourglass_dist.model_config import ModelConfig
 
 MASTER_BYTES, MOMENT_BYTES, SUM_BYTES = 4, 8, 4
 """Of one parameter: the fp32 weight, AdamW's two moments in fp32, the fp32 sum of its gradients."""
@@ -74,6 +75,8 @@ class Plan:
     """A run, its model's cost and that of one of its ranks."""
 
     config: Config
+    model: ModelConfig
+    """The model with activation checkpointing chosen where ``config`` says ``auto``."""
     world_size: int
     micro_batches: int
     """Of one rank, in one optimizer step."""
@@ -101,23 +104,47 @@ class Plan:
 def plan(config: Config, world_size: int) -> Plan:
     """The cost of ``config`` on ``world_size`` ranks.
 
-    Raises ConfigError when the batch cannot be dealt to that many ranks.
+    Raises ConfigError when the batch cannot be dealt to that many ranks, ValueError when activations
+    do not fit ``train.activation_memory`` whatever is recomputed.
     """
     micro_batches = config.accumulation_steps(world_size)
+    model = settle_checkpointing(config)
     cost = model_cost(
-        config.model,
+        model,
         config.data.seq_len,
         rows=config.train.micro_batch_size,
-        bytes_per_number=2 if config.train.precision == "bf16" else 4,
+        bytes_per_number=_number_bytes(config),
+        packed=config.data.isolate_documents,
     )
     return Plan(
         config=config,
+        model=model,
         world_size=world_size,
         micro_batches=micro_batches,
         cost=cost,
         memory=_memory(config, cost, world_size),
         traffic=_traffic(config, cost.trained_parameters, world_size, micro_batches),
     )
+
+
+def settle_checkpointing(config: Config) -> ModelConfig:
+    """The model of a run with activation checkpointing chosen where it says ``auto``.
+
+    Raises ValueError when nothing fits ``train.activation_memory``.
+    """
+    return choose_checkpointing(
+        config.model,
+        config.data.seq_len,
+        rows=config.train.micro_batch_size,
+        bytes_per_number=_number_bytes(config),
+        packed=config.data.isolate_documents,
+        budget=int((config.train.activation_memory or 0) * 2**30),
+    )
+
+
+def _number_bytes(config: Config) -> int:
+    """Of an activation."""
+    return 2 if config.train.precision == "bf16" else 4
 
 
 def _weight_bytes(config: Config) -> int:
@@ -173,10 +200,17 @@ def render(plan: Plan) -> str:
 def _headline(plan: Plan) -> str:
     config = plan.config
     return (
-        f"{config.model.hierarchy}, width {config.model.dim}: "
+        f"{config.model.hierarchy}, {_widths(config.model)}: "
         f"{plan.cost.parameters:,} parameters, rows of {config.data.seq_len} tokens, "
         f"{config.train.precision}, ZeRO-{config.deepspeed.stage}, ranks: {plan.world_size}"
     )
+
+
+def _widths(model: ModelConfig) -> str:
+    widths = [level.dim for level in model.levels]
+    if len(set(widths)) == 1:
+        return f"width {widths[0]}"
+    return "widths " + ", ".join(map(str, widths))
 
 
 def _level_table(plan: Plan) -> Table:
@@ -185,11 +219,13 @@ def _level_table(plan: Plan) -> Table:
     table.add_column("level")
     for name in ("stride", "parameters", "FLOPs/token", "share", "activations"):
         table.add_column(name, justify="right")
-    for part in cost.parts:
-        table.add_row(*_level_row(part, cost))
-    largest = max(part.recompute_bytes for part in cost.parts)
-    if largest:
-        table.add_row("one recomputed layer", "", "", "", "", show_bytes(largest))
+    table.add_column("checkpointing")
+    policies = [level.activation_checkpointing for level in plan.model.levels]
+    for part, policy in zip(cost.parts, [*policies, ""], strict=True):
+        table.add_row(*_level_row(part, cost), policy)
+    largest = max(cost.parts, key=lambda part: part.transient_bytes)
+    name = "loss, for a moment" if largest is cost.ends else "one recomputed layer"
+    table.add_row(name, "", "", "", "", show_bytes(largest.transient_bytes))
     table.add_section()
     total = f"{cost.parameters:,}", show_count(cost.flops_per_token), "100.0 %"
     table.add_row("all", "", *total, show_bytes(cost.activation_bytes))
@@ -244,7 +280,7 @@ def _summary(plan: Plan) -> str:
 
 
 def _recomputes(cost: ModelCost) -> bool:
-    return any(part.recompute_flops or part.recompute_bytes for part in cost.parts)
+    return cost.recompute_flops > 0
 
 
 def show_bytes(count: int) -> str:

@@ -213,9 +213,9 @@ def _explain(cls: type[Section], detail: Any, prefix: str) -> tuple[str, str]:
         return path, f"unknown key (given {given}){_nearest(cls, parts, prefix)}"
     if kind == "missing":
         return path, f"missing: {_describe(cls, parts)}"
-    if kind == "value_error":  # a sentence of our own validators; it starts with its path
-        path, _, message = str(context["error"]).partition(": ")
-        return path, message
+    if kind == "value_error":  # a sentence of our own validators; most start with a path
+        start, _, message = str(context["error"]).partition(": ")
+        return (path, str(context["error"])) if " " in start else (start, message)
     if kind == "literal_error":
         return path, f"expected {context['expected'].replace(chr(39), '')}, given {given}"
     for name, words in _LIMITS.items():

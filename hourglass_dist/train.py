@@ -27,7 +27,8 @@ from hourglass_dist.data.tokenizer import Tokenizer, load_tokenizer, require_sam
 from hourglass_dist.engine import Engine, StepResult, deepspeed_settings
 from hourglass_dist.evaluate import evaluate
 from hourglass_dist.metrics import Metrics, due
-from hourglass_dist.model.hourglass import HourglassLM, sum_loss
+from hourglass_dist.model.cost import choose_checkpointing
+from hourglass_dist.model.hourglass import HourglassLM
 from hourglass_dist.sections import print_error
 
 
@@ -56,7 +57,7 @@ def train(config: Config) -> None:
             run.close()
             return
     dist.together(lambda: run.record(config, tokenizer) if world.is_main else None, world.device)
-    engine = Engine(make_model(config, world), sum_loss, config, world)
+    engine = Engine(make_model(config, world), config, world)
     if found:
         engine.load(path)
     announce(config, world, step)
@@ -66,7 +67,7 @@ def train(config: Config) -> None:
     batches = stream.batches(start_row=step * config.data.batch_size)
     while step < config.train.steps:
         batch = dist.together(lambda: next(batches), world.device)
-        result = engine.step(batch.tokens_BL, batch.targets_BL, step)
+        result = engine.step(batch.rows, step)
         check_finite(result, step, batch)
         step += 1
         metrics.record(step, result, batch)
@@ -116,6 +117,7 @@ def open_stream(config: Config, manifest: Manifest, world: dist.World) -> Stream
         config.run.seed,
         world.rank,
         world.size,
+        config.data.isolate_documents,
     )
 
 
@@ -128,8 +130,15 @@ def check_progress(progress: Progress, stream: Stream, tokenizer: Tokenizer, pat
 
 def make_model(config: Config, world: dist.World) -> HourglassLM:
     """The model on this rank's device, the same weights on every rank."""
+    settled = choose_checkpointing(
+        config.model,
+        config.data.seq_len,
+        rows=config.train.micro_batch_size,
+        bytes_per_number=2 if config.train.precision == "bf16" else 4,
+        budget=int((config.train.activation_memory or 0) * 2**30),
+    )
     with torch.device("meta"):
-        model = HourglassLM(config.model)
+        model = HourglassLM(settled)
     model.to_empty(device=world.device)
     model.init_weights(config.run.seed)
     return model
@@ -137,8 +146,10 @@ def make_model(config: Config, world: dist.World) -> HourglassLM:
 
 def held_out(config: Config, manifest: Manifest, world: dist.World) -> Iterator[Batch]:
     """This rank's part of the held-out split, every token once over all ranks."""
-    length, rows = config.data.seq_len, config.eval.batch_size
-    return held_out_rows(manifest, "heldout", length, rows, world.rank, world.size)
+    data, rows = config.data, config.eval.batch_size
+    return held_out_rows(
+        *(manifest, "heldout", data.seq_len, rows, world.rank, world.size, data.isolate_documents)
+    )
 
 
 def check_finite(result: StepResult, step: int, batch: Batch) -> None:

@@ -58,13 +58,19 @@ def words(count: int, seed: int = 0) -> list[str]:
     ]
 
 
-def plain_webdataset(manifest: Manifest, split: Split) -> Iterator[tuple[Any, dict[str, Any]]]:
-    """(ids, json) of every block of a split, read by nothing but webdataset."""
+def blocks_of(manifest: Manifest, split: Split) -> Iterator[tuple[Any, dict[str, Any], Any]]:
+    """(ids, json, document ends) of every block of a split, read by nothing but webdataset."""
     for shard in manifest.split(split):
         path = str(manifest.folder / shard.path)
         for sample in webdataset.WebDataset(path, shardshuffle=False):
             ids = np.frombuffer(sample[f"tokens.{manifest.dtype}"], dtype_of(manifest.dtype))
-            yield ids.astype(np.int64), json.loads(sample["json"])
+            ends = np.frombuffer(sample["ends.u32"], "<u4")
+            yield ids.astype(np.int64), json.loads(sample["json"]), ends.astype(np.int64)
+
+
+def plain_webdataset(manifest: Manifest, split: Split) -> Iterator[tuple[Any, dict[str, Any]]]:
+    """(ids, json) of every block of a split."""
+    yield from ((ids, about) for ids, about, _ in blocks_of(manifest, split))
 
 
 def refusal(call: Callable[[], object]) -> str:

@@ -18,20 +18,20 @@ from toy import make_batch, make_config, make_model
 
 from hourglass_dist import dist
 from hourglass_dist.engine import Engine
-from hourglass_dist.model.hourglass import sum_loss
 
 
 def run(case: dict[str, Any], world: dist.World) -> dict[str, Any]:
     config = make_config(case["stage"], case.get("precision", "fp32"))
-    engine = Engine(make_model(config), sum_loss, config, world)
+    engine = Engine(make_model(config), config, world)
     if "load" in case:
         engine.load(Path(case["load"]))
     losses, norms = [], []
-    rows = config.data.batch_size // world.size
+    size = config.data.batch_size // world.size
     for step in range(case.get("first", 0), case["steps"]):
         tokens, targets = make_batch(step, config)
-        share = slice(world.rank * rows, (world.rank + 1) * rows)
-        result = engine.step(tokens[share], targets[share], step)
+        share = slice(world.rank * size, (world.rank + 1) * size)
+        rows = {"tokens_BL": tokens[share], "targets_BL": targets[share]}
+        result = engine.step(rows, step)
         losses.append(result.loss)
         norms.append(result.grad_norm)
     if "save" in case:
@@ -39,7 +39,8 @@ def run(case: dict[str, Any], world: dist.World) -> dict[str, Any]:
         folder.mkdir(parents=True, exist_ok=True)
         engine.save(folder)
         dist.barrier()
-    nll, count = engine.eval_loss(*make_batch(10_000, config))
+    tokens, targets = make_batch(10_000, config)
+    nll, count = engine.eval_loss({"tokens_BL": tokens, "targets_BL": targets})
     return {"losses": losses, "norms": norms, "eval": nll / count}
 
 

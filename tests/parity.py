@@ -1,7 +1,8 @@
 """``HourglassLM`` against ``hourglass-transformer-pytorch`` 0.0.6 over a table of configurations.
 
-``python -m tests.parity`` prints the table; ``test_model_parity.py`` holds every row to the limits.
-Weights are random, norms and biases too, and go to and from the reference through ``interop``.
+``python -m tests.parity`` prints the table, and then the examples of the reference's README at
+their own sizes; ``test_model_parity.py`` holds every row to the limits. Weights are random, norms
+and biases too, and go to and from the reference through ``interop``.
 """
 
 from __future__ import annotations
@@ -137,6 +138,77 @@ def compare(theirs: HourglassTransformerLM, ours: HourglassLM) -> Difference:
     )
 
 
+# --- the README of the reference -----------------------------------------------------------------
+
+LEVELS_OF_MANY = {"num_tokens": 20_000, "dim": 512, "max_seq_len": 1024, "causal": False}
+README: dict[str, dict[str, Any]] = {
+    "usage": {
+        "num_tokens": 256,
+        "dim": 512,
+        "max_seq_len": 1024,
+        "heads": 8,
+        "dim_head": 64,
+        "shorten_factor": 2,
+        "depth": (4, 2, 4),
+    },
+    "nested": {
+        "num_tokens": 256,
+        "dim": 512,
+        "max_seq_len": 1024,
+        "shorten_factor": (2, 4),
+        "depth": (4, (2, 1, 2), 3),
+    },
+    "funnel": LEVELS_OF_MANY
+    | {"attn_resampling": False, "shorten_factor": 2, "depth": (2, (2, (2, 2, 2), 2), 2)},
+    "images": {
+        "num_tokens": 256,
+        "dim": 512,
+        "max_seq_len": 1024,
+        "shorten_factor": 2,
+        "depth": (4, 2, 4),
+        "updown_sample_type": "linear",
+        "causal": False,
+    },
+    "encoder": LEVELS_OF_MANY | {"shorten_factor": 2, "depth": (4, 2, 4)},
+    "enwik8": {
+        "num_tokens": 256,
+        "dim": 512,
+        "max_seq_len": 512,
+        "depth": (4, 2, 4),
+        "shorten_factor": 2,
+        "heads": 8,
+    },
+}
+"""The six models of its README (the last is that of its train.py). ``images`` runs the hourglass
+alone, on vectors; ``encoder`` gets a mask of ones."""
+
+
+def compare_readme(name: str, length: int) -> tuple[float, float]:
+    """(largest difference of the outputs, from their weights and from ours) in fp32, weights as
+    each package first draws them."""
+    torch.manual_seed(0)
+    config = ModelConfig.from_lucidrains(**README[name])
+    differences = []
+    for from_theirs in (True, False):
+        theirs, ours = HourglassTransformerLM(**README[name]), HourglassLM(config)
+        if from_theirs:
+            from_lucidrains(theirs.state_dict(), ours)
+        else:
+            theirs.load_state_dict(to_lucidrains(ours), strict=True)
+        with torch.no_grad():
+            if name == "images":
+                x_BLD = torch.randn(1, length, config.dim)
+                theirs.transformer.norm_out = torch.nn.Identity()
+                stages = ours.stages(x_BLD, torch.zeros(1, length, dtype=torch.int64))
+                found = theirs.transformer(x_BLD), ours.hourglass(x_BLD, stages)
+            else:
+                tokens_BL = torch.randint(config.vocab_size, (1, length))
+                mask_BL = torch.ones_like(tokens_BL).bool() if name == "encoder" else None
+                found = theirs(tokens_BL, mask=mask_BL), ours(tokens_BL, mask_BL)
+        differences.append(float((found[0] - found[1]).abs().max()))
+    return differences[0], differences[1]
+
+
 def main() -> None:
     """Print the table."""
     print(
@@ -154,6 +226,10 @@ def main() -> None:
         print(f"{case} {cells[0]} {cells[1]} {sizes}")
     for dtype, limit in LIMITS.items():
         print(f"worst of {len(CASES)} in {dtype}: {worst[dtype]:.1e} (limit {limit:.0e})")
+    print("\nthe README's examples, fp32: largest difference with its weights, with ours")
+    for name, kwargs in README.items():
+        theirs, ours = compare_readme(name, kwargs["max_seq_len"])
+        print(f"{name:8} {kwargs['max_seq_len']:5} tokens  {theirs:.1e}  {ours:.1e}")
 
 
 if __name__ == "__main__":

@@ -18,11 +18,30 @@ PACKAGES = ("hourglass_dist", "data_tools")
 
 # A file imports files above it, never one below. A new file is given its place here.
 ORDER = [
-    *("sections", "config", "files", "dist"),
+    *("sections", "model_config", "config", "files", "dist"),
     *("data.tokenizer", "data.shards", "data.write", "data.order", "data.stream"),
-    *("model.linear", "model.layers", "model.resample", "model.hourglass", "model.cost"),
-    *("model.interop", "optim", "fragments", "engine", "checkpoint", "export", "evaluate"),
-    *("metrics", "train", "generate", "plan", "cli"),
+    *("model.layout", "model.attend", "model.linear", "model.norms", "model.layers"),
+    *(
+        "model.pool",
+        "model.resample",
+        "model.recompute",
+        "model.head",
+        "model.hourglass",
+        "model.decode",
+    ),
+    *(
+        "model.cost_parts",
+        "model.cost",
+        "model.interop",
+        "optim",
+        "fragments",
+        "engine",
+        "checkpoint",
+        "export",
+        "evaluate",
+    ),
+    *("metrics", "train", "generate", "plan"),
+    *("bench.shared", "bench.model", "bench.decode", "bench.compare", "cli"),
 ]
 FOR_DATA_TOOLS = ("data", "sections", "files")
 LONGEST_FUNCTION = 60

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from hourglass_dist.config import Config, ModelConfig, load
-from hourglass_dist.sections import ConfigError, differences, paths, to_yaml
+from hourglass_dist.sections import ConfigError, differences, parse, paths, to_yaml
 
 QUICKSTART = Path(__file__).parents[1] / "configs" / "quickstart.yaml"
 
@@ -62,6 +62,16 @@ def test_every_way_to_write_a_number(text: str, value: float) -> None:
         ("deepspeed.zero_optimization.stagge=3", "did you mean deepspeed.zero_optimization.stage?"),
         ("deepspeed.zero_optimization.round_robin_gradients=true", "unknown key (given true)"),
         ("model.heads=5", "model.heads: 5 heads do not divide model.dim=128"),
+        ("model.levels.1.dim=100", "model.levels.1.dim: 100 is narrower than the level outside"),
+        ("model.levels.1.heads=5", "heads: 5 heads do not divide model.levels.1.dim=128"),
+        ("model.levels.0.window=0", "model.levels.0.window: expected at least 1, given 0"),
+        ("model.levels.0.shorten=2", "level 0 is full resolution: expected 1"),
+        ("model.levels.0.activation_checkpointing=some", "expected none, full, selective, offload"),
+        ("model.levels.1.pooling=spacelike", "buckets of spacelike have no fixed size"),
+        ("model.levels.1.shorten_choices=[2,3]", "a linear projection has one size of bucket"),
+        ("model.max_seq_len=null", "learned positions need the length of their table"),
+        ("model.causal=false", "training and generation need a causal model, given false"),
+        ("model.hierarchy=4@1", "give either hierarchy or levels, not both"),
         ("deepspeed.train_batch_size=3", "deepspeed.train_batch_size: unknown key (given 3)"),
         ("optim=3", "optim: expected a mapping, given 3"),
         ("model=null", "model: expected a mapping, given null"),
@@ -75,6 +85,18 @@ def test_a_mistake_is_one_clear_line(override: str, expected: str) -> None:
     assert expected in line
 
 
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("model.levels.0.activation_checkpointing=auto", "auto needs a budget in GiB"),
+        ("model.positions=rope", "model.max_seq_len: rope positions have no table; leave it out"),
+    ],
+)
+def test_a_mistake_that_shows_elsewhere_names_that_place(override: str, expected: str) -> None:
+    [line] = mistakes(override)
+    assert expected in line
+
+
 def test_a_key_given_twice_is_refused() -> None:
     assert mistakes("train.steps=3", "train.steps=4") == [
         "command line: train.steps: given 2 times"
@@ -82,8 +104,12 @@ def test_a_key_given_twice_is_refused() -> None:
 
 
 def test_the_width_of_a_head_follows_from_the_width() -> None:
-    assert load(QUICKSTART, ["model.dim=96", "model.heads=3"]).model.dim_head == 32
-    assert load(QUICKSTART, ["model.heads=3", "model.dim_head=20"]).model.dim_head == 20
+    def heads_of(*overrides: str) -> list[int]:
+        return [level.dim_head for level in load(QUICKSTART, overrides).model.levels]
+
+    assert heads_of("model.dim=96", "model.heads=3") == [32, 32]
+    assert heads_of("model.heads=3", "model.dim_head=20") == [20, 20]
+    assert heads_of("model.levels.1.dim=192", "model.levels.1.heads=2") == [32, 96]
 
 
 def test_all_mistakes_are_reported_at_once() -> None:
@@ -130,6 +156,52 @@ def test_every_setting_is_documented() -> None:
     assert undocumented == []
 
 
+def of_hierarchy(notation: object, **more: object) -> ModelConfig:
+    settings = {"dim": 64, "max_seq_len": 64, "hierarchy": notation, **more}
+    return parse(ModelConfig, settings, source="test", prefix="model")
+
+
+@pytest.mark.parametrize("notation", ["3@1", "4@1 8@3 4@1", "4@1 2@2 8@6 2@2 4@1"])
+def test_the_papers_notation_is_read_and_printed(notation: str) -> None:
+    assert of_hierarchy(notation).hierarchy == notation
+
+
+@pytest.mark.parametrize(
+    ("notation", "expected"),
+    [
+        ("4@1 8@3 2@1", "is no palindrome; for other shapes give model.levels"),
+        ("4@1 8@3", "is no palindrome"),
+        ("4@1 8@3 8@3 4@1", "is no palindrome"),
+        ("4@2 8@4 4@2", "level 0 is full resolution: expected stride 1, given 2"),
+        ("4@1 2@2 8@3 2@2 4@1", "level 2: stride 3 is no multiple of the stride outside, 2"),
+        ("4@1 8@1 4@1", "level 1: stride 1 is no multiple of the stride outside, 1"),
+        ("4x1", "expected layers@stride, outermost first, such as '4@1 8@3 4@1', given '4x1'"),
+        (4, "expected layers@stride"),
+    ],
+)
+def test_a_wrong_hierarchy_is_one_clear_line(notation: object, expected: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        of_hierarchy(notation)
+    assert expected in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("more", "expected"),
+    [
+        ({"positions": "rope", "max_seq_len": None, "attention_resampling": "earlier"}, "earlier"),
+        ({"positions": "relative", "max_seq_len": None, "dim_head": 7}, "need an even width"),
+        ({"causal": False, "attention_resampling": "earlier"}, "model.causal: an encoder takes"),
+        ({"legacy_mask": True, "attention_resampling": "earlier"}, "only for what the seed has"),
+    ],
+)
+def test_options_that_contradict_each_other_are_refused(
+    more: dict[str, object], expected: str
+) -> None:
+    with pytest.raises(ConfigError, match=expected):
+        of_hierarchy("2@1 4@2 2@1", **more)
+
+
 def test_the_papers_notation() -> None:
     nested = ModelConfig.from_lucidrains(
         num_tokens=256, dim=64, max_seq_len=64, depth=(4, [2, 8, 2], 4), shorten_factor=(2, 4)
@@ -146,7 +218,7 @@ def test_the_papers_notation() -> None:
         ({"depth": (1, 2)}, "expected (pre, inner, post)"),
         ({"depth": (1, (1, 2, 1), 1), "shorten_factor": (2,)}, "fewer numbers than depth"),
         ({"shorten_factor": (2, 4)}, "more numbers than depth"),
-        ({"updown_sample_type": "cubic"}, "model.resampling: expected naive or linear"),
+        ({"updown_sample_type": "cubic"}, "updown_sample_type: expected naive or linear"),
         ({"dim": "wide"}, "model.dim: expected a whole number"),
     ],
 )

@@ -12,7 +12,6 @@ from ranks import run_worker
 from toy import make_batch, make_config, make_model
 
 from hourglass_dist import optim
-from hourglass_dist.model.hourglass import sum_loss
 from hourglass_dist.sections import ConfigError
 
 
@@ -37,7 +36,7 @@ def plain_pytorch(steps: int) -> list[float]:
         tokens, targets = make_batch(step, config)
         for group in optimizer.param_groups:
             group["lr"] = optim.learning_rate(step, config.optim, config.train.steps)
-        nll, count = sum_loss(model(tokens), targets)
+        nll, count = model(tokens, targets_BL=targets)
         (nll / targets.numel()).backward()
         torch.nn.utils.clip_grad_norm_(
             [p for p in model.parameters() if p.requires_grad], config.optim.clip_grad_norm

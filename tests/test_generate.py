@@ -9,11 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
-from test_model_properties import build
+from zoo import LONGEST, make_config, make_model
 
-from hourglass_dist.config import LevelConfig, ModelConfig
 from hourglass_dist.data.tokenizer import ByteTokenizer
-from hourglass_dist.generate import context_start, generate, generate_text, next_logits, sample
+from hourglass_dist.generate import context_start, generate, generate_text, sample
 from hourglass_dist.model.hourglass import HourglassLM
 
 LOGITS = torch.tensor([0.5, 2.0, -1.0, 1.0, -40.0])
@@ -87,21 +86,25 @@ def test_a_position_table_shorter_than_a_stride_leaves_one_token() -> None:
     assert context_start(11, 10, 16) == 10
 
 
-def test_generation_continues_with_the_likeliest_tokens_beyond_the_position_table() -> None:
-    model = build("by 2, 4")  # strides of 8, room for 26
-    ids = [3, 1, 4]
-    for token in generate(model, list(ids), 40, temperature=0):
-        dropped = max(0, -(-(len(ids) - 26) // 8) * 8)
+@pytest.mark.parametrize("kind", ["seed", "modern, words"])
+def test_generation_continues_with_the_likeliest_tokens_however_long(kind: str) -> None:
+    """With a position table it goes on from the newer half of the text when the table is full."""
+    model = make_model(kind, "by 2, 4")  # strides of 8; a table of 48 for one of them
+    ids, begin = [3, 1, 4], 0
+    for token in generate(model, list(ids), 100, temperature=0):
+        if kind == "seed" and len(ids) - begin > LONGEST:
+            begin = context_start(len(ids), LONGEST // 2, 8)
         with torch.no_grad():
-            logits = model(torch.tensor([ids[dropped:]]))[0, -1]
+            logits = model(torch.tensor([ids[begin:]]))[0, -1]
         assert token == logits.argmax()
         ids.append(token)
-    assert len(ids) == 43
-    assert torch.equal(next_logits(model, ids), next_logits(model, ids[24:]))
+    assert len(ids) == 103
+    assert begin % 8 == 0
+    assert (begin > 0) == (kind == "seed")
 
 
 def test_generation_stops_before_the_end_of_text_and_never_leaves_the_vocabulary() -> None:
-    model = build("by 2")
+    model = make_model("seed")
     tokens = list(generate(model, [0], 30, temperature=0))
     stop = tokens[5]
     assert (
@@ -113,16 +116,15 @@ def test_generation_stops_before_the_end_of_text_and_never_leaves_the_vocabulary
 
 def test_generation_needs_something_to_continue() -> None:
     with pytest.raises(ValueError, match="at least one token of context, given none"):
-        next(generate(build("by 2"), [], 3))
+        next(generate(make_model("seed"), [], 3))
 
 
 @pytest.fixture
 def export(tmp_path: Path) -> Path:
     """A byte model that has not been trained, in the format of exports."""
-    levels = [LevelConfig(layers=[1, 1]), LevelConfig(layers=1, shorten=3)]
-    config = ModelConfig(dim=16, heads=2, dim_head=8, levels=levels, max_seq_len=20)
+    config = make_config("seed", "by 3", max_seq_len=20)
     tokenizer = ByteTokenizer()
-    about = {"format": 1, "model": config.model_dump(), "tokenizer": asdict(tokenizer.fingerprint)}
+    about = {"format": 2, "model": config.model_dump(), "tokenizer": asdict(tokenizer.fingerprint)}
     (tmp_path / "config.json").write_text(json.dumps(about))
     save_file(HourglassLM(config).state_dict(), tmp_path / "model.safetensors")
     tokenizer.save(tmp_path)

@@ -7,7 +7,18 @@ import math
 import pytest
 import torch
 from hourglass_transformer_pytorch import hourglass_transformer_pytorch as reference
-from parity import CASES, LENGTH, LIMITS, VOCAB, Case, compare, pair_from_ours, pair_from_reference
+from parity import (
+    CASES,
+    LENGTH,
+    LIMITS,
+    README,
+    VOCAB,
+    Case,
+    compare,
+    compare_readme,
+    pair_from_ours,
+    pair_from_reference,
+)
 
 from hourglass_dist.config import ModelConfig
 from hourglass_dist.model.hourglass import HourglassLM
@@ -90,7 +101,6 @@ def test_weights_of_another_model_are_refused_by_name(change, message: str) -> N
     assert all(torch.equal(before[name], tensor) for name, tensor in ours.state_dict().items())
 
 
-def test_a_model_that_the_reference_cannot_build_is_refused() -> None:
-    config = CASES[0].config.model_copy(update={"ff_mult": 2})
-    with pytest.raises(ValueError, match=r"model\.ff_mult: .* knows 4 only, given 2"):
-        to_lucidrains(HourglassLM(config))
+@pytest.mark.parametrize("name", README)
+def test_the_examples_of_its_readme_agree(name: str) -> None:
+    assert max(compare_readme(name, length=48)) < 1e-5

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from datasets import make, plain_webdataset, refusal, words
+from datasets import blocks_of, make, plain_webdataset, refusal, words
 
 from data_tools.tokenizer import train_tokenizer
 from hourglass_dist.data.shards import Manifest
@@ -88,6 +88,41 @@ def test_every_token_is_a_target_once_an_epoch(manifest: Manifest) -> None:
         real = Counter(t for ids, about in blocks for t in ids[: about["tokens"]].tolist())
         assert Counter(targets[targets >= 0].tolist()) == real
     batches.close()
+
+
+@pytest.mark.parametrize("seq_len", [4, 16, 64])
+def test_every_target_knows_its_document(manifest: Manifest, seq_len: int) -> None:
+    """Numbered by the ends that stand in the shards; off unless it is asked for."""
+    blocks = {
+        split: [(ids, about, ends) for ids, about, ends in blocks_of(manifest, split)]
+        for split in ("train", "heldout")
+    }
+    expected = {}
+    for split in blocks:
+        expected[split] = sorted(
+            (tuple(targets[real].tolist()), tuple((numbers - numbers[0])[real].tolist()))
+            for ids, about, ends in blocks[split]
+            for start in range(0, about["tokens"], seq_len)
+            for targets in [ids[start : start + seq_len]]
+            for numbers in [np.searchsorted(ends, np.arange(start, start + seq_len), "right")]
+            for real in [np.arange(start, start + seq_len) < about["tokens"]]
+        )
+    stream = Stream(manifest, "train", seq_len, 1, 5, isolate_documents=True)
+    found: dict[str, list[Batch]] = {
+        "train": list(islice(stream.batches(), stream.plan.total_rows)),
+        "heldout": list(held_out_rows(manifest, "heldout", seq_len, 3, isolate_documents=True)),
+    }
+    for split, batches in found.items():
+        rows = []
+        for batch in batches:
+            assert batch.documents_BL is not None
+            assert batch.documents_BL.dtype == torch.int64
+            assert (batch.documents_BL.diff(dim=1) >= 0).all()
+            for targets, documents in zip(batch.targets_BL, batch.documents_BL, strict=True):
+                real = targets >= 0
+                rows.append((tuple(targets[real].tolist()), tuple(documents[real].tolist())))
+        assert sorted(rows) == expected[split]
+    assert next(Stream(manifest, "train", seq_len, 1, 5).batches()).documents_BL is None
 
 
 def test_seeds_give_other_batches(manifest: Manifest) -> None:

@@ -32,6 +32,7 @@ def make_config(stage: int, precision: str = "fp32") -> Config:
             "dim_head": 7,
             "max_seq_len": LENGTH,
             "vocab_size": VOCAB,
+            "attention_resampling": "bucket",
             "levels": [
                 {"layers": [1, 1], "activation_checkpointing": "full"},
                 {"layers": 1, "shorten": 3},

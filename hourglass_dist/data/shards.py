@@ -277,6 +277,7 @@ class ShardReader:
         self._manifest = manifest
         self._shards: Sequence[Shard] = manifest.split(split)
         self._seq_len = seq_len
+        self.eos_id = manifest.eos_id
         self._dtype = dtype_of(manifest.dtype)
         self._open: OrderedDict[int, int] = OrderedDict()
         self._max_open = max_open
@@ -292,7 +293,7 @@ class ShardReader:
         before = 1 if start else 0
         tokens = self._read(shard, block, start - before, length + before).astype(np.int64)
         targets_L = tokens[before:]
-        first = tokens[:1] if before else np.array([self._manifest.eos_id], dtype=np.int64)
+        first = tokens[:1] if before else np.array([self.eos_id], dtype=np.int64)
         inputs_L = np.concatenate([first, targets_L[:-1]])
         real = self._shards[shard].tokens - row * length
         if real < length:

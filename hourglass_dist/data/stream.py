@@ -37,6 +37,18 @@ class Batch:
     """int64: what to predict; -100 where there is nothing."""
     row_ids: Int64s
     """The numbers of all B rows; -1 for rows that only fill a rank up."""
+    documents_BL: Tensor | None = None
+    """int64: which document of its row each target belongs to: 0, 1, 2, ... along the row. None
+    where documents are not kept apart."""
+
+    @property
+    def rows(self) -> dict[str, Tensor | None]:
+        """What a model reads, under the names of its arguments."""
+        return {
+            "tokens_BL": self.tokens_BL,
+            "targets_BL": self.targets_BL,
+            "documents_BL": self.documents_BL,
+        }
 
 
 class Stream:
@@ -51,10 +63,12 @@ class Stream:
         seed: int,
         rank: int = 0,
         world_size: int = 1,
+        isolate_documents: bool = False,
     ) -> None:
         """Plan the order and verify this rank's share of the shards (size and sha256).
 
-        ``batch_size`` counts rows over all ranks. Raises ValueError when a shard is not as the
+        ``batch_size`` counts rows over all ranks; with ``isolate_documents`` batches say which
+        document each target belongs to. Raises ValueError when a shard is not as the
         manifest says, ``seq_len`` does not divide a block or ``world_size`` not the batch.
         """
         ranks_cut(0, batch_size, world_size, rank)
@@ -68,6 +82,7 @@ class Stream:
         manifest.verify(split, part=(rank, world_size))
         self._manifest, self._split = manifest, split
         self._batch_size, self._rank, self._world_size = batch_size, rank, world_size
+        self._isolate_documents = isolate_documents
 
     def batches(self, start_row: int = 0) -> Generator[Batch, None, None]:
         """This rank's batches for ever, the first global one beginning at row ``start_row``.
@@ -84,7 +99,7 @@ class Stream:
                 cut = ranks_cut(start_row, self._batch_size, self._world_size, self._rank)
                 ns = np.arange(cut.start, cut.stop, dtype=np.int64)
                 found = locate_many(self.plan, ns)
-                yield _batch(reader, found.shards, found.rows, ns)
+                yield _batch(reader, found.shards, found.rows, ns, self._isolate_documents)
                 start_row += self._batch_size
 
     def state(self, next_row: int) -> dict[str, Any]:
@@ -119,6 +134,7 @@ def held_out_rows(
     batch_size: int,
     rank: int = 0,
     world_size: int = 1,
+    isolate_documents: bool = False,
 ) -> Iterator[Batch]:
     """The rows of a split once, in order: contiguous cuts to the ranks, in batches.
 
@@ -132,10 +148,13 @@ def held_out_rows(
     begin, end = total * rank // world_size, total * (rank + 1) // world_size
     ids = np.full(-(-total // world_size), -1, dtype=np.int64)
     ids[: end - begin] = np.arange(begin, end)
-    return _held_out_batches(ShardReader(manifest, split, seq_len), ids, batch_size)
+    reader = ShardReader(manifest, split, seq_len)
+    return _held_out_batches(reader, ids, batch_size, isolate_documents)
 
 
-def _held_out_batches(reader: ShardReader, ids: Int64s, batch_size: int) -> Iterator[Batch]:
+def _held_out_batches(
+    reader: ShardReader, ids: Int64s, batch_size: int, isolate_documents: bool
+) -> Iterator[Batch]:
     ends = np.cumsum(reader.rows_per_shard)
     begins = ends - np.asarray(reader.rows_per_shard)
     with closing(reader):
@@ -143,16 +162,30 @@ def _held_out_batches(reader: ShardReader, ids: Int64s, batch_size: int) -> Iter
             some = ids[first : first + batch_size]
             known = np.maximum(some, 0)
             shards: Int64s = np.searchsorted(ends, known, side="right")
-            batch = _batch(reader, shards, known - begins[shards], some)
+            batch = _batch(reader, shards, known - begins[shards], some, isolate_documents)
             batch.targets_BL[torch.from_numpy(some < 0)] = IGNORED
             yield batch
 
 
-def _batch(reader: ShardReader, shards: Int64s, rows: Int64s, ids: Int64s) -> Batch:
+def _batch(
+    reader: ShardReader, shards: Int64s, rows: Int64s, ids: Int64s, isolate_documents: bool
+) -> Batch:
     pairs = [reader.row(int(shard), int(row)) for shard, row in zip(shards, rows, strict=True)]
     tokens_BL = torch.from_numpy(np.stack([inputs_L for inputs_L, _ in pairs]))
     targets_BL = torch.from_numpy(np.stack([targets_L for _, targets_L in pairs]))
-    return Batch(tokens_BL, targets_BL, ids)
+    documents_BL = number_documents(tokens_BL, targets_BL, reader.eos_id)
+    return Batch(tokens_BL, targets_BL, ids, documents_BL if isolate_documents else None)
+
+
+def number_documents(tokens_BL: Tensor, targets_BL: Tensor, eos_id: int) -> Tensor:
+    """Which document of its row each target belongs to (0, 1, 2, ...; padding to the last one).
+
+    A document ends with eos and nowhere else, so the target after an eos is the first of the next:
+    these are the ends that stand in the shard, without another read.
+    """
+    begins_BL = (tokens_BL == eos_id) & (targets_BL != IGNORED)
+    begins_BL[:, 0] = False
+    return begins_BL.cumsum(1)
 
 
 # --- the thread ----------------------------------------------------------------------------------

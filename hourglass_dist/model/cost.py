@@ -1,22 +1,24 @@
-"""What a model costs, in closed form: parameters, floating-point operations, activation memory.
+"""What a model costs, in closed form: parameters, floating-point operations, memory.
 
-The formulas follow ``layers.py``, ``resample.py`` and ``hourglass.py`` product by product, and a
-test holds them to what PyTorch counts. Operations are those of matrix products (a multiply-add is
-two), as is usual for model FLOPs utilisation; norms, softmax and pooling are left out.
-
-In names: n positions of a level, s of them in a bucket, g = ceil(n / s) buckets.
+The formulas stand in ``cost_parts.py``, module by module, and a test holds them to what PyTorch
+counts. Operations are those of matrix products (a multiply-add is two), as is usual for model FLOPs
+utilisation; norms, softmax and pooling are left out. Memory is that of the kernels on a CPU in
+training without dropout; FlexAttention on a GPU keeps no masks, and less for windows.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import product
 from typing import NamedTuple
 
-from hourglass_dist.config import LevelConfig, ModelConfig
-from hourglass_dist.model.resample import bucket_count
+from hourglass_dist.model import cost_parts as parts
+from hourglass_dist.model.cost_parts import Between, Part, Size
+from hourglass_dist.model_config import LevelConfig, ModelConfig
 
-STATISTIC_BYTES = 4
-"""Norm statistics, softmax normalisers and the log-probabilities of the loss stay in fp32."""
+AUTOMATIC = ("none", "selective", "full")
+"""What ``auto`` chooses from."""
 
 
 @dataclass(frozen=True)
@@ -35,8 +37,14 @@ class LevelCost:
     """What activation checkpointing adds to the backward pass of one row."""
     activation_bytes: int
     """Kept from the forward pass of all rows for the backward pass."""
-    recompute_bytes: int
-    """Kept on top, for as long as the largest recomputed part takes."""
+    offloaded_bytes: int
+    """The same, where it waits in CPU memory."""
+    transient_bytes: int
+    """On top for a moment: of the largest recomputed module, or of the logits in the loss."""
+    cache_bytes: int
+    """What generation remembers of one row of this length."""
+    cache_bytes_per_token: float
+    """What one more token adds to that; 0 where a window is full."""
 
 
 @dataclass(frozen=True)
@@ -75,16 +83,35 @@ class ModelCost:
         return 3 * self.flops_per_token
 
     @property
+    def recompute_flops(self) -> int:
+        """What activation checkpointing adds to the backward pass of one row."""
+        return sum(part.recompute_flops for part in self.parts)
+
+    @property
     def hardware_flops_per_token(self) -> float:
         """Forward and backward pass with recomputation: the numerator of HFU."""
-        recomputed = sum(part.recompute_flops for part in self.parts)
-        return self.training_flops_per_token + recomputed / self.length
+        return self.training_flops_per_token + self.recompute_flops / self.length
 
     @property
     def activation_bytes(self) -> int:
         """The most that is kept for the backward pass at one time."""
         kept = sum(part.activation_bytes for part in self.parts)
-        return kept + max(part.recompute_bytes for part in self.parts)
+        return kept + max(part.transient_bytes for part in self.parts)
+
+    @property
+    def offloaded_bytes(self) -> int:
+        """Kept for the backward pass in CPU memory."""
+        return sum(part.offloaded_bytes for part in self.parts)
+
+    @property
+    def cache_bytes(self) -> int:
+        """What generation remembers of one row of this length."""
+        return sum(part.cache_bytes for part in self.parts)
+
+    @property
+    def cache_bytes_per_token(self) -> float:
+        """What one more token adds to that, on average."""
+        return sum(part.cache_bytes_per_token for part in self.parts)
 
 
 def model_cost(
@@ -94,173 +121,214 @@ def model_cost(
     rows: int = 1,
     bytes_per_number: int = 4,
     dense_attention: bool = False,
+    packed: bool = False,
 ) -> ModelCost:
-    """The cost of one micro batch of ``rows`` rows of ``length`` tokens, without dropout and masks.
+    """The cost of one micro batch of ``rows`` rows of ``length`` tokens.
 
-    Causal attention counts the pairs that it needs; with ``dense_attention`` all pairs, as kernels
-    without a causal path compute and as PyTorch counts. ``bytes_per_number`` is the size of an
-    activation: 4 in fp32, 2 in bf16. Activations are those of the fused attention kernels.
+    Attention counts the pairs that causality and windows need; with ``dense_attention`` all that
+    are computed without a causal kernel, as PyTorch counts. ``bytes_per_number`` is the size of an
+    activation: 4 in fp32, 2 in bf16. ``packed`` rows hold several documents, kept apart: pairs
+    needed depend on these, and are counted as those of one document. Levels with
+    ``shorten_choices`` cost what they cost with ``shorten``. Raises ValueError for ``auto``
+    checkpointing, which ``choose_checkpointing`` settles.
     """
-    size = _Size(config, rows, bytes_per_number, dense_attention)
-    levels = []
-    positions = length
-    for index, (level, stride) in enumerate(zip(config.levels, config.strides, strict=True)):
-        if index > 0:
-            positions = bucket_count(positions, level.shorten)
-        inner = config.levels[index + 1] if index + 1 < len(config.levels) else None
-        parts = _level_parts(size, level, inner, positions)
-        levels.append(_sum_level(f"level {index}", stride, level, parts, size))
-    return ModelCost(length, tuple(levels), _ends(size, length))
+    size = Size(config, rows, bytes_per_number, dense_attention, packed)
+    levels = tuple(_level(size, each) for each in _shapes(size, length))
+    return ModelCost(length, levels, _ends(size, length))
 
 
-class _Size(NamedTuple):
-    config: ModelConfig
-    rows: int
-    bytes_per_number: int
-    dense: bool
+def choose_checkpointing(
+    config: ModelConfig,
+    length: int,
+    *,
+    rows: int,
+    bytes_per_number: int,
+    budget: int,
+    packed: bool = False,
+) -> ModelConfig:
+    """``config`` with one of none, selective and full for every level that says ``auto``: what
+    recomputes least of all that keeps within ``budget`` bytes of activations.
 
-    @property
-    def inner(self) -> int:
-        return self.config.heads * self.config.dim_head
-
-    @property
-    def hidden(self) -> int:
-        return self.config.ff_mult * self.config.dim
-
-
-class _Part(NamedTuple):
-    """A module that is checkpointed as a whole. Numbers are those of one row."""
-
-    parameters: int
-    flops: int
-    kept: int
-    """Numbers kept for the backward pass, its new inputs among them."""
-    statistics: int
-    """Numbers kept in fp32."""
-    inputs: int
-    """Numbers kept under checkpointing."""
-    frozen: int = 0
-
-
-def _level_parts(
-    size: _Size, level: LevelConfig, inner: LevelConfig | None, positions: int
-) -> list[_Part]:
-    parts = [_layer(size, positions)] * (level.pre + level.post)
-    if inner is not None:
-        parts += [
-            _shorten(size, positions, inner.shorten),
-            _lengthen(size, positions, inner.shorten),
-        ]
-    return parts
-
-
-def _sum_level(
-    name: str, stride: int, level: LevelConfig, parts: list[_Part], size: _Size
-) -> LevelCost:
-    recomputes = level.activation_checkpointing == "full"
-    whole = [
-        size.rows * (p.kept * size.bytes_per_number + p.statistics * STATISTIC_BYTES) for p in parts
+    Raises ValueError naming the least that is possible when nothing fits.
+    """
+    choices = [
+        AUTOMATIC if level.activation_checkpointing == "auto" else (level.activation_checkpointing,)
+        for level in config.levels
     ]
-    inputs = [size.rows * p.inputs * size.bytes_per_number for p in parts]
+    if all(len(choice) == 1 for choice in choices):
+        return config
+    found: list[tuple[int, int, ModelConfig]] = []
+    least = None
+    for policies in product(*choices):
+        settled = _with_policies(config, policies)
+        cost = model_cost(
+            settled, length, rows=rows, bytes_per_number=bytes_per_number, packed=packed
+        )
+        needed = cost.activation_bytes
+        least = needed if least is None else min(least, needed)
+        if needed <= budget:  # of equal products, what keeps more recomputes fewer other operations
+            found.append((cost.recompute_flops, -needed, settled))
+    if not found:
+        raise ValueError(
+            "model.levels.activation_checkpointing: auto: activations of a micro batch of "
+            f"{rows} x {length} tokens take {least:,} bytes or more, given {budget:,}"
+        )
+    return min(found, key=lambda candidate: candidate[:2])[2]
+
+
+def _with_policies(config: ModelConfig, policies: tuple[str, ...]) -> ModelConfig:
+    levels = [
+        level.model_copy(update={"activation_checkpointing": policy})
+        for level, policy in zip(config.levels, policies, strict=True)
+    ]
+    return config.model_copy(update={"levels": levels})
+
+
+# --- one level -----------------------------------------------------------------------------------
+
+
+class _Shape(NamedTuple):
+    """A level and the way to the next one."""
+
+    number: int
+    own: LevelConfig
+    n: int
+    """Positions."""
+    stride: int
+    between: Between | None
+    """None at the innermost level."""
+
+
+class _Module(NamedTuple):
+    """What is checkpointed as a whole."""
+
+    part: Part
+    inputs: int
+    """Bytes of its input, where that is not the stream that both ways between levels read."""
+    number: int
+    """The module's number in the level: every K-th one is recomputed."""
+
+
+def _shapes(size: Size, length: int) -> Iterator[_Shape]:
+    config, n, stride = size.config, length, 1
+    for index, own in enumerate(config.levels):
+        if index + 1 == len(config.levels):
+            yield _Shape(index, own, n, stride, None)
+            return
+        inner = config.levels[index + 1]
+        g, regular = parts.next_positions(size, inner, n)
+        yield _Shape(index, own, n, stride, Between(own, inner, n, g, regular))
+        n, stride = g, stride * inner.shorten
+
+
+def _level(size: Size, shape: _Shape) -> LevelCost:
+    own, between = shape.own, shape.between
+    modules, policy = _modules(size, shape), own.activation_checkpointing
+    recomputed = [module for module in modules if _is_recomputed(policy, module.number)]
+    rest = [module for module in modules if not _is_recomputed(policy, module.number)]
+    kept = sum(module.part.kept for module in rest)
+    kept += sum(_kept_anyway(policy, module) for module in recomputed)
+    kept += _around(size, shape, bool(between) and _is_recomputed(policy, 0))
+    norms = _stack_norms(size, shape)
+    offloads = policy == "offload"
     return LevelCost(
-        name=name,
-        stride=stride,
-        parameters=sum(part.parameters for part in parts),
-        frozen_parameters=sum(part.frozen for part in parts),
-        flops=sum(part.flops for part in parts),
-        recompute_flops=sum(part.flops for part in parts) if recomputes else 0,
-        activation_bytes=sum(inputs if recomputes else whole),
-        recompute_bytes=max(map(int.__sub__, whole, inputs), default=0) if recomputes else 0,
+        name=f"level {shape.number}",
+        stride=shape.stride,
+        parameters=sum(module.part.parameters for module in modules) + norms.parameters,
+        frozen_parameters=sum(module.part.frozen for module in modules),
+        flops=sum(module.part.flops for module in modules),
+        recompute_flops=sum(m.part.flops for m in recomputed if policy != "selective"),
+        activation_bytes=norms.kept + (0 if offloads else kept),
+        offloaded_bytes=kept if offloads else 0,
+        transient_bytes=max((m.part.kept - _kept_anyway(policy, m) for m in recomputed), default=0),
+        cache_bytes=_cache(size, shape),
+        cache_bytes_per_token=_cache_growth(size, shape),
     )
 
 
-def _layer(size: _Size, n: int) -> _Part:
-    """Self-attention and feed-forward on ``n`` positions."""
-    dim, inner = size.config.dim, size.inner
-    pairs = n * n if size.dense or not size.config.causal else n * (n + 1) // 2
-    feed_forward = _feed_forward(size, n)
-    return _Part(
-        parameters=2 * dim + 4 * dim * inner + dim + feed_forward.parameters,
-        flops=2 * n * 4 * dim * inner + 4 * inner * pairs + feed_forward.flops,
-        kept=n * (2 * dim + 4 * inner) + feed_forward.kept,  # x, norm(x); q, k, v, mixed
-        statistics=n * (2 + size.config.heads) + feed_forward.statistics,
-        inputs=n * dim,
-    )
+def _modules(size: Size, shape: _Shape) -> list[_Module]:
+    own, n, between = shape.own, shape.n, shape.between
+    layer = parts.layer(size, own, n)
+    stream = size.numbers(n * own.dim)
+    modules = [_Module(layer, stream, number) for number in range(own.pre + own.post)]
+    if between is not None:
+        valley = size.numbers(between.g * between.inner.dim)
+        modules.append(_Module(parts.shorten(size, between), 0, 0))
+        modules.append(_Module(parts.lengthen(size, between), valley, 0))
+    return modules
 
 
-def _feed_forward(size: _Size, n: int) -> _Part:
-    dim, hidden = size.config.dim, size.hidden
-    return _Part(
-        parameters=2 * dim + 2 * dim * hidden + hidden + dim,
-        flops=4 * n * dim * hidden,
-        kept=n * (2 * dim + 2 * hidden),  # x, norm(x); before and after GELU
-        statistics=2 * n,
-        inputs=n * dim,
-    )
+def _is_recomputed(policy: str, number: int) -> bool:
+    if policy == "auto":
+        raise ValueError(
+            "model.levels.activation_checkpointing: auto has no cost before it is settled"
+        )
+    every = int(policy.split()[1]) if policy.startswith("every") else 1
+    return policy not in ("none", "offload") and (number + 1) % every == 0
 
 
-def _shorten(size: _Size, n: int, s: int) -> _Part:
-    """The way in: pool ``n`` positions by ``s``, let pooled tokens attend to their bucket."""
-    config, dim, inner, g = size.config, size.config.dim, size.inner, bucket_count(n, s)
-    linear = config.resampling == "linear"
-    pool = _Part(
-        parameters=s * dim * dim + dim if linear else 0,
-        flops=2 * g * s * dim * dim if linear else 0,
-        kept=g * s * dim if linear else 0,
-        statistics=0,
-        inputs=n * dim,
-    )
-    if not config.attention_resampling:
-        return pool
-    feed_forward = _feed_forward(size, g)
-    mixing = 4 * g * config.heads * s * dim
-    return _Part(
-        parameters=pool.parameters + 2 * dim + 4 * dim * inner + dim + feed_forward.parameters,
-        flops=pool.flops + 2 * g * 4 * dim * inner + mixing + feed_forward.flops,
-        # the buckets; pooled, norm(pooled); q, values; looks, mixed; weights
-        kept=g * (s * dim + 2 * dim + 2 * inner + 2 * config.heads * dim + config.heads * s)
-        + feed_forward.kept,
-        statistics=2 * g + feed_forward.statistics,
-        inputs=n * dim,
-    )
+def _kept_anyway(policy: str, module: _Module) -> int:
+    return module.inputs + (module.part.products if policy == "selective" else 0)
 
 
-def _lengthen(size: _Size, n: int, s: int) -> _Part:
-    """The way out: spread pooled tokens over ``n`` positions, each attends to its pooled token."""
-    config, dim, inner, g = size.config, size.config.dim, size.inner, bucket_count(n, s)
-    linear = config.resampling == "linear"
-    spread = _Part(
-        parameters=s * dim * dim + s * dim if linear else 0,
-        flops=2 * g * s * dim * dim if linear else 0,
-        kept=g * dim if linear else 0,
-        statistics=0,
-        inputs=g * dim,  # the positions outside are the input of the way in, too
-    )
-    if not config.attention_resampling:
-        return spread
-    feed_forward = _feed_forward(size, n)
-    frozen = 2 * dim + 2 * dim * inner
-    return _Part(
-        parameters=spread.parameters + frozen + 2 * dim * inner + dim + feed_forward.parameters,
-        flops=spread.flops + 2 * g * 2 * dim * inner + feed_forward.flops,
-        kept=g * (dim + inner) + feed_forward.kept,
-        statistics=feed_forward.statistics,
-        inputs=g * dim,
-        frozen=frozen,
-    )
+def _around(size: Size, shape: _Shape, recomputes: bool) -> int:
+    """What several modules of a level share: masks, waves, and the stream between pre and post
+    layers, which both ways between levels read."""
+    own, n, between = shape.own, shape.n, shape.between
+    kept = parts.view(size, own, n) if own.pre + own.post else 0
+    if between is None:
+        return kept
+    config = size.config
+    keeps_stream = config.skip == "gated" or config.attention_resampling == "earlier" or recomputes
+    return kept + parts.crossing(size, between) + size.numbers(n * own.dim * keeps_stream)
 
 
-def _ends(size: _Size, n: int) -> LevelCost:
-    dim, vocabulary = size.config.dim, size.config.vocab_size
-    kept = n * 2 * dim * size.bytes_per_number  # x, norm(x)
-    statistics = n * (2 + vocabulary) * STATISTIC_BYTES
+def _stack_norms(size: Size, shape: _Shape) -> Part:
+    norms = Part()
+    if shape.between is not None:
+        norms += parts.stack_norm(size, shape.n, shape.own.dim)
+    if shape.number > 0:
+        norms += parts.stack_norm(size, shape.n, shape.own.dim)
+    return norms
+
+
+def _cache(size: Size, shape: _Shape) -> int:
+    """Keys and values, the positions of the bucket that fills, and what the last one gave."""
+    own, between = shape.own, shape.between
+    positions = shape.n if own.window is None else own.window
+    numbers = (own.pre + own.post) * positions * parts.key_value_width(size, own)
+    if between is not None:
+        words = between.inner.pooling == "spacelike"
+        numbers += own.dim * (1 if words else between.s - 1)
+        numbers += own.dim * (between.s if size.config.upsampling == "linear" else 1)
+        if size.config.attention_resampling == "earlier":
+            numbers += (between.n + between.g) * parts.key_value_width(size, own)
+    return numbers * size.number_bytes
+
+
+def _cache_growth(size: Size, shape: _Shape) -> float:
+    """Bytes per token at full resolution."""
+    own, between = shape.own, shape.between
+    width = parts.key_value_width(size, own) * size.number_bytes
+    growth = 0.0 if own.window is not None else (own.pre + own.post) * width / shape.stride
+    if between is not None and size.config.attention_resampling == "earlier":
+        growth += width / shape.stride * (1 + 1 / between.s)
+    return growth
+
+
+def _ends(size: Size, length: int) -> LevelCost:
+    head, embeddings = parts.head(size, length), parts.embeddings(size, length)
+    both = head + embeddings
     return LevelCost(
         name="ends",
         stride=1,
-        parameters=(vocabulary + size.config.max_seq_len) * dim + 2 * dim + (dim + 1) * vocabulary,
+        parameters=both.parameters,
         frozen_parameters=0,
-        flops=2 * n * dim * vocabulary,
+        flops=both.flops,
         recompute_flops=0,
-        activation_bytes=size.rows * (kept + statistics) + STATISTIC_BYTES,  # one: the loss
-        recompute_bytes=0,
+        activation_bytes=both.kept,
+        offloaded_bytes=0,
+        transient_bytes=parts.loss_chunk(size, length),
+        cache_bytes=0,
+        cache_bytes_per_token=0.0,
     )

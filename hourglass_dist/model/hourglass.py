@@ -2,79 +2,93 @@
 
     tokens -> embeddings -> pre -> shorten -> (inner level) -> lengthen -> post -> norm -> logits
 
-Legend: B rows, L positions of a level, G positions of the next one, D width, V vocabulary.
-The function is that of ``hourglass-transformer-pytorch`` 0.0.6, for less and without its faults.
+Legend: B rows, L positions of a level, G positions of the next one, D width, E width of the next
+level, V vocabulary. With the settings of ``configs/seed.yaml`` the function is that of
+``hourglass-transformer-pytorch`` 0.0.6, for less and without its faults.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
-from hourglass_dist.config import ModelConfig
-from hourglass_dist.model.layers import Attention, FeedForward, Layer, visible_pairs
-from hourglass_dist.model.linear import Linear
+from hourglass_dist.model.head import Head
+from hourglass_dist.model.layers import (
+    Attention,
+    FeedForward,
+    Layer,
+    RelativePositions,
+    View,
+    drop,
+    make_view,
+)
+from hourglass_dist.model.layout import places, row_layouts
+from hourglass_dist.model.norms import RMSNorm, make_norm
+from hourglass_dist.model.pool import Gate, LinearPool, LinearSpread, Pad
+from hourglass_dist.model.recompute import Recompute
 from hourglass_dist.model.resample import (
     BucketAttention,
+    Crossing,
+    EarlierAttention,
     Lengthen,
-    LinearPool,
-    LinearSpread,
     Shorten,
     ValleyAttention,
+    make_crossing,
 )
+from hourglass_dist.model_config import ModelConfig
 
 INIT_STD = 0.02
-IGNORED_TARGET = -100
+
+
+class Stage(NamedTuple):
+    """What one level knows of the rows of this forward pass."""
+
+    view: View
+    crossing: Crossing | None
 
 
 class Hourglass(nn.Module):
-    """Level ``level`` of the model and all levels inside it: (B, L, D) -> (B, L, D)."""
+    """Level ``index`` of the model and all levels inside it: (B, L, D) -> (B, L, D)."""
 
-    def __init__(self, config: ModelConfig, level: int = 0) -> None:
+    def __init__(self, config: ModelConfig, index: int = 0) -> None:
         super().__init__()
-        own = config.levels[level]
-        self.causal = config.causal
-        self.recompute = own.activation_checkpointing == "full"
-        self.draws = config.attn_dropout > 0 or config.ff_dropout > 0
-        self.pre = nn.ModuleList(Layer(config) for _ in range(own.pre))
-        self.is_innermost = level == len(config.levels) - 1
+        self.config, self.index = config, index
+        own = config.levels[index]
+        draws = any(level.dropout > 0 for level in config.levels)
+        self.run = Recompute(own.activation_checkpointing, draws)
+        self.pre = nn.ModuleList(Layer(config, own) for _ in range(own.pre))
+        self.is_innermost = index == len(config.levels) - 1
+        ends = config.stack_norms
+        self.pre_norm = make_norm(config, own.dim) if ends and not self.is_innermost else None
         if not self.is_innermost:
-            shorten = config.levels[level + 1].shorten
-            self.shorten = Shorten(config, shorten)
-            self.inner = Hourglass(config, level + 1)
-            self.lengthen = Lengthen(config, shorten)
-        self.post = nn.ModuleList(Layer(config) for _ in range(own.post))
+            self.shorten = Shorten(config, index)
+            self.inner = Hourglass(config, index + 1)
+            self.lengthen = Lengthen(config, index)
+        self.post = nn.ModuleList(Layer(config, own) for _ in range(own.post))
+        # the last stack of level 0 ends in the norm before the logits
+        self.post_norm = make_norm(config, own.dim) if ends and index > 0 else None
 
-    def forward(self, x_BLD: Tensor, valid_BL: Tensor | None = None) -> Tensor:
-        """(B, L, D) -> (B, L, D). ``valid_BL`` is True at real tokens; None: all of them are."""
-        visible_B1LL = visible_pairs(valid_BL, self.causal)
-        for layer in self.pre:
-            x_BLD = self._run(layer, x_BLD, visible_B1LL)
+    def forward(self, x_BLD: Tensor, stages: list[Stage]) -> Tensor:
+        """(B, L, D) -> (B, L, D). ``stages`` holds those of all levels."""
+        view, crossing = stages[self.index]
+        for number, layer in enumerate(self.pre):
+            x_BLD = self.run(number, layer, x_BLD, view)
         if not self.is_innermost:
-            pooled_BGD = self._run(self.shorten, x_BLD, valid_BL)
-            valley_BGD = self.inner(pooled_BGD, self.shorten.shorten_mask(valid_BL))
-            x_BLD = self._run(self.lengthen, valley_BGD, x_BLD)
-        for layer in self.post:
-            x_BLD = self._run(layer, x_BLD, visible_B1LL)
-        return x_BLD
-
-    def _run(self, module: Callable[..., Tensor], *inputs: Tensor | None) -> Tensor:
-        """``module(*inputs)``; under activation checkpointing only the inputs are kept."""
-        if self.recompute and self.training and torch.is_grad_enabled():
-            out: Tensor = checkpoint(
-                module, *inputs, use_reentrant=False, preserve_rng_state=self.draws
-            )
-            return out
-        return module(*inputs)
+            if self.pre_norm is not None:
+                x_BLD = self.pre_norm(x_BLD)
+            pooled_BGE = self.run(0, self.shorten, x_BLD, view.rows, crossing)
+            valley_BGE = self.inner(pooled_BGE, stages)
+            x_BLD = self.run(0, self.lengthen, valley_BGE, x_BLD, view.rows, crossing)
+        for number, layer in enumerate(self.post, start=len(self.pre)):
+            x_BLD = self.run(number, layer, x_BLD, view)
+        return self.post_norm(x_BLD) if self.post_norm is not None else x_BLD
 
 
 class HourglassLM(nn.Module):
-    """Token and position embeddings, an hourglass, a norm and the output layer.
+    """Embeddings, an hourglass, a norm and the output layer.
 
     The weights are those of ``init_weights(0)``; under ``torch.device("meta")`` there are none yet.
     """
@@ -82,29 +96,103 @@ class HourglassLM(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        self.tokens = nn.Embedding(config.vocab_size, config.dim)
-        self.positions = nn.Embedding(config.max_seq_len, config.dim)
+        own = config.levels[0]
+        self.tokens = nn.Embedding(config.vocab_size, own.dim)
+        self.positions = (
+            nn.Embedding(config.max_seq_len, own.dim) if config.max_seq_len is not None else None
+        )
+        self.dropout = own.dropout if config.residual_dropout else 0.0
         self.hourglass = Hourglass(config)
-        self.norm = nn.LayerNorm(config.dim)
-        self.logits = Linear(config.dim, config.vocab_size)
+        self.head = Head(config, own.dim)
         if not self.tokens.weight.is_meta:
             self.init_weights(0)
 
-    def forward(self, tokens_BL: Tensor, mask_BL: Tensor | None = None) -> Tensor:
-        """int64 (B, L), 1 <= L <= max_seq_len, to logits (B, L, V).
+    def forward(
+        self,
+        tokens_BL: Tensor,
+        mask_BL: Tensor | None = None,
+        documents_BL: Tensor | None = None,
+        targets_BL: Tensor | None = None,
+    ) -> Any:
+        """int64 (B, L) to logits (B, L, V); with targets to (nats summed, targets that count).
 
-        ``mask_BL`` is True at real tokens. Logits at padding mean nothing, and those at real tokens
-        do not depend on what the padding holds. Raises ValueError for any other length.
+        ``mask_BL`` is True at real tokens: the others are as if they were not there, and the logits
+        at their places mean nothing. ``documents_BL`` numbers the documents of packed rows: each
+        is as if it were alone. Raises ValueError for an empty row, one longer than the position
+        table, or documents out of order.
         """
-        length = tokens_BL.shape[1]
-        if not 1 <= length <= self.config.max_seq_len:
+        self.check(tokens_BL, documents_BL)
+        order_BL = None
+        real_BL = mask_BL
+        if mask_BL is not None and not self.config.legacy_mask:
+            # padding goes to the end of the row, where no real token sees it
+            order_BL = (~mask_BL).to(torch.uint8).argsort(dim=1, stable=True)
+            tokens_BL = tokens_BL.gather(1, order_BL)
+            if documents_BL is not None:
+                documents_BL = _padding_last(documents_BL, mask_BL, order_BL)
+            real_BL = None if self.config.causal else _real_first(mask_BL)
+        x_BLD = self.embed(tokens_BL, documents_BL)
+        stages = self.stages(x_BLD, tokens_BL, documents_BL, real_BL)
+        x_BLD = self.hourglass(x_BLD, stages)
+        if order_BL is not None:
+            back_BL = order_BL.argsort(dim=1)
+            x_BLD = x_BLD.gather(1, back_BL.unsqueeze(-1).expand_as(x_BLD))
+        return self.head(x_BLD, targets_BL)
+
+    def check(self, tokens_BL: Tensor, documents_BL: Tensor | None = None) -> None:
+        """Raise ValueError for rows that the model cannot read."""
+        length, longest = tokens_BL.shape[1], self.config.max_seq_len
+        if length < 1:
+            raise ValueError("model: expected at least 1 token in a row, given 0")
+        if longest is not None and length > longest:
             raise ValueError(
-                f"model: expected 1 to max_seq_len={self.config.max_seq_len} tokens, given {length}"
+                f"model: expected 1 to max_seq_len={longest} tokens, given {length}: "
+                "positions are learned"
             )
-        places_L = torch.arange(length, device=tokens_BL.device)
-        x_BLD = self.tokens(tokens_BL) + self.positions(places_L)
-        logits_BLV: Tensor = self.logits(self.norm(self.hourglass(x_BLD, mask_BL)))
-        return logits_BLV
+        if documents_BL is not None and not self.config.causal:
+            raise ValueError("model: packed documents need a causal model, given causal=false")
+
+    def embed(self, tokens_BL: Tensor, documents_BL: Tensor | None = None) -> Tensor:
+        """(B, L) -> (B, L, D)."""
+        x_BLD: Tensor = self.tokens(tokens_BL)
+        if self.positions is not None:
+            if documents_BL is None:
+                place = torch.arange(tokens_BL.shape[1], device=tokens_BL.device)
+            else:
+                place = places(documents_BL)
+            x_BLD = x_BLD + self.positions(place)
+        return drop(x_BLD, self.dropout, self.training)
+
+    def stages(
+        self,
+        x_BLD: Tensor,
+        tokens_BL: Tensor,
+        documents_BL: Tensor | None = None,
+        mask_BL: Tensor | None = None,
+    ) -> list[Stage]:
+        """What every level needs to know of these rows; ``x_BLD`` gives dtype and device."""
+        shortens = self._draw_shortens()
+        layouts = row_layouts(self.config, tokens_BL, documents_BL, mask_BL, shortens)
+        stages, stride = [], 1
+        for index, (level, rows) in enumerate(zip(self.config.levels, layouts, strict=True)):
+            view = make_view(self.config, level, stride, rows, x_BLD)
+            is_innermost = index == len(layouts) - 1
+            crossing = (
+                None if is_innermost else make_crossing(self.config, index, stride, rows, x_BLD)
+            )
+            stages.append(Stage(view, crossing))
+            stride *= rows.shorten
+        return stages
+
+    def _draw_shortens(self) -> list[int]:
+        """The shorten factor of every level; drawn anew in training where a level has choices."""
+        levels = self.config.levels
+        return [
+            level.shorten_choices[int(torch.randint(len(level.shorten_choices), ()))]
+            if self.training and level.shorten_choices
+            else level.shorten
+            for level in levels
+        ]
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:
@@ -115,7 +203,9 @@ class HourglassLM(nn.Module):
         matrices                          normal, std 0.02
         last matrix of a residual branch  normal, std 0.02 / sqrt(number of residual branches)
         linear resampling                 the naive one: the mean of a bucket in, a repeat out
-        norms                             ones
+        norms, gates                      ones
+        vectors that widen                normal, std 0.02
+        relative positions                matrices: normal, std 0.02; u and v: zeros
         biases, everywhere                zeros
         ================================  ====================================================
 
@@ -125,29 +215,39 @@ class HourglassLM(nn.Module):
         generator = torch.Generator(device=self.tokens.weight.device).manual_seed(seed)
         branches = [m for m in self.modules() if isinstance(m, BRANCHES)]
         last = {id(branch.out) for branch in branches}
+        small = INIT_STD / math.sqrt(max(1, len(branches)))
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
-                std = INIT_STD / math.sqrt(len(branches)) if id(module) in last else INIT_STD
+                std = small if id(module) in last else INIT_STD
                 module.weight.normal_(0.0, std, generator=generator)
-            elif isinstance(module, nn.LayerNorm):
+            elif isinstance(module, (nn.LayerNorm, RMSNorm, Gate)):
                 module.weight.fill_(1.0)
+            elif isinstance(module, Pad):
+                module.vector.normal_(0.0, INIT_STD, generator=generator)
+            elif isinstance(module, RelativePositions):
+                module.weight.normal_(0.0, INIT_STD, generator=generator)
+                module.content.zero_()
+                module.place.zero_()
             if isinstance(module, (nn.Linear, nn.LayerNorm)) and module.bias is not None:
                 module.bias.zero_()
         for module in self.modules():
-            if isinstance(module, (LinearPool, LinearSpread)):
-                module.init_as_naive()
+            if isinstance(module, LinearPool):
+                module.init_as_mean()
+            elif isinstance(module, LinearSpread):
+                module.init_as_repeat()
 
 
-BRANCHES = (Attention, FeedForward, BucketAttention, ValleyAttention)
+BRANCHES = (Attention, FeedForward, BucketAttention, EarlierAttention, ValleyAttention)
 """Modules that add to the residual stream; the last matrix of each is its ``out``."""
 
 
-def sum_loss(logits_BLV: Tensor, targets_BL: Tensor) -> tuple[Tensor, Tensor]:
-    """(nats summed in fp32 over the targets that are not -100, how many those are)."""
-    nll = F.cross_entropy(
-        logits_BLV.flatten(0, 1).float(),
-        targets_BL.flatten(),
-        ignore_index=IGNORED_TARGET,
-        reduction="sum",
-    )
-    return nll, (targets_BL != IGNORED_TARGET).sum()
+def _padding_last(documents_BL: Tensor, mask_BL: Tensor, order_BL: Tensor) -> Tensor:
+    """Document ids in their new order; padding counts as one more document."""
+    after = documents_BL.amax() + 1
+    return torch.where(mask_BL, documents_BL, after).gather(1, order_BL)
+
+
+def _real_first(mask_BL: Tensor) -> Tensor:
+    """The mask in its new order; a row of padding only keeps one key to look at."""
+    index_L = torch.arange(mask_BL.shape[1], device=mask_BL.device)
+    return index_L < mask_BL.sum(dim=1, keepdim=True).clamp(min=1)

@@ -13,13 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hourglass_dist.config import ModelConfig
 from hourglass_dist.model.hourglass import Hourglass, HourglassLM
 from hourglass_dist.model.layers import Attention, FeedForward, Layer
-from hourglass_dist.model.resample import BucketAttention, ValleyAttention
-
-FF_MULT = 4
-"""The only ``ff_mult`` that HourglassTransformerLM can be built with."""
+from hourglass_dist.model.resample import BucketAttention, EarlierAttention, ValleyAttention
+from hourglass_dist.model_config import INHERITED, ModelConfig
+from hourglass_dist.sections import differences
 
 
 def to_lucidrains(model: HourglassLM) -> dict[str, Tensor]:
@@ -38,6 +36,7 @@ def from_lucidrains(state_dict: Mapping[str, Tensor], model: HourglassLM) -> Non
     Raises ValueError, naming the key, when one is missing, unknown or of another shape; then
     ``model`` is unchanged.
     """
+    lucidrains_kwargs(model.config)
     targets = _names(model)
     for name in state_dict:
         if name not in targets:
@@ -60,30 +59,40 @@ def from_lucidrains(state_dict: Mapping[str, Tensor], model: HourglassLM) -> Non
 def lucidrains_kwargs(config: ModelConfig) -> dict[str, Any]:
     """The arguments of ``HourglassTransformerLM`` that make this model.
 
-    Dropout is left out: it cannot be set there, and has no weights. Raises ValueError when
-    ``ff_mult`` is not 4, the only one there.
+    Dropout and activation checkpointing have no weights and are left out.
+    Raises ValueError, naming the setting, when the model cannot be built there.
     """
-    if config.ff_mult != FF_MULT:
-        raise ValueError(
-            f"model.ff_mult: hourglass-transformer-pytorch knows {FF_MULT} only, "
-            f"given {config.ff_mult}"
-        )
     *outer, inner = config.levels
     depth: Any = inner.pre
     for level in reversed(outer):
         depth = (level.pre, depth, level.post)
-    return {
+    kwargs = {
         "num_tokens": config.vocab_size,
-        "dim": config.dim,
-        "max_seq_len": config.max_seq_len,
+        "dim": config.levels[0].dim,
+        "max_seq_len": config.max_seq_len or 1,
         "depth": depth,
         "shorten_factor": tuple(level.shorten for level in config.levels[1:]) or None,
-        "heads": config.heads,
-        "dim_head": config.dim_head,
-        "attn_resampling": config.attention_resampling,
-        "updown_sample_type": config.resampling,
+        "heads": config.levels[0].heads,
+        "dim_head": config.levels[0].dim_head,
+        "attn_resampling": config.attention_resampling != "none",
+        "updown_sample_type": "linear" if config.downsampling == "linear" else "naive",
         "causal": config.causal,
     }
+    theirs = ModelConfig.from_lucidrains(**kwargs)
+    if wrong := differences(theirs, _without_what_has_no_weights(config, theirs)):
+        raise ValueError(f"hourglass-transformer-pytorch cannot build this model: model.{wrong[0]}")
+    return kwargs
+
+
+def _without_what_has_no_weights(config: ModelConfig, theirs: ModelConfig) -> ModelConfig:
+    names = ("dropout", "activation_checkpointing", "extra_buckets")
+    levels = [
+        ours.model_copy(update={name: getattr(level, name) for name in names})
+        for ours, level in zip(config.levels, theirs.levels, strict=True)
+    ]
+    defaults = {name: getattr(theirs, name) for name in INHERITED}  # each level has its own
+    rest = {"legacy_mask": False, "residual_dropout": False}
+    return config.model_copy(update={"levels": levels} | defaults | rest)
 
 
 def _join(parts: list[Tensor]) -> Tensor:
@@ -98,10 +107,10 @@ def _names(model: HourglassLM) -> Names:
     is_flat = model.hourglass.is_innermost
     return {
         **_module("token_emb", model.tokens),
-        **_module("pos_emb", model.positions),
+        **_module("pos_emb", _there(model.positions)),
         **_level("transformer", model.hourglass),
-        **_module("transformer.norm" if is_flat else "transformer.norm_out", model.norm),
-        **_module("to_logits", model.logits),
+        **_module("transformer.norm" if is_flat else "transformer.norm_out", model.head.norm),
+        **_module("to_logits", model.head.output),
     }
 
 
@@ -117,8 +126,9 @@ def _level(prefix: str, level: Hourglass) -> Names:
         if isinstance(proj := getattr(here, "proj", None), nn.Linear):
             names |= _module(f"{prefix}.{there}.proj", proj)
     for there, resample in (("pre", level.shorten), ("post", level.lengthen)):
-        if resample.attends:
+        if resample.attends == "bucket":
             block = f"{prefix}.attn_resampling_{there}_valley.layers.0"
+            assert not isinstance(resample.attention, EarlierAttention)
             names |= _layer(block, resample.attention, resample.feed_forward)
     return names
 
@@ -148,6 +158,11 @@ def _layer(
         **_module(f"{prefix}.1.fn.0", feed_forward.hidden),
         **_module(f"{prefix}.1.fn.3", feed_forward.out),
     }
+
+
+def _there(module: nn.Module | None) -> nn.Module:
+    assert module is not None, "lucidrains_kwargs asks for learned positions"
+    return module
 
 
 def _module(prefix: str, module: nn.Module) -> Names:

@@ -1,7 +1,7 @@
 """The layers of one level: self-attention and feed-forward, each with its norm and its residual.
 
-Legend: B rows, L positions, D width of the residual stream (``dim``), H heads, K width of one head
-(``dim_head``), I = H*K, F hidden width (``ff_mult * dim``).
+Legend: B rows, L positions, D width of the residual stream, H heads, K width of one head
+(``dim_head``), I = H*K, F hidden width (``ff_mult * dim``), P = K/2 frequencies.
 
 Every module reads only parameters of its own or of submodules through their ``forward``: ZeRO-3
 gathers parameters around ``forward`` calls, so anything else would see empty tensors.
@@ -9,91 +9,222 @@ gathers parameters around ``forward`` calls, so anything else would see empty te
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hourglass_dist.config import ModelConfig
+from hourglass_dist.model.attend import Sight, attend, self_sight
+from hourglass_dist.model.layout import Rows
 from hourglass_dist.model.linear import Linear
+from hourglass_dist.model.norms import RMSNorm, make_norm
+from hourglass_dist.model_config import LevelConfig, ModelConfig
+
+LONGEST_WAVE = 10_000
+"""The base of the frequencies of rotary and relative positions, in positions."""
 
 
-def visible_pairs(valid_BL: Tensor | None, causal: bool) -> Tensor | None:
-    """Which key each query may see, as bool (B, 1, L, L); None when nothing is masked.
+class Waves(NamedTuple):
+    """Sine and cosine of every position's angle at every frequency, (B or 1, 1, L, P)."""
 
-    ``valid_BL`` is True at real tokens. Padding is never seen by other positions, but every
-    position sees itself: a row with nothing to see would turn into NaN, and one that falls back to
-    seeing everything would leak the future.
+    sin: Tensor
+    cos: Tensor
+
+
+class View(NamedTuple):
+    """What the layers of a level need to know of its rows."""
+
+    rows: Rows
+    sight: Sight
+    waves: Waves | None
+    """None where positions are learned."""
+
+
+def make_waves(place_BL: Tensor, dim_head: int, like: Tensor) -> Waves:
+    """``place_BL`` (B or 1, L), any unit, as waves in the dtype of ``like``."""
+    wide = torch.float64 if like.dtype == torch.float64 else torch.float32
+    exponent_P = torch.arange(0, dim_head, 2, device=place_BL.device, dtype=wide) / dim_head
+    angle_B1LP = place_BL[:, None, :, None] * LONGEST_WAVE**-exponent_P
+    return Waves(angle_B1LP.sin().to(like.dtype), angle_B1LP.cos().to(like.dtype))
+
+
+def make_view(
+    config: ModelConfig, level: LevelConfig, stride: int, rows: Rows, x_BLD: Tensor
+) -> View:
+    """The view of a level at ``stride`` tokens a position; ``x_BLD`` gives dtype and device."""
+    waves = None
+    if config.positions != "learned":
+        unit = stride if config.positions == "relative" else 1
+        index_1L = torch.arange(rows.length, device=x_BLD.device)[None]
+        waves = make_waves(index_1L * unit, level.dim_head, x_BLD)  # only differences count
+    sight = self_sight(
+        rows,
+        level.window,
+        x_BLD,
+        causal=config.causal,
+        legacy=config.legacy_mask,
+        dropout=level.dropout,
+    )
+    return View(rows, sight, waves)
+
+
+def rotate(x_BHLK: Tensor, waves: Waves) -> Tensor:
+    """Rotary positions: the halves of a head are the two coordinates of P planes."""
+    one, two = x_BHLK.chunk(2, dim=-1)
+    return torch.cat([one * waves.cos - two * waves.sin, two * waves.cos + one * waves.sin], dim=-1)
+
+
+class RelativePositions(nn.Module):
+    """Transformer-XL's relative terms (Dai et al. 2019, arXiv 1901.02860) as plain products.
+
+    The score of a query at place i and a key at place j is (q + u).k + (q + v).W r(i-j), with r the
+    sines and cosines of the distance. By the addition theorems the second term is a product, too,
+    of a vector of the query and its place with the waves of the key's place, so fused kernels serve
+    and no table of distances is made. Distances count in tokens: places times the stride. r is as
+    wide as a head (in the paper: as the model), and each attention has its own u and v.
     """
-    if valid_BL is None:
-        return None
-    length = valid_BL.shape[1]
-    visible_B1LL = valid_BL[:, None, None, :].expand(-1, 1, length, -1)
-    if causal:
-        visible_B1LL = visible_B1LL.tril()
-    return visible_B1LL | torch.eye(length, dtype=torch.bool, device=valid_BL.device)
+
+    def __init__(self, level: LevelConfig) -> None:
+        super().__init__()
+        self.content = nn.Parameter(torch.zeros(level.inner))
+        self.place = nn.Parameter(torch.zeros(level.inner))
+        self.weight = nn.Parameter(torch.zeros(level.heads, level.dim_head, level.dim_head))
+
+    def forward(self, q_BHLK: Tensor, waves: Waves) -> Tensor:
+        """(B, H, L, K) -> (B, H, L, 2K), to be multiplied with ``with_waves`` of the keys."""
+        place_H1K, content_H1K = (
+            vector.view(len(self.weight), 1, -1) for vector in (self.place, self.content)
+        )
+        on_sin, on_cos = ((q_BHLK + place_H1K) @ self.weight).chunk(2, dim=-1)
+        turned = on_cos * waves.sin - on_sin * waves.cos, on_sin * waves.sin + on_cos * waves.cos
+        return torch.cat([q_BHLK + content_H1K, *turned], dim=-1)
+
+
+def with_waves(k_BHLK: Tensor, waves: Waves) -> Tensor:
+    """(B, H, L, 2K): the key and the waves of its place."""
+    rows, heads = k_BHLK.shape[:2]
+    beside = (wave.expand(rows, heads, -1, -1) for wave in waves)
+    return torch.cat([k_BHLK, *beside], dim=-1)
+
+
+class Heads(nn.Module):
+    """Queries and keys of all heads get their norms and positions; values fit their width."""
+
+    def __init__(self, config: ModelConfig, level: LevelConfig) -> None:
+        super().__init__()
+        self.heads = level.heads
+        self.scale = level.dim_head**-0.5
+        self.rope = config.positions == "rope"
+        self.q_norm = RMSNorm(level.dim_head) if config.qk_norm else None
+        self.k_norm = RMSNorm(level.dim_head) if config.qk_norm else None
+        self.relative = RelativePositions(level) if config.positions == "relative" else None
+
+    def split(self, x_BLI: Tensor) -> Tensor:
+        """(B, L, I) -> (B, H, L, K)."""
+        return rearrange(x_BLI, "b l (h k) -> b h l k", h=self.heads)
+
+    def queries(self, q_BLI: Tensor, waves: Waves | None) -> Tensor:
+        """(B, L, I) -> (B, H, L, K), or 2K with relative positions."""
+        q_BHLK = self.split(q_BLI)
+        if self.q_norm is not None:
+            q_BHLK = self.q_norm(q_BHLK)
+        if waves is not None and self.relative is not None:
+            out: Tensor = self.relative(q_BHLK, waves)
+            return out
+        return rotate(q_BHLK, waves) if waves is not None and self.rope else q_BHLK
+
+    def keys(self, k_BLI: Tensor, waves: Waves | None) -> Tensor:
+        """(B, L, I) -> (B, H, L, K), or 2K with relative positions."""
+        k_BHLK = self.split(k_BLI)
+        if self.k_norm is not None:
+            k_BHLK = self.k_norm(k_BHLK)
+        if waves is not None and self.relative is not None:
+            return with_waves(k_BHLK, waves)
+        return rotate(k_BHLK, waves) if waves is not None and self.rope else k_BHLK
+
+    def values(self, v_BLI: Tensor) -> Tensor:
+        """(B, L, I) -> (B, H, L, K); zeros behind where keys are wider (kernels want one width)."""
+        v_BHLK = self.split(v_BLI)
+        return F.pad(v_BHLK, (0, v_BHLK.shape[-1])) if self.relative is not None else v_BHLK
+
+    def join(self, mixed_BHLK: Tensor) -> Tensor:
+        """(B, H, L, K or 2K) -> (B, L, I)."""
+        if self.relative is not None:
+            mixed_BHLK = mixed_BHLK.chunk(2, dim=-1)[0]
+        return rearrange(mixed_BHLK, "b h l k -> b l (h k)")
 
 
 class Attention(nn.Module):
-    """Self-attention in one level: x + W_o softmax(Q K^T / sqrt(K)) V + b_o, of LayerNorm(x)."""
+    """Self-attention in one level: x + W_o softmax(Q K^T / sqrt(K)) V + b_o, of norm(x)."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, level: LevelConfig) -> None:
         super().__init__()
-        self.heads = config.heads
-        self.causal = config.causal
-        self.dropout = config.attn_dropout
-        inner = config.heads * config.dim_head
-        self.norm = nn.LayerNorm(config.dim)
-        self.qkv = Linear(config.dim, 3 * inner, bias=False)
-        self.out = Linear(inner, config.dim)
+        self.norm = make_norm(config, level.dim)
+        self.qkv = Linear(level.dim, 3 * level.inner, bias=False)
+        self.heads = Heads(config, level)
+        self.out = Linear(level.inner, level.dim, bias=config.bias)
+        self.dropout = level.dropout
+        self.branch_dropout = level.dropout if config.residual_dropout else 0.0
 
-    def forward(self, x_BLD: Tensor, visible_B1LL: Tensor | None = None) -> Tensor:
-        """(B, L, D) -> (B, L, D). ``visible_B1LL`` comes from ``visible_pairs``."""
-        qkv_BLI = self.qkv(self.norm(x_BLD)).chunk(3, dim=-1)
-        q_BHLK, k_BHLK, v_BHLK = (
-            rearrange(part, "b l (h k) -> b h l k", h=self.heads) for part in qkv_BLI
-        )
-        mixed_BHLK = F.scaled_dot_product_attention(
-            q_BHLK,
-            k_BHLK,
-            v_BHLK,
-            attn_mask=visible_B1LL,
-            dropout_p=self.dropout if self.training else 0.0,
-            is_causal=self.causal and visible_B1LL is None,
-        )
-        out_BLD: Tensor = self.out(rearrange(mixed_BHLK, "b h l k -> b l (h k)"))
-        return x_BLD + out_BLD
+    def forward(self, x_BLD: Tensor, view: View) -> Tensor:
+        """(B, L, D) -> (B, L, D)."""
+        dropout = self.dropout if self.training else 0.0
+        q, k, v = self.project(x_BLD, view.waves)
+        return self.finish(x_BLD, attend(q, k, v, view.sight, self.heads.scale, dropout))
+
+    def project(self, x_BLD: Tensor, waves: Waves | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values of all heads, positions in them, (B, H, L, K or 2K)."""
+        q_BLI, k_BLI, v_BLI = self.qkv(self.norm(x_BLD)).chunk(3, dim=-1)
+        heads = self.heads
+        return heads.queries(q_BLI, waves), heads.keys(k_BLI, waves), heads.values(v_BLI)
+
+    def finish(self, x_BLD: Tensor, mixed_BHLK: Tensor) -> Tensor:
+        """Add what the heads found to the stream."""
+        out_BLD: Tensor = self.out(self.heads.join(mixed_BHLK))
+        return x_BLD + drop(out_BLD, self.branch_dropout, self.training)
 
 
 class FeedForward(nn.Module):
-    """x + W_2 GELU(W_1 LayerNorm(x) + b_1) + b_2, position by position."""
+    """x + W_2 f(W_1 norm(x) + b_1) + b_2, position by position; f is GELU or SwiGLU."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, level: LevelConfig) -> None:
         super().__init__()
-        self.norm = nn.LayerNorm(config.dim)
-        self.hidden = Linear(config.dim, config.ff_mult * config.dim)
-        self.out = Linear(config.ff_mult * config.dim, config.dim)
-        self.dropout = config.ff_dropout
+        self.gated = config.feed_forward == "swiglu"
+        self.norm = make_norm(config, level.dim)
+        self.hidden = Linear(level.dim, level.hidden * (2 if self.gated else 1), bias=config.bias)
+        self.out = Linear(level.hidden, level.dim, bias=config.bias)
+        self.dropout = level.dropout
+        self.branch_dropout = level.dropout if config.residual_dropout else 0.0
 
     def forward(self, x_BLD: Tensor) -> Tensor:
         """(B, L, D) -> (B, L, D)."""
-        hidden_BLF = F.gelu(self.hidden(self.norm(x_BLD)))
-        if self.dropout:
-            hidden_BLF = F.dropout(hidden_BLF, self.dropout, self.training)
-        out_BLD: Tensor = self.out(hidden_BLF)
-        return x_BLD + out_BLD
+        hidden_BLF = self.hidden(self.norm(x_BLD))
+        if self.gated:
+            gate_BLF, up_BLF = hidden_BLF.chunk(2, dim=-1)
+            hidden_BLF = F.silu(gate_BLF) * up_BLF
+        else:
+            hidden_BLF = F.gelu(hidden_BLF)
+        out_BLD: Tensor = self.out(drop(hidden_BLF, self.dropout, self.training))
+        return x_BLD + drop(out_BLD, self.branch_dropout, self.training)
+
+
+def drop(x: Tensor, probability: float, training: bool) -> Tensor:
+    """Dropout; the same tensor where there is none."""
+    return F.dropout(x, probability, training) if probability and training else x
 
 
 class Layer(nn.Module):
     """Self-attention, then feed-forward."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, level: LevelConfig) -> None:
         super().__init__()
-        self.attention = Attention(config)
-        self.feed_forward = FeedForward(config)
+        self.attention = Attention(config, level)
+        self.feed_forward = FeedForward(config, level)
 
-    def forward(self, x_BLD: Tensor, visible_B1LL: Tensor | None = None) -> Tensor:
+    def forward(self, x_BLD: Tensor, view: View) -> Tensor:
         """(B, L, D) -> (B, L, D)."""
-        x_BLD = self.attention(x_BLD, visible_B1LL)
+        x_BLD = self.attention(x_BLD, view)
         out_BLD: Tensor = self.feed_forward(x_BLD)
         return out_BLD

@@ -1,191 +1,260 @@
-"""Between two levels: cut into buckets, pool, let pooled tokens attend to their bucket; and back.
+"""Between two levels: pool the positions of a bucket, let pooled tokens look; and the way back.
 
-Legend: B rows, L positions outside, S = ``shorten`` positions in a bucket, G = ceil(L / S) buckets
-(the positions inside), D width, H heads, K width of one head, I = H*K.
+    Shorten    x_BLD  ->  pool  ->  attention to the bucket, or to all before  ->  widen  ->  BGE
+    Lengthen   BGE  ->  narrow  ->  spread  ->  + the stream outside  ->  attention  ->  BLD
 
-A causal bucket i holds positions i*S-S+1 .. i*S, so that what comes out of it may be added to
-positions i*S .. i*S+S-1 and nothing sees the future. Bucket 0 begins with S-1 zeros. A bucket that
-is not causal holds positions i*S .. i*S+S-1.
+Where buckets lie is said by ``layout.Rows``.
+
+Legend: B rows, L positions outside, S positions in a bucket, G buckets (the positions inside),
+D width outside, E width inside, H heads, K width of one head, I = H*K.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hourglass_dist.config import ModelConfig
-from hourglass_dist.model.layers import FeedForward
+from hourglass_dist.model.attend import Rule, attend, takes_flex
+from hourglass_dist.model.layers import FeedForward, Heads, Waves, drop, make_waves
+from hourglass_dist.model.layout import Rows, cut
 from hourglass_dist.model.linear import Linear
+from hourglass_dist.model.norms import make_norm
+from hourglass_dist.model.pool import (
+    Gate,
+    LinearPool,
+    LinearSpread,
+    MeanPool,
+    Pad,
+    bucket_means,
+    gather_buckets,
+    lay_out,
+)
+from hourglass_dist.model_config import LevelConfig, ModelConfig
+
+MANY_KEYS = 8
+"""From this many positions in a bucket on, taking the query through the key projection is faster
+than projecting every position (docs/LOG.md)."""
 
 
-def bucket_count(length: int, shorten: int) -> int:
-    """G, the buckets that ``length`` positions need, causal (i*S < L) or not."""
-    return -(-length // shorten)
+class HeadQueries(Linear):
+    """A key projection (I, D) that can be applied to the query instead: q.(W x) = (W^T q).x."""
+
+    def forward(self, x: Tensor, to_queries: bool = False) -> Tensor:
+        """Queries (B, G, H, K) -> (B, G, H, D), the direction in which each head looks; positions
+        (B, G, S, D) -> (B, G, S, I)."""
+        if not to_queries:
+            return super().forward(x)
+        weight_HKD = self.weight.view(*x.shape[-2:], -1)
+        return torch.einsum("bghk,hkd->bghd", x, weight_HKD)
 
 
-def to_buckets(x_BL: Tensor, shorten: int, causal: bool, before: float = 0.0) -> Tensor:
-    """(B, L, ...) -> (B, G, S, ...), filled with ``before`` in front and with 0 (False) behind."""
-    length = x_BL.shape[1]
-    buckets = bucket_count(length, shorten)
-    if causal:
-        used = (buckets - 1) * shorten + 1
-        front = x_BL.new_full((x_BL.shape[0], shorten - 1, *x_BL.shape[2:]), before)
-        x_BL = torch.cat([front, x_BL[:, :used]], dim=1)
-    elif length != buckets * shorten:
-        missing = buckets * shorten - length
-        back = x_BL.new_zeros((x_BL.shape[0], missing, *x_BL.shape[2:]))
-        x_BL = torch.cat([x_BL, back], dim=1)
-    return x_BL.reshape(x_BL.shape[0], buckets, shorten, *x_BL.shape[2:])
+class HeadValues(Linear):
+    """A value projection (I, D) that can follow the mixing: sum a_j (W x_j) = W (sum a_j x_j)."""
 
-
-class MeanPool(nn.Module):
-    """The mean of a bucket over the positions that are there."""
-
-    def forward(self, x_BGSD: Tensor, present_BGS: Tensor | None) -> Tensor:
-        """(B, G, S, D) -> (B, G, D). Positions that are not ``present_BGS`` hold zeros."""
-        if present_BGS is None:
-            return x_BGSD.mean(dim=2)
-        count_BG1 = present_BGS.sum(dim=2).clamp(min=1).unsqueeze(-1)
-        return x_BGSD.sum(dim=2) / count_BG1
-
-
-class LinearPool(nn.Module):
-    """A learned projection of the positions of a bucket, side by side."""
-
-    def __init__(self, dim: int, shorten: int) -> None:
-        super().__init__()
-        self.proj = Linear(dim * shorten, dim)
-
-    @torch.no_grad()
-    def init_as_naive(self) -> None:
-        """Become the mean of the bucket."""
-        dim, width = self.proj.weight.shape
-        eye_DD = torch.eye(dim, dtype=self.proj.weight.dtype, device=self.proj.weight.device)
-        self.proj.weight.copy_(eye_DD.repeat(1, width // dim) * (dim / width))
-        self.proj.bias.zero_()
-
-    def forward(self, x_BGSD: Tensor, present_BGS: Tensor | None) -> Tensor:
-        """(B, G, S, D) -> (B, G, D). Positions that are not ``present_BGS`` hold zeros."""
-        pooled_BGD: Tensor = self.proj(x_BGSD.flatten(2))
-        return pooled_BGD
-
-
-class HeadQueries(nn.Linear):
-    """A key projection (I, D) that is applied to the query instead: q.(W x) = (W^T q).x."""
-
-    def forward(self, q_BGHK: Tensor) -> Tensor:
-        """(B, G, H, K) -> (B, G, H, D): for each head, the direction in which it looks."""
-        weight_HKD = self.weight.view(*q_BGHK.shape[-2:], -1)
-        return torch.einsum("bghk,hkd->bghd", q_BGHK, weight_HKD)
-
-
-class HeadValues(nn.Linear):
-    """A value projection (I, D) applied after the mixing: sum_j a_j (W x_j) = W (sum_j a_j x_j)."""
-
-    def forward(self, mixed_BGHD: Tensor) -> Tensor:
-        """(B, G, H, D) -> (B, G, I)."""
-        weight_HKD = self.weight.view(mixed_BGHD.shape[2], -1, mixed_BGHD.shape[3])
-        return torch.einsum("bghd,hkd->bghk", mixed_BGHD, weight_HKD).flatten(2)
+    def forward(self, x: Tensor, after_mixing: bool = False) -> Tensor:
+        """Mixed positions (B, G, H, D) -> (B, G, I); positions (B, G, S, D) -> (B, G, S, I)."""
+        if not after_mixing:
+            return super().forward(x)
+        weight_HKD = self.weight.view(x.shape[2], -1, x.shape[3])
+        return torch.einsum("bghd,hkd->bghk", x, weight_HKD).flatten(2)
 
 
 class BucketAttention(nn.Module):
-    """Pooled tokens attend to the positions of their own bucket.
+    """Pooled tokens attend to the positions of their own bucket (seed).
 
-    A bucket has one query and S keys, so keys and values are never made at full resolution: the
-    query is taken through the key projection, and the mixed positions through the value projection.
+    A bucket has one query and S keys. Where S is large, keys and values are never made: the query
+    is taken through the key projection, and the mixed positions through the value projection.
     """
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, level: LevelConfig) -> None:
         super().__init__()
-        self.heads = config.heads
-        self.scale = config.dim_head**-0.5
-        self.dropout = config.attn_dropout
-        inner = config.heads * config.dim_head
-        self.norm = nn.LayerNorm(config.dim)
-        self.query = Linear(config.dim, inner, bias=False)
-        self.key = HeadQueries(config.dim, inner, bias=False)
-        self.value = HeadValues(config.dim, inner, bias=False)
-        self.out = Linear(inner, config.dim)
+        self.heads = level.heads
+        self.scale = level.dim_head**-0.5
+        self.dropout = level.dropout
+        self.norm = make_norm(config, level.dim)
+        self.query = Linear(level.dim, level.inner, bias=False)
+        self.key = HeadQueries(level.dim, level.inner, bias=False)
+        self.value = HeadValues(level.dim, level.inner, bias=False)
+        self.out = Linear(level.inner, level.dim, bias=config.bias)
 
     def forward(self, pooled_BGD: Tensor, x_BGSD: Tensor, present_BGS: Tensor | None) -> Tensor:
         """(B, G, D), (B, G, S, D) -> (B, G, D). Only positions that are ``present_BGS`` are seen.
 
         A bucket with nothing in it holds zeros, and mixes them evenly.
         """
+        many = x_BGSD.shape[2] >= MANY_KEYS
         query_BGI = self.query(self.norm(pooled_BGD)) * self.scale
-        looks_BGHD = self.key(query_BGI.unflatten(-1, (self.heads, -1)))
-        scores_BGHS = looks_BGHD @ x_BGSD.transpose(-1, -2)
+        query_BGHK = query_BGI.unflatten(-1, (self.heads, -1))
+        if many:
+            scores_BGHS = self.key(query_BGHK, to_queries=True) @ x_BGSD.transpose(-1, -2)
+        else:
+            key_BGSHK = self.key(x_BGSD).unflatten(-1, (self.heads, -1))
+            scores_BGHS = (query_BGHK.unsqueeze(2) * key_BGSHK).sum(-1).transpose(-1, -2)
         if present_BGS is not None:
             lowest = torch.finfo(scores_BGHS.dtype).min
             scores_BGHS = scores_BGHS.masked_fill(~present_BGS.unsqueeze(2), lowest)
-        weights_BGHS = scores_BGHS.softmax(dim=-1)
-        if self.dropout:
-            weights_BGHS = F.dropout(weights_BGHS, self.dropout, self.training)
-        out_BGD: Tensor = self.out(self.value(weights_BGHS @ x_BGSD))
+        weights_BGHS = drop(scores_BGHS.softmax(dim=-1), self.dropout, self.training)
+        if many:
+            mixed_BGI = self.value(weights_BGHS @ x_BGSD, after_mixing=True)
+        else:
+            value_BGSHK = self.value(x_BGSD).unflatten(-1, (self.heads, -1))
+            weights_BGSH1 = weights_BGHS.transpose(-1, -2).unsqueeze(-1)
+            mixed_BGI = (weights_BGSH1 * value_BGSHK).sum(dim=2).flatten(2)
+        out_BGD: Tensor = self.out(mixed_BGI)
         return pooled_BGD + out_BGD
 
 
+class EarlierAttention(nn.Module):
+    """Attention from one level to another, over everything that lies before (paper, section 3.3).
+
+    Pooled tokens look at the positions outside, positions at the pooled tokens inside. Queries and
+    keys come normed; the sum is with the queries as they are.
+    """
+
+    def __init__(self, config: ModelConfig, level: LevelConfig) -> None:
+        super().__init__()
+        self.query = Linear(level.dim, level.inner, bias=False)
+        self.key_value = Linear(level.dim, 2 * level.inner, bias=False)
+        self.heads = Heads(config, level)
+        self.out = Linear(level.inner, level.dim, bias=config.bias)
+        self.dropout = level.dropout
+        self.branch_dropout = level.dropout if config.residual_dropout else 0.0
+
+    def project(self, x_BQD: Tensor, waves: Waves | None) -> Tensor:
+        """The queries of all heads."""
+        return self.heads.queries(self.query(x_BQD), waves)
+
+    def project_keys(self, x_BJD: Tensor, waves: Waves | None) -> tuple[Tensor, Tensor]:
+        """The keys and values of all heads."""
+        k_BJI, v_BJI = self.key_value(x_BJD).chunk(2, dim=-1)
+        return self.heads.keys(k_BJI, waves), self.heads.values(v_BJI)
+
+    def finish(self, x_BQD: Tensor, mixed_BHQK: Tensor) -> Tensor:
+        """Add what the heads found to the queries."""
+        out_BQD: Tensor = self.out(self.heads.join(mixed_BHQK))
+        return x_BQD + drop(out_BQD, self.branch_dropout, self.training)
+
+    def forward(
+        self, x_BQD: Tensor, keys_BJD: Tensor, rule: Rule, waves: tuple[Waves | None, Waves | None]
+    ) -> Tensor:
+        """(B, Q, D), (B, J, D) -> (B, Q, D). ``waves`` are those of queries and of keys."""
+        dropout = self.dropout if self.training else 0.0
+        sight = rule.sight(x_BQD, takes_flex(x_BQD, self.dropout))
+        k, v = self.project_keys(keys_BJD, waves[1])
+        mixed = attend(self.project(x_BQD, waves[0]), k, v, sight, self.heads.scale, dropout)
+        return self.finish(x_BQD, mixed)
+
+
+class Crossing(NamedTuple):
+    """What attention between two levels needs to know: who sees whom, and where they lie."""
+
+    down: Rule
+    up: Rule
+    outside: Waves | None
+    inside: Waves | None
+
+
+def make_crossing(
+    config: ModelConfig, index: int, stride: int, rows: Rows, x_BLD: Tensor
+) -> Crossing | None:
+    """Between level ``index``, at ``stride`` tokens a position, and the next one; None where no
+    attention goes further than a bucket. A pooled token lies at its boundary."""
+    if config.attention_resampling != "earlier":
+        return None
+    index_1L = torch.arange(rows.length, device=x_BLD.device)[None]
+    end_BG, documents_BG = rows.ends(x_BLD.device), None
+    if rows.document_BL is not None:
+        documents_BG = rows.document_BL.gather(1, end_BG.clamp(max=rows.length - 1))
+    outside = inside = None
+    if config.positions == "relative":
+        dim_head = config.levels[index].dim_head
+        outside = make_waves(index_1L * stride, dim_head, x_BLD)
+        inside = make_waves(end_BG * stride, dim_head, x_BLD)
+    return Crossing(
+        Rule(end_BG, index_1L, documents_BG, rows.document_BL),
+        Rule(index_1L, end_BG, rows.document_BL, documents_BG),
+        outside,
+        inside,
+    )
+
+
 class Shorten(nn.Module):
-    """One level in: (B, L, D) -> (B, G, D)."""
+    """One level in, from level ``index`` to the next: (B, L, D) -> (B, G, E)."""
 
-    def __init__(self, config: ModelConfig, shorten: int) -> None:
+    attention: BucketAttention | EarlierAttention
+
+    def __init__(self, config: ModelConfig, index: int) -> None:
         super().__init__()
-        self.shorten = shorten
+        outer, inner = config.levels[index], config.levels[index + 1]
         self.causal = config.causal
-        linear = config.resampling == "linear"
-        self.pool = LinearPool(config.dim, shorten) if linear else MeanPool()
+        self.legacy = config.legacy_mask
+        self.words = inner.pooling == "spacelike"
         self.attends = config.attention_resampling
-        if self.attends:
-            self.attention = BucketAttention(config)
-            self.feed_forward = FeedForward(config)
+        linear = config.downsampling == "linear"
+        self.pool = LinearPool(outer.dim, inner.shorten, config.bias) if linear else MeanPool()
+        if self.attends == "earlier":
+            self.key_norm = make_norm(config, outer.dim)
+            self.query_norm = make_norm(config, outer.dim)
+            self.attention = EarlierAttention(config, outer)
+        elif self.attends == "bucket":
+            self.attention = BucketAttention(config, outer)
+        if self.attends != "none":
+            self.feed_forward = FeedForward(config, outer)
+        self.widen: nn.Module | None = None
+        if inner.dim != outer.dim:
+            pads = config.width_change == "pad"
+            self.widen = (
+                Pad(outer.dim, inner.dim) if pads else Linear(outer.dim, inner.dim, config.bias)
+            )
 
-    def forward(self, x_BLD: Tensor, valid_BL: Tensor | None) -> Tensor:
-        """(B, L, D) -> (B, G, D). ``valid_BL`` is True at real tokens; None: all of them are."""
-        x_BGSD = to_buckets(x_BLD, self.shorten, self.causal)
-        present_BGS = self._present(x_BLD, valid_BL)
-        if present_BGS is not None:
-            x_BGSD = x_BGSD.masked_fill(~present_BGS.unsqueeze(-1), 0.0)
-        pooled_BGD: Tensor = self.pool(x_BGSD, present_BGS)
-        if self.attends:
-            pooled_BGD = self.feed_forward(self.attention(pooled_BGD, x_BGSD, present_BGS))
-        return pooled_BGD
+    def forward(self, x_BLD: Tensor, rows: Rows, crossing: Crossing | None) -> Tensor:
+        """(B, L, D) -> (B, G, E)."""
+        if self.attends == "earlier":
+            assert crossing is not None
+            x_BLD = self.prepare(x_BLD)
+            pooled_BGD = self.query_norm(self._pool(x_BLD, rows)[0])
+            waves = crossing.inside, crossing.outside
+            pooled_BGD = self.attention(pooled_BGD, x_BLD, crossing.down, waves)
+        else:
+            pooled_BGD, x_BGSD, present_BGS = self._pool(x_BLD, rows)
+            if self.attends == "bucket":
+                pooled_BGD = self.attention(pooled_BGD, x_BGSD, present_BGS)
+        return self.finish(pooled_BGD)
 
-    def _present(self, x_BLD: Tensor, valid_BL: Tensor | None) -> Tensor | None:
-        """Which positions of a bucket count; None: all. The zeros in front of a causal row do."""
+    def prepare(self, x_BLD: Tensor) -> Tensor:
+        """What is pooled, and looked at."""
+        if self.attends == "earlier":
+            x_BLD = self.key_norm(x_BLD)
+        return x_BLD
+
+    def finish(self, pooled_BGD: Tensor) -> Tensor:
+        """What follows the attention: the feed-forward layer and the change of width."""
+        if self.attends != "none":
+            pooled_BGD = self.feed_forward(pooled_BGD)
+        return self.widen(pooled_BGD) if self.widen is not None else pooled_BGD
+
+    def _pool(self, x_BLD: Tensor, rows: Rows) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """(pooled tokens, the buckets where these have one size, which of their positions count;
+        None: all do, the zeros in front of a document, too)."""
+        if self.words:
+            return bucket_means(x_BLD, rows), None, None
+        if self.causal and not self.legacy:
+            x_BGSD = gather_buckets(x_BLD, rows)
+            return self.pool(x_BGSD, None), x_BGSD, None
+        x_BGSD = cut(x_BLD, rows.shorten, self.causal)
+        valid_BL = rows.mask_BL
+        if valid_BL is None and (self.causal or rows.length % rows.shorten == 0):
+            return self.pool(x_BGSD, None), x_BGSD, None
         if valid_BL is None:
-            if self.causal or x_BLD.shape[1] % self.shorten == 0:
-                return None
             valid_BL = x_BLD.new_ones(x_BLD.shape[:2], dtype=torch.bool)
-        return to_buckets(valid_BL, self.shorten, self.causal, before=True)
-
-    def shorten_mask(self, valid_BL: Tensor | None) -> Tensor | None:
-        """(B, L) -> (B, G): buckets with at least one real token."""
-        if valid_BL is None:
-            return None
-        return to_buckets(valid_BL, self.shorten, self.causal, before=False).any(dim=2)
-
-
-class LinearSpread(nn.Module):
-    """A learned projection of a pooled token to the S positions of its bucket."""
-
-    def __init__(self, dim: int, shorten: int) -> None:
-        super().__init__()
-        self.shorten = shorten
-        self.proj = Linear(dim, dim * shorten)
-
-    @torch.no_grad()
-    def init_as_naive(self) -> None:
-        """Become a repeat."""
-        dim = self.proj.weight.shape[1]
-        eye_DD = torch.eye(dim, dtype=self.proj.weight.dtype, device=self.proj.weight.device)
-        self.proj.weight.copy_(eye_DD.repeat(self.shorten, 1))
-        self.proj.bias.zero_()
-
-    def forward(self, valley_BGD: Tensor) -> Tensor:
-        """(B, G, D) -> (B, G, S, D)."""
-        spread_BGSD: Tensor = self.proj(valley_BGD).unflatten(-1, (self.shorten, -1))
-        return spread_BGSD
+        present_BGS = cut(valid_BL, rows.shorten, self.causal)
+        if self.legacy:
+            return self.pool(x_BGSD, None), x_BGSD, present_BGS
+        x_BGSD = x_BGSD.masked_fill(~present_BGS.unsqueeze(-1), 0.0)
+        return self.pool(x_BGSD, present_BGS), x_BGSD, present_BGS
 
 
 class ValleyAttention(nn.Module):
@@ -196,16 +265,15 @@ class ValleyAttention(nn.Module):
     so that weights of the reference go in and come out whole.
     """
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, level: LevelConfig) -> None:
         super().__init__()
-        self.heads = config.heads
-        self.dropout = config.attn_dropout
-        inner = config.heads * config.dim_head
-        self.norm = nn.LayerNorm(config.dim)
-        self.query = Linear(config.dim, inner, bias=False)
-        self.key = Linear(config.dim, inner, bias=False)
-        self.value = Linear(config.dim, inner, bias=False)
-        self.out = Linear(inner, config.dim)
+        self.heads = level.heads
+        self.dropout = level.dropout
+        self.norm = make_norm(config, level.dim)
+        self.query = Linear(level.dim, level.inner, bias=False)
+        self.key = Linear(level.dim, level.inner, bias=False)
+        self.value = Linear(level.dim, level.inner, bias=False)
+        self.out = Linear(level.inner, level.dim, bias=config.bias)
         for unused in (self.norm, self.query, self.key):
             unused.requires_grad_(False)
 
@@ -224,24 +292,69 @@ class ValleyAttention(nn.Module):
 
 
 class Lengthen(nn.Module):
-    """One level out: (B, G, D) and the positions outside -> (B, L, D)."""
+    """One level out, to level ``index``: (B, G, E) and the positions outside -> (B, L, D)."""
 
-    def __init__(self, config: ModelConfig, shorten: int) -> None:
+    attention: ValleyAttention | EarlierAttention
+
+    def __init__(self, config: ModelConfig, index: int) -> None:
         super().__init__()
-        self.shorten = shorten
-        self.spread = LinearSpread(config.dim, shorten) if config.resampling == "linear" else None
+        outer, inner = config.levels[index], config.levels[index + 1]
+        self.dim = outer.dim
+        self.narrow: nn.Module | None = None
+        if inner.dim != outer.dim and config.width_change == "projection":
+            self.narrow = Linear(inner.dim, outer.dim, config.bias)
+        linear = config.upsampling == "linear"
+        self.spread = LinearSpread(outer.dim, inner.shorten, config.bias) if linear else None
         self.attends = config.attention_resampling
-        if self.attends:
-            self.attention = ValleyAttention(config)
-            self.feed_forward = FeedForward(config)
+        if self.attends == "earlier":
+            self.key_norm = make_norm(config, outer.dim)
+            self.query_norm = make_norm(config, outer.dim)
+            self.attention = EarlierAttention(config, outer)
+        elif self.attends == "bucket":
+            self.attention = ValleyAttention(config, outer)
+        if self.attends != "none":
+            self.feed_forward = FeedForward(config, outer)
+        self.branch_norm = make_norm(config, outer.dim) if config.stack_norms else None
+        self.gate = Gate(outer.dim) if config.skip == "gated" else None
 
-    def forward(self, valley_BGD: Tensor, x_BLD: Tensor) -> Tensor:
-        """(B, G, D), (B, L, D) -> (B, L, D)."""
-        added = valley_BGD.unsqueeze(2) if self.spread is None else self.spread(valley_BGD)
-        if self.attends:
-            added = added + self.attention(valley_BGD, self.shorten)
-        added_BGSD = added.expand(-1, -1, self.shorten, -1)
-        x_BLD = x_BLD + added_BGSD.flatten(1, 2)[:, : x_BLD.shape[1]]
-        if self.attends:
-            x_BLD = self.feed_forward(x_BLD)
-        return x_BLD
+    def forward(
+        self, valley_BGE: Tensor, x_BLD: Tensor, rows: Rows, crossing: Crossing | None
+    ) -> Tensor:
+        """(B, G, E), (B, L, D) -> (B, L, D)."""
+        keys_BGD, block_BGSD = self.blocks(valley_BGE, rows.shorten)
+        added_BLD = lay_out(block_BGSD, rows)
+        if self.attends == "earlier":
+            assert crossing is not None
+            waves = crossing.outside, crossing.inside
+            added_BLD = self.attention(x_BLD + added_BLD, keys_BGD, crossing.up, waves)
+        return self.combine(x_BLD, added_BLD)
+
+    def blocks(self, valley_BGE: Tensor, shorten: int) -> tuple[Tensor, Tensor]:
+        """What a pooled token is to the positions of its bucket: (keys (B, G, D) for attention,
+        what is added (B, G, S or 1, D))."""
+        if self.narrow is not None:
+            valley_BGD = self.narrow(valley_BGE)
+        else:
+            valley_BGD = valley_BGE[..., : self.dim]
+        if self.attends == "earlier":
+            valley_BGD = self.key_norm(valley_BGD)
+        block = valley_BGD.unsqueeze(2) if self.spread is None else self.spread(valley_BGD)
+        if self.attends == "earlier":
+            block = self.query_norm(block)
+        elif self.attends == "bucket":
+            block = block + self.attention(valley_BGD, shorten)
+        if self.branch_norm is not None and self.attends == "none":
+            block = self.branch_norm(block)
+        return valley_BGD, block
+
+    def combine(self, x_BLD: Tensor, added_BLD: Tensor) -> Tensor:
+        """The stream outside and the branch become one."""
+        skipped_BLD = x_BLD if self.gate is None else self.gate(x_BLD)
+        if self.attends == "bucket":
+            out: Tensor = self.feed_forward(skipped_BLD + added_BLD)
+            return out
+        if self.attends == "earlier":
+            added_BLD = self.feed_forward(added_BLD)
+            if self.branch_norm is not None:
+                added_BLD = self.branch_norm(added_BLD)
+        return skipped_BLD + added_BLD

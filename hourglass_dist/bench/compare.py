@@ -1,0 +1,348 @@
+"""``hourglass bench compare``: held-out bits per byte of several models at equal training FLOPs.
+
+    one YAML file for each arm: a model, the learning rates to try
+    budget / (FLOPs of a token x tokens of a step)  ->  steps of each arm
+    every learning rate with seed 0                 ->  the best one of each arm
+    that one with seeds 1, 2, ...                   ->  mean and 95 % interval
+
+Seed 0 only chooses: its score does not count, so no arm gains from the number of rates it tried.
+Arms of one seed read the same rows in the same order; one that takes more steps reads on. A run is
+single-threaded PyTorch, and as many run side by side as there are cores. What is done is written
+down: an interrupted comparison goes on where it was.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import statistics
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import closing
+from operator import itemgetter
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
+
+import torch
+from pydantic import Field
+
+from hourglass_dist import dist
+from hourglass_dist.bench.shared import apart, show
+from hourglass_dist.config import OptimConfig
+from hourglass_dist.data.shards import Manifest
+from hourglass_dist.data.stream import Stream, held_out_rows
+from hourglass_dist.data.tokenizer import load_tokenizer
+from hourglass_dist.evaluate import Rows, Score, evaluate
+from hourglass_dist.files import replace
+from hourglass_dist.model.cost import ModelCost, model_cost
+from hourglass_dist.model.hourglass import HourglassLM
+from hourglass_dist.model_config import ModelConfig, PositiveFloat
+from hourglass_dist.optim import adamw, learning_rate
+from hourglass_dist.sections import Section, parse, read_yaml
+
+TOLERANCE = 0.02
+"""How far the training FLOPs of two arms may differ."""
+T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+"""Student's t for a two-sided 95 % interval, from 1 degree of freedom on."""
+MOST_SEEDS = len(T_975) + 1
+
+
+class Arm(Section):
+    """A file of an arm."""
+
+    learning_rates: Annotated[list[PositiveFloat], Field(min_length=1)]
+    """Peaks to try; the schedule is a warm-up over a tenth of the steps and half a cosine."""
+    model: ModelConfig
+
+
+class Budget(NamedTuple):
+    """What all arms have in common."""
+
+    dataset: Path
+    flops: float
+    """Of one training run."""
+    rows: int
+    length: int
+    """Tokens in a row."""
+
+
+class Job(NamedTuple):
+    """One training run."""
+
+    name: str
+    model: ModelConfig
+    optim: OptimConfig
+    steps: int
+    seed: int
+    budget: Budget
+
+    def key(self, dataset_id: str) -> str:
+        """The same for runs that must end the same."""
+        decides = {
+            "model": self.model.model_dump(mode="json"),
+            "optim": self.optim.model_dump(mode="json"),
+            "data": [dataset_id, self.budget.rows, self.budget.length, self.steps, self.seed],
+        }
+        return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
+
+
+class Entry(NamedTuple):
+    """An arm with what it costs."""
+
+    name: str
+    arm: Arm
+    cost: ModelCost
+    steps: int
+    budget: Budget
+
+    @property
+    def tokens(self) -> int:
+        """Of one run."""
+        return self.steps * self.budget.rows * self.budget.length
+
+    @property
+    def flops(self) -> float:
+        """Of one run."""
+        return self.tokens * self.cost.training_flops_per_token
+
+    def job(self, lr: float, seed: int) -> Job:
+        """A run of this arm."""
+        optim = OptimConfig(lr=lr, warmup_steps=self.steps // 10)
+        return Job(self.name, self.arm.model, optim, self.steps, seed, self.budget)
+
+
+def read_arms(folder: Path, budget: Budget) -> list[Entry]:
+    """The arms of a folder, each with its number of steps.
+
+    Raises ValueError when there are none, one is wrong, or the budget is so small that whole steps
+    cannot match within ``TOLERANCE``.
+    """
+    files = sorted(folder.glob("*.yaml"))
+    if not files:
+        raise ValueError(f"{folder}: expected a YAML file for each arm, found none")
+    entries = []
+    for file in files:
+        arm = parse(Arm, read_yaml(file), source=str(file))
+        cost = model_cost(arm.model, budget.length, rows=budget.rows)
+        step = cost.training_flops_per_token * budget.rows * budget.length
+        entries.append(Entry(file.stem, arm, cost, max(1, round(budget.flops / step)), budget))
+    spent = {entry.name: entry.flops for entry in entries}
+    least, most = min(spent, key=spent.__getitem__), max(spent, key=spent.__getitem__)
+    if spent[most] > (1 + TOLERANCE) * spent[least]:
+        raise ValueError(
+            f"--flops: {budget.flops:.3g} are too few: whole steps would give {most} "
+            f"{spent[most]:.3g} and {least} {spent[least]:.3g}, more than {TOLERANCE:.0%} apart"
+        )
+    return entries
+
+
+def bench_compare(
+    folder: Path, budget: Budget, seeds: int, jobs: int, out: Path, dry_run: bool
+) -> list[dict[str, Any]]:
+    """Train what is not in ``out`` yet and print the table; its rows. Raises ValueError for wrong
+    arms, data or results."""
+    entries = read_arms(folder, budget)
+    manifest, tokenizer = Manifest.load(budget.dataset), load_tokenizer(budget.dataset)
+    for entry in entries:
+        if entry.arm.model.vocab_size < tokenizer.vocab_size:
+            raise ValueError(
+                f"{entry.name}: model.vocab_size: the tokenizer of {budget.dataset} has "
+                f"{tokenizer.vocab_size} ids, given {entry.arm.model.vocab_size}"
+            )
+    _show_arms(entries, seeds)
+    if dry_run:
+        return []
+    results = Results(out, manifest.dataset_id)
+    sweep = [entry.job(lr, 0) for entry in entries for lr in entry.arm.learning_rates]
+    results.complete(sweep, jobs, later=seeds * len(entries))
+    best = [
+        min((entry.job(lr, 0) for lr in entry.arm.learning_rates), key=results.bits)
+        for entry in entries
+    ]
+    scored = [job._replace(seed=seed) for job in best for seed in range(1, seeds + 1)]
+    results.complete(scored, jobs, later=0)
+    return _show_scores(entries, best, scored, results)
+
+
+# --- one run -------------------------------------------------------------------------------------
+
+
+def train(job: Job) -> dict[str, float]:
+    """Train and score one model on this process's one thread."""
+    start, world = time.perf_counter(), dist.init()
+    manifest, tokenizer = Manifest.load(job.budget.dataset), load_tokenizer(job.budget.dataset)
+    rows, length = job.budget.rows, job.budget.length
+    torch.manual_seed(job.seed)
+    model = HourglassLM(job.model).to(world.device)
+    model.init_weights(job.seed)
+    optimizer = adamw(model, job.optim)
+    stream = Stream(manifest, "train", length, rows, job.seed)
+    with closing(stream.batches()) as batches:
+        for at in range(job.steps):
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(at, job.optim, job.steps)
+            nats, count = model(**_on(world.device, next(batches).rows))
+            (nats / count).backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), job.optim.clip_grad_norm)
+            optimizer.step()
+            optimizer.zero_grad()
+    model.eval()
+
+    @torch.no_grad()
+    def loss(rows: Rows) -> tuple[float, int]:
+        nats, count = model(**_on(world.device, rows))
+        return float(nats), int(count)
+
+    held_out = held_out_rows(manifest, "heldout", length, 4 * rows)
+    score = evaluate(loss, held_out, tokenizer.byte_lengths(), world)
+    return {"bits_per_byte": _finite(score), "seconds": time.perf_counter() - start}
+
+
+def _on(device: torch.device, rows: Rows) -> dict[str, Any]:
+    return {name: None if t is None else t.to(device) for name, t in rows.items()}
+
+
+def _finite(score: Score) -> float:
+    """A run whose loss is no number is the worst."""
+    return score.bits_per_byte if math.isfinite(score.bits_per_byte) else math.inf
+
+
+# --- all runs ------------------------------------------------------------------------------------
+
+
+class Results:
+    """A file of JSON lines, one for each finished run, whole at any time."""
+
+    def __init__(self, path: Path, dataset_id: str) -> None:
+        """Read what there is. Raises ValueError for a line that is no result."""
+        self.path, self.dataset_id = path, dataset_id
+        self.lines: dict[str, dict[str, Any]] = {}
+        text = path.read_text(encoding="utf-8") if path.exists() else ""
+        for number, line in enumerate(text.splitlines(), start=1):
+            try:
+                found = json.loads(line)
+                self.lines[found["key"]] = found
+            except (ValueError, KeyError, TypeError):
+                raise ValueError(f"{path}:{number}: expected a result of bench compare") from None
+
+    def bits(self, job: Job) -> float:
+        """The held-out score of a finished run."""
+        return float(self.lines[job.key(self.dataset_id)]["bits_per_byte"])
+
+    def seconds(self, job: Job) -> float:
+        """What a finished run took."""
+        return float(self.lines[job.key(self.dataset_id)]["seconds"])
+
+    def complete(self, wanted: Sequence[Job], jobs: int, later: int) -> None:
+        """Make the runs that are missing, ``jobs`` at a time; ``later`` more will follow."""
+        missing = [job for job in wanted if job.key(self.dataset_id) not in self.lines]
+        with ThreadPoolExecutor(jobs) as pool:
+            futures = {pool.submit(apart, train, job, threads=1): job for job in missing}
+            try:
+                taken: list[float] = []
+                for future in as_completed(futures):
+                    job, result = futures[future], future.result()
+                    self._add(job, result)
+                    taken.append(result["seconds"])
+                    left = len(missing) - len(taken) + later
+                    minutes = statistics.mean(taken) * left / jobs / 60
+                    print(
+                        f"{job.name}, lr {job.optim.lr:g}, seed {job.seed}: "
+                        f"{result['bits_per_byte']:.4f} bits/byte, {result['seconds']:.0f} s; "
+                        f"{left} runs left, about {minutes:.0f} min",
+                        flush=True,
+                    )
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
+
+    def _add(self, job: Job, result: dict[str, float]) -> None:
+        key = job.key(self.dataset_id)
+        about = {"arm": job.name, "lr": job.optim.lr, "seed": job.seed, "steps": job.steps}
+        self.lines[key] = {**about, **result, "key": key}
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        replace(self.path, "".join(json.dumps(line) + "\n" for line in self.lines.values()))
+
+
+# --- the tables ----------------------------------------------------------------------------------
+
+
+def _show_arms(entries: Sequence[Entry], seeds: int) -> None:
+    rows = [
+        {
+            "arm": entry.name,
+            "hierarchy": entry.arm.model.hierarchy,
+            "parameters": entry.cost.parameters,
+            "each": entry.cost.training_flops_per_token / 1e6,
+            "steps": entry.steps,
+            "tokens": entry.tokens / 1e6,
+            "flops": entry.flops / 1e12,
+            "rates": ", ".join(f"{lr:g}" for lr in entry.arm.learning_rates),
+        }
+        for entry in entries
+    ]
+    columns = {
+        "arm": "{arm}",
+        "layers@stride": "{hierarchy}",
+        "parameters": "{parameters:,}",
+        "MFLOPs/token": "{each:.2f}",
+        "steps": "{steps:,}",
+        "M tokens": "{tokens:.2f}",
+        "TFLOPs": "{flops:.3f}",
+        "learning rates": "{rates}",
+    }
+    budget = entries[0].budget
+    sweep = sum(len(entry.arm.learning_rates) for entry in entries)
+    show(
+        f"{sweep} runs to choose learning rates, {seeds * len(entries)} that count; "
+        f"{budget.rows} x {budget.length} tokens a step of {budget.dataset}",
+        rows,
+        columns,
+    )
+
+
+def _show_scores(
+    entries: Sequence[Entry], best: Sequence[Job], scored: Sequence[Job], results: Results
+) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = []
+    for entry, chosen in zip(entries, best, strict=True):
+        jobs = [job for job in scored if job.name == entry.name]
+        bits = [results.bits(job) for job in jobs]
+        rates = entry.arm.learning_rates
+        edge = chosen.optim.lr in (min(rates), max(rates)) and len(rates) > 1
+        row = {
+            "arm": entry.name,
+            "parameters": entry.cost.parameters,
+            "tokens": entry.tokens / 1e6,
+            "lr": f"{chosen.optim.lr:g}" + (" (edge)" if edge else ""),
+            "mean": statistics.mean(bits),
+            "interval": interval(bits),
+            "each": " ".join(f"{value:.4f}" for value in bits),
+            "seconds": statistics.mean(results.seconds(job) for job in jobs),
+        }
+        rows.append(row)
+    rows.sort(key=itemgetter("mean"))
+    columns = {
+        "arm": "{arm}",
+        "parameters": "{parameters:,}",
+        "M tokens": "{tokens:.2f}",
+        "learning rate": "{lr}",
+        "bits/byte": "{mean:.4f}",
+        "95 %": "± {interval:.4f}",
+        "each seed": "{each}",
+        "s a run": "{seconds:.0f}",
+    }
+    show(
+        f"Held-out bits per byte after {entries[0].flops / 1e12:.2f} TFLOPs of training each; "
+        "the learning rate is the best of seed 0, which is not among these; edge: of those tried",
+        rows,
+        columns,
+    )
+    return rows
+
+
+def interval(values: Sequence[float]) -> float:
+    """Half the width of the 95 % interval of the mean, by Student's t."""
+    return T_975[len(values) - 2] * statistics.stdev(values) / math.sqrt(len(values))

@@ -1,0 +1,148 @@
+"""``hourglass bench decode``: the next token with a cache, and with a whole forward pass.
+
+The weights are random and the text is words of five letters: 48 consecutive tokens complete the
+same number of buckets wherever they stand, with every kind of pooling.
+
+Legend: B rows (one), L tokens.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hourglass_dist import config as settings
+from hourglass_dist.bench.model import README
+from hourglass_dist.bench.shared import (
+    headline,
+    interleave,
+    machine,
+    prepare,
+    ratio,
+    reference,
+    seconds,
+    show,
+)
+from hourglass_dist.model.decode import prefill, step
+from hourglass_dist.model.hourglass import HourglassLM
+from hourglass_dist.model.interop import lucidrains_kwargs, to_lucidrains
+from hourglass_dist.model_config import ModelConfig
+
+TOKENS = 48
+"""Tokens that are timed at each place."""
+CONTEXTS = (64, 512, 1024, 2048)
+"""Tokens before those."""
+
+
+def bench_decode(
+    repeats: int, threads: int | None, device_name: str, quick: bool, config_file: Path
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Measure and print: (the machine, the rows of all tables). Raises ValueError when the
+    reference or the device is not there, or ``config_file`` is wrong."""
+    device = prepare(device_name, threads)
+    package = reference()
+    modern = _inference(settings.load(config_file).model)
+    contexts = (16, 32) if quick else CONTEXTS
+    readme: dict[str, Any] = {**README, "max_seq_len": contexts[-1] + TOKENS}
+    size = {"dim": 64, "heads": 2, "dim_head": 32} if quick else {"dim": 512}
+    seed = ModelConfig.from_lucidrains(num_tokens=256, **(readme | size))
+    facts = machine(device)
+    print(headline(facts), flush=True)
+
+    ours = HourglassLM(seed)
+    theirs = package.HourglassTransformerLM(**lucidrains_kwargs(seed))
+    theirs.load_state_dict(to_lucidrains(ours))
+    wrapper = package.autoregressive_wrapper.AutoregressiveWrapper(theirs).to(device).eval()
+    title = f"readme, {seed.hierarchy}, positions up to {seed.max_seq_len}"
+    found = bench_contexts(title, ours.to(device), wrapper, contexts, repeats)
+    title = f"{config_file}, {modern.hierarchy}"
+    found += bench_contexts(title, HourglassLM(modern).to(device), None, contexts, repeats)
+    return facts, found
+
+
+def _inference(config: ModelConfig) -> ModelConfig:
+    plain = [
+        level.model_copy(update={"activation_checkpointing": "none"}) for level in config.levels
+    ]
+    return config.model_copy(update={"levels": plain})
+
+
+def text(length: int, device: torch.device) -> Tensor:
+    """(1, L) bytes: words of five random letters."""
+    letters = torch.randint(97, 123, (1, length), generator=torch.Generator().manual_seed(2))
+    letters[:, 5::6] = 32
+    return letters.to(device)
+
+
+def bench_contexts(
+    title: str,
+    model: HourglassLM,
+    wrapper: Any,
+    contexts: tuple[int, ...],
+    repeats: int,
+) -> list[dict[str, Any]]:
+    """One table: tokens a second after each number of tokens."""
+    device = model.tokens.weight.device
+    tokens_BL = text(contexts[-1] + TOKENS, device)
+
+    def with_cache(context: int) -> Callable[[], float]:
+        def run() -> float:
+            _, cache = prefill(model, tokens_BL[:, : context - 1])
+            step(model, tokens_BL[:, context - 1], cache)  # the cache makes itself room
+            rest = tokens_BL[:, context : context + TOKENS].unbind(dim=1)
+            return (
+                seconds(lambda: [step(model, token_B, cache) for token_B in rest], device) / TOKENS
+            )
+
+        return run
+
+    def whole(context: int) -> Callable[[], float]:
+        @torch.no_grad()
+        def run() -> float:
+            return seconds(lambda: model(tokens_BL[:, :context]), device)
+
+        return run
+
+    def generate(context: int) -> Callable[[], float]:
+        def run() -> float:
+            return seconds(lambda: wrapper.generate(tokens_BL[:, :context], 1), device)
+
+        return run
+
+    model.eval()
+    kinds = {"step": with_cache, "forward": whole}
+    if wrapper is not None:
+        kinds["reference"] = generate
+    variants = {f"{kind} {c}": make(c) for c in contexts for kind, make in kinds.items()}
+    times = interleave(variants, repeats, title)
+    found = [_row(title, context, contexts[0], times) for context in contexts]
+    columns = {
+        "tokens before": "{context}",
+        "ms a token": "{ms:.2f}",
+        f"time / after {contexts[0]}": "{slower:.2f}",
+        "tokens/s": "{step:,.1f}",
+        "forward each: tokens/s": "{forward:,.2f}",
+        "faster": "{over_forward:,.1f}",
+    }
+    if wrapper is not None:
+        columns |= {
+            "reference: tokens/s": "{reference:,.2f}",
+            "x reference": "{over_reference:,.1f}",
+        }
+    show(title, found, columns)
+    return found
+
+
+def _row(title: str, context: int, first: int, times: dict[str, list[float]]) -> dict[str, Any]:
+    mine = times[f"step {context}"]
+    row: dict[str, Any] = {"case": title, "context": context}
+    row |= {"ms": 1e3 * statistics.median(mine), "slower": ratio(mine, times[f"step {first}"])}
+    for kind in ("step", "forward", "reference"):
+        if taken := times.get(f"{kind} {context}"):
+            row |= {kind: 1 / statistics.median(taken), f"over_{kind}": ratio(taken, mine)}
+    return row

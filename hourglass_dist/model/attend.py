@@ -1,0 +1,203 @@
+"""Which key a query sees, and the kernel that computes it: one rule, several ways.
+
+    causal, one document a row       scaled_dot_product_attention with is_causal: no mask at all
+    a window, one document a row     the same in blocks: a block of queries sees its own keys and
+                                     those of the block before, so cost and memory grow with L*W
+    anything else on a GPU           FlexAttention with a block mask, compiled
+    anything else on a CPU           scaled_dot_product_attention with a mask made once a level
+
+A query sees a key that lies at or before it, in the same document and in the window. Queries that
+see nothing get zeros.
+
+Legend: B rows, L positions, Q queries, J keys, H heads, K width of a head, W window, N blocks.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from einops import rearrange
+from torch import Tensor
+from torch.nn import functional as F
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+
+from hourglass_dist.model.layout import Rows
+
+
+class Sight(NamedTuple):
+    """What the queries of one attention see."""
+
+    causal: bool
+    """Whether ``is_causal`` says it all."""
+    window: int | None
+    """W, where attention goes in blocks."""
+    mask: Tensor | BlockMask | None
+    """Added to the scores: 0 or -inf, (B or 1, 1, Q, J); in blocks (B*N, 1, W, 2W)."""
+
+
+class Rule(NamedTuple):
+    """Where queries and keys lie: a key is seen at or before the query, in its document."""
+
+    queries: Tensor
+    """(B or 1, Q) the position of each query in the row outside."""
+    keys: Tensor
+    """(B or 1, J)."""
+    query_documents: Tensor | None = None
+    key_documents: Tensor | None = None
+    window: int | None = None
+
+    def sees(self, row: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        """Whether query number ``query`` sees key number ``key`` in ``row``; all broadcast."""
+        row_of_queries, row_of_keys = (row if len(t) > 1 else 0 for t in (self.queries, self.keys))
+        distance = self.queries[row_of_queries, query] - self.keys[row_of_keys, key]
+        seen = distance >= 0
+        if self.window is not None:
+            seen = seen & (distance < self.window)
+        if self.query_documents is not None and self.key_documents is not None:
+            seen = seen & (self.query_documents[row, query] == self.key_documents[row, key])
+        return seen
+
+    def sight(self, like: Tensor, flex: bool) -> Sight:
+        """The rule as a mask in the dtype and on the device of ``like``."""
+        documents = self.query_documents
+        rows = max(len(self.queries), len(self.keys), 1 if documents is None else len(documents))
+        sizes = self.queries.shape[1], self.keys.shape[1]
+        if flex:
+            mask = create_block_mask(
+                lambda row, _, query, key: self.sees(row, query, key),
+                rows if rows > 1 else None,
+                None,
+                *sizes,
+                device=str(like.device),
+            )
+            return Sight(False, None, mask)
+        row_B11, query_Q1, key_J = (
+            torch.arange(size, device=like.device) for size in (rows, *sizes)
+        )
+        seen_BQJ = self.sees(row_B11[:, None, None], query_Q1[:, None], key_J).expand(rows, *sizes)
+        return Sight(False, None, additive(seen_BQJ[:, None], like))
+
+
+def additive(seen: Tensor, like: Tensor) -> Tensor:
+    """Bool to what is added to scores: 0 where it is seen, else -inf."""
+    return like.new_zeros(seen.shape).masked_fill(~seen, float("-inf"))
+
+
+def takes_flex(x: Tensor, dropout: float) -> bool:
+    """FlexAttention runs backward on GPUs only, and cannot drop weights."""
+    return x.device.type == "cuda" and not dropout
+
+
+def self_sight(
+    rows: Rows,
+    window: int | None,
+    x_BLD: Tensor,
+    *,
+    causal: bool = True,
+    legacy: bool = False,
+    dropout: float = 0.0,
+) -> Sight:
+    """What the positions of a level see of each other. ``x_BLD`` gives dtype and device."""
+    if rows.mask_BL is not None:
+        return Sight(False, None, _masked(rows.mask_BL, causal, legacy, x_BLD))
+    if not causal:
+        return Sight(False, None, None)
+    window = window if window is not None and window < rows.length else None
+    if rows.document_BL is None and window is None:
+        return Sight(True, None, None)
+    flex = takes_flex(x_BLD, dropout)
+    if window is not None and not flex:
+        return Sight(False, window, _block_masks(rows, window, x_BLD))
+    index_1L = torch.arange(rows.length, device=x_BLD.device)[None]
+    documents_BL = rows.document_BL
+    return Rule(index_1L, index_1L, documents_BL, documents_BL, window).sight(x_BLD, flex)
+
+
+def _masked(mask_BL: Tensor, causal: bool, legacy: bool, like: Tensor) -> Tensor:
+    """Key padding masks: of encoders, and as the seed has them (finite, so that a query that may
+    see nothing sees everything)."""
+    seen = mask_BL[:, None, None, :]
+    if not legacy:
+        return additive(seen, like)
+    if causal:
+        seen = seen.expand(-1, -1, mask_BL.shape[1], -1).tril()
+    return like.new_zeros(seen.shape).masked_fill(~seen, -torch.finfo(like.dtype).max)
+
+
+def _block_masks(rows: Rows, window: int, like: Tensor) -> Tensor:
+    """(N or B*N, 1, W, 2W): query i of block n sees keys i+1 .. i+W of blocks n-1 and n together,
+    of its own document."""
+    blocks = -(-rows.length // window)
+    query_W1 = torch.arange(window, device=like.device)[:, None]
+    key_J = torch.arange(2 * window, device=like.device)
+    seen_NWJ = ((key_J > query_W1) & (key_J <= query_W1 + window)).expand(blocks, -1, -1)
+    is_there_NJ = torch.arange(blocks, device=like.device)[:, None] * window + key_J >= window
+    seen_NWJ = seen_NWJ & is_there_NJ[:, None]
+    if rows.document_BL is None:
+        return additive(seen_NWJ[:, None], like)
+    documents_BL = F.pad(rows.document_BL, (window, blocks * window - rows.length), value=-1)
+    theirs_BNJ = documents_BL.unfold(1, 2 * window, window)
+    mine_BNW = theirs_BNJ[..., window:]
+    seen_BNWJ = seen_NWJ & (mine_BNW[..., None] == theirs_BNJ[:, :, None])
+    return additive(seen_BNWJ.flatten(0, 1)[:, None], like)
+
+
+def attend(
+    q_BHQK: Tensor,
+    k_BHJK: Tensor,
+    v_BHJK: Tensor,
+    sight: Sight,
+    scale: float,
+    dropout: float = 0.0,
+) -> Tensor:
+    """softmax(q.k * scale) v over what each query sees: (B, H, Q, K)."""
+    if isinstance(sight.mask, BlockMask):
+        out: Tensor = _flex()(q_BHQK, k_BHJK, v_BHJK, block_mask=sight.mask, scale=scale)
+        return out
+    if sight.window is not None:
+        return _attend_in_blocks(q_BHQK, k_BHJK, v_BHJK, sight, scale, dropout)
+    return F.scaled_dot_product_attention(
+        q_BHQK,
+        k_BHJK,
+        v_BHJK,
+        attn_mask=sight.mask,
+        dropout_p=dropout,
+        is_causal=sight.causal,
+        scale=scale,
+    )
+
+
+def _attend_in_blocks(
+    q_BHLK: Tensor, k_BHLK: Tensor, v_BHLK: Tensor, sight: Sight, scale: float, dropout: float
+) -> Tensor:
+    assert sight.window is not None
+    assert isinstance(sight.mask, Tensor)
+    rows, _, length, _ = q_BHLK.shape
+    window = sight.window
+    blocks = -(-length // window)
+    behind = blocks * window - length
+    q_BHLK = F.pad(q_BHLK, (0, 0, 0, behind))
+    q_NHWK = rearrange(q_BHLK, "b h (n w) k -> (b n) h w k", w=window)
+    k_NHJK, v_NHJK = (
+        F.pad(t, (0, 0, window, behind)).unfold(2, 2 * window, window).movedim(2, 1).flatten(0, 1)
+        for t in (k_BHLK, v_BHLK)
+    )
+    mask = sight.mask if len(sight.mask) == len(q_NHWK) else sight.mask.repeat(rows, 1, 1, 1)
+    mixed_NHWK = F.scaled_dot_product_attention(
+        q_NHWK,
+        k_NHJK.transpose(-1, -2),
+        v_NHJK.transpose(-1, -2),
+        attn_mask=mask,
+        dropout_p=dropout,
+        scale=scale,
+    )
+    mixed_BHLK = rearrange(mixed_NHWK, "(b n) h w k -> b h (n w) k", b=rows)
+    return mixed_BHLK[:, :, :length]
+
+
+@functools.cache
+def _flex() -> Callable[..., Any]:
+    return torch.compile(flex_attention, dynamic=False)

@@ -1,0 +1,128 @@
+"""The end of the model: norm, output layer, and a loss that never holds all logits.
+
+Logits of a 32k vocabulary are larger than everything else in the model. With targets given, the
+loss goes through the positions in chunks: logits of a chunk, its loss, and at once its part of the
+gradients, so that the logits can be forgotten. That costs no operation more than the usual way (as
+in Liger Kernel, arXiv 2410.10989).
+
+Legend: B rows, L positions, N = B*L, D width, V vocabulary, C positions of a chunk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from hourglass_dist.model.linear import Linear
+from hourglass_dist.model.norms import make_norm
+from hourglass_dist.model_config import ModelConfig
+
+IGNORED_TARGET = -100
+CHUNK_LOGITS = 2**23
+"""Logits that are held at a time, at most (32 MiB in fp32), or those of one position."""
+
+
+class Head(nn.Module):
+    """Norm and output layer: to logits, or to a loss."""
+
+    def __init__(self, config: ModelConfig, dim: int) -> None:
+        super().__init__()
+        self.norm = make_norm(config, dim)
+        self.output = Output(dim, config.vocab_size, config.bias)
+
+    def forward(self, x_BLD: Tensor, targets_BL: Tensor | None = None) -> Any:
+        """(B, L, D) to logits (B, L, V); with targets to (nats summed, how many targets count)."""
+        return self.output(self.norm(x_BLD), targets_BL)
+
+
+class Output(Linear):
+    """The output layer. It owns its loss: under ZeRO-3 its weights are there while it runs."""
+
+    def forward(self, x_BLD: Tensor, targets_BL: Tensor | None = None) -> Any:
+        """As ``Head.forward``. The loss is summed in fp32 over targets that are not -100."""
+        if targets_BL is None:
+            return super().forward(x_BLD)
+        x_ND, targets_N = x_BLD.flatten(0, 1), targets_BL.flatten()
+        count = (targets_N != IGNORED_TARGET).sum()
+        needs = torch.is_grad_enabled() and (x_ND.requires_grad or self.weight.requires_grad)
+        if x_ND.device.type != "meta" and torch.is_autocast_enabled(x_ND.device.type):
+            x_ND = x_ND.to(torch.get_autocast_dtype(x_ND.device.type))
+        return _loss(x_ND, self.weight, self.bias, targets_N, needs), count
+
+
+class _ChunkedLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x_ND: Tensor,
+        weight_VD: Tensor,
+        bias_V: Tensor | None,
+        targets_N: Tensor,
+        needs_gradients: bool,
+    ) -> Tensor:
+        chunk = max(1, CHUNK_LOGITS // len(weight_VD))
+        nats = x_ND.new_zeros((), dtype=_wide(x_ND.dtype))
+        weight = weight_VD.to(x_ND.dtype)
+        grads = None
+        if needs_gradients:
+            for_bias = None if bias_V is None else torch.zeros_like(bias_V, dtype=nats.dtype)
+            grads = torch.empty_like(x_ND), torch.zeros_like(weight, dtype=nats.dtype), for_bias
+        for start in range(0, len(x_ND), chunk):
+            part = slice(start, start + chunk)
+            bias = None if bias_V is None else bias_V.to(x_ND.dtype)
+            log_p_CV = F.linear(x_ND[part], weight, bias).to(nats.dtype).log_softmax(dim=-1)
+            nats += F.nll_loss(
+                log_p_CV, targets_N[part], ignore_index=IGNORED_TARGET, reduction="sum"
+            )
+            if grads is not None:
+                _add_gradients(grads, part, log_p_CV, x_ND, weight, targets_N[part])
+        ctx.dtypes = weight_VD.dtype, None if bias_V is None else bias_V.dtype
+        ctx.save_for_backward(*(grads or ()))
+        return nats
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        for_x, for_weight, for_bias = ctx.saved_tensors
+        bias_type = ctx.dtypes[1]
+        return (
+            for_x * grad.to(for_x.dtype),
+            (for_weight * grad).to(ctx.dtypes[0]),
+            None if bias_type is None else (for_bias * grad).to(bias_type),
+            None,
+            None,
+        )
+
+
+def _add_gradients(
+    grads: tuple[Tensor, Tensor, Tensor | None],
+    part: slice,
+    log_p_CV: Tensor,
+    x_ND: Tensor,
+    weight_VD: Tensor,
+    targets_C: Tensor,
+) -> None:
+    """softmax - one_hot, where there is a target, through the output layer."""
+    for_x, for_weight, for_bias = grads
+    counts_C1 = (targets_C != IGNORED_TARGET).unsqueeze(1)
+    d_CV = log_p_CV.exp_()
+    here_C1 = targets_C.clamp(min=0).unsqueeze(1)
+    d_CV.scatter_add_(1, here_C1, -torch.ones_like(here_C1, dtype=d_CV.dtype))
+    d_CV.mul_(counts_C1)
+    if for_bias is not None:
+        for_bias += d_CV.sum(dim=0)
+    d_CV = d_CV.to(x_ND.dtype)
+    for_x[part] = d_CV @ weight_VD
+    for_weight += d_CV.t() @ x_ND[part]
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return dtype if dtype == torch.float64 else torch.float32
+
+
+_loss: Callable[..., Tensor] = _ChunkedLoss.apply
