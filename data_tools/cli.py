@@ -304,7 +304,9 @@ def split_command(
 ) -> None:
     """Make two datasets of one, by the content of documents. Nothing is encoded again.
 
-    Example: hourglass data split data/bytes/plays --first data/part --second data/rest
+    Example:
+
+    hourglass data split data/bytes/plays --first data/part --second data/rest
     """
     with _live_line() as show:
         for manifest in reshape.split(dataset, first, second, fraction, show):

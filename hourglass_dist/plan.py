@@ -104,8 +104,8 @@ class Plan:
 def plan(config: Config, world_size: int) -> Plan:
     """The cost of ``config`` on ``world_size`` ranks.
 
-    Raises ConfigError when the batch cannot be dealt to that many ranks, ValueError when activations
-    do not fit ``train.activation_memory`` whatever is recomputed.
+    Raises ConfigError when the batch cannot be dealt to that many ranks, ValueError when
+    activations do not fit ``train.activation_memory`` whatever is recomputed.
     """
     micro_batches = config.accumulation_steps(world_size)
     model = settle_checkpointing(config)

@@ -17,10 +17,8 @@ from hourglass_dist.model.layout import bucket_count
 from hourglass_dist.model.resample import MANY_KEYS
 from hourglass_dist.model_config import LevelConfig, ModelConfig
 
-WIDE_BYTES = 4
-"""Norm statistics, softmax normalisers and what the loss sums stay in fp32."""
-INDEX_BYTES = 8
-"""Indices are int64."""
+WIDE_BYTES = 4  # norm statistics, softmax normalisers and what the loss sums stay in fp32
+INDEX_BYTES = 8  # int64
 
 
 class Size(NamedTuple):
@@ -439,10 +437,6 @@ def embeddings(size: Size, n: int) -> Part:
     table = config.max_seq_len or 0
     places = INDEX_BYTES * n * (size.rows if size.packed else 1) if table else 0
     return Part((config.vocab_size + table) * config.levels[0].dim, kept=places)
-
-
-# --- generation ----------------------------------------------------------------------------------
-
 
 def key_value_width(size: Size, level: LevelConfig) -> int:
     """Numbers that one attention remembers of one position."""

@@ -51,7 +51,8 @@ class _RMSNorm(torch.autograd.Function):
         scale = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_()
         scale = scale.div_(x.shape[-1]).add_(EPS).rsqrt_()
         ctx.save_for_backward(x, weight_D, scale)
-        return (wide * scale).to(x.dtype) * weight_D
+        normed: Tensor = (wide * scale).to(x.dtype) * weight_D
+        return normed
 
     @staticmethod
     @once_differentiable
