@@ -438,6 +438,7 @@ def embeddings(size: Size, n: int) -> Part:
     places = INDEX_BYTES * n * (size.rows if size.packed else 1) if table else 0
     return Part((config.vocab_size + table) * config.levels[0].dim, kept=places)
 
+
 def key_value_width(size: Size, level: LevelConfig) -> int:
     """Numbers that one attention remembers of one position."""
     return 2 * level.inner * (2 if size.relative else 1)
