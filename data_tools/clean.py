@@ -65,13 +65,15 @@ class Cleaner:
         self._signature = Signature(minhash, settings.seed) if minhash else None
         self.bands = minhash.bands if minhash else 0
 
-    def clean(self, text: str) -> tuple[str, str]:
-        """(text, "") of a document that is kept, (text, reason) of one that is dropped."""
-        for change in self._normalise:
-            text = change(text)
+    def clean(self, text: str, size: int) -> tuple[str, str]:
+        """(text, "") of a document that is kept, (text, reason) of one that is dropped; ``size``
+        is that of the text as it is given, in bytes."""
+        if self._normalise:
+            for change in self._normalise:
+                text = change(text)
+            size = len(text.encode())
         if not text:
             return text, "empty"
-        size = len(text) if text.isascii() else len(text.encode())
         if size < self._filters.min_bytes:
             return text, "too short"
         if size > self._filters.max_bytes:
@@ -82,9 +84,9 @@ class Cleaner:
                 return text, reason
         return text, ""
 
-    def keys(self, text: str) -> tuple[bytes, npt.NDArray[np.uint64] | None]:
-        """What duplicates share: (hash of the text, hashes of its bands or none)."""
-        digest = xxhash.xxh3_128_digest(text.encode())
+    def keys(self, text: str, data: bytes) -> tuple[bytes, npt.NDArray[np.uint64] | None]:
+        """What duplicates share, of a text and its UTF-8: (hash, hashes of its bands or none)."""
+        digest = xxhash.xxh3_128_digest(data)
         return digest, self._signature(text) if self._signature else None
 
     def mask(self, text: str) -> str:

@@ -101,16 +101,18 @@ class Documents:
 
     def texts(self, rows: Array) -> Iterator[str]:
         """The documents in some rows."""
+        return (str(data, "utf-8") for data in self.contents(rows))
+
+    def contents(self, rows: Array) -> Iterator[bytes]:
+        """The UTF-8 of the documents in some rows."""
         starts = self.starts
         if not len(rows) or not starts[-1]:
             return
         with (self._folder / "text.bin").open("rb") as file:
             content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-            view = memoryview(content)
             begins, ends = starts[rows].tolist(), starts[rows + 1].tolist()
             for begin, end in zip(begins, ends, strict=True):
-                yield str(view[begin:end], "utf-8")
-            view.release()
+                yield content[begin:end]
             content.close()
 
     def _load(self, name: str) -> Array:

@@ -13,6 +13,7 @@ import os
 import re
 import selectors
 import shlex
+import socket
 import subprocess
 import sys
 import time
@@ -135,6 +136,7 @@ def _ray(settings: Prepare, root: Path) -> Iterator[Executor]:
     except ImportError:
         raise ValueError("executor.kind=ray needs Ray: pip install 'hourglass_dist[ray]'") from None
     address = settings.executor.ray_address
+    _require_listener(address)
     started_here: dict[str, Any] = {"num_cpus": settings.workers, "include_dashboard": False}
     environment = {"env_vars": {"OMP_NUM_THREADS": "1"}}
     try:
@@ -148,6 +150,17 @@ def _ray(settings: Prepare, root: Path) -> Iterator[Executor]:
         yield _Ray(ray, root, settings.executor.workers)
     finally:
         ray.shutdown()
+
+
+def _require_listener(address: str | None) -> None:
+    """Raise ValueError when nobody answers at HOST:PORT; Ray itself tries for minutes."""
+    found = re.fullmatch(r"(.+):([0-9]+)", address or "")
+    if not found or "://" in found[1]:
+        return
+    try:
+        socket.create_connection((found[1], int(found[2])), timeout=10).close()
+    except (OSError, OverflowError) as error:
+        raise ValueError(f"executor.ray_address: {address}: no Ray there: {error}") from None
 
 
 # --- Slurm ---------------------------------------------------------------------------------------

@@ -112,12 +112,13 @@ def _count(
     if isinstance(text, Problem):
         sample.counts["quarantined"] += 1
         return
-    sample.read_bytes += len(text.encode())
-    cleaned, reason = cleaner.clean(text)
+    size = len(text.encode())
+    sample.read_bytes += size
+    cleaned, reason = cleaner.clean(text, size)
     sample.counts[reason or "kept"] += 1
     if reason:
         return
-    cleaner.keys(cleaned)
+    cleaner.keys(cleaned, cleaned.encode())
     masked = cleaner.mask(cleaned)
     size = len(masked.encode())
     sample.kept_bytes += size

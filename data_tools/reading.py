@@ -69,10 +69,11 @@ class _Reader:
                 )  # fmt: skip
 
     def _take(self, number: int, position: int, text: str) -> None:
-        size = len(text) if text.isascii() else len(text.encode())
+        data = text.encode()
+        size = len(data)
         self._bytes += size
         self._sizes.append(size)
-        cleaned, reason = self._cleaner.clean(text)
+        cleaned, reason = self._cleaner.clean(text, size)
         if reason:
             self._dropped[reason] += 1
             self._dropped_bytes[reason] += size
@@ -80,11 +81,15 @@ class _Reader:
             key = xxhash.xxh64_intdigest(name, self._work.settings.seed)
             self._samples.add(key, self._source.name, reason, number, position, text)
             return
-        digest, bands = self._cleaner.keys(cleaned)
-        masked = self._cleaner.mask(cleaned).encode()
-        self._documents.add((number, position), masked, digest, bands)
+        if cleaned is not text:
+            data = cleaned.encode()
+        digest, bands = self._cleaner.keys(cleaned, data)
+        masked = self._cleaner.mask(cleaned)
+        if masked is not cleaned:
+            data = masked.encode()
+        self._documents.add((number, position), data, digest, bands)
         self._kept += 1
-        self._kept_bytes += len(masked)
+        self._kept_bytes += len(data)
 
     def _put_aside(self, problem: Problem) -> None:
         self._quarantined += 1

@@ -14,7 +14,7 @@ to tasks or tasks to workers.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import get_args
@@ -27,7 +27,7 @@ from data_tools.inputs import Inputs, read_tasks
 from data_tools.reading import Samples
 from data_tools.runs import Run, RunPlan, plan_runs, write_run
 from data_tools.shard import make_shard
-from data_tools.split import parse_rule
+from data_tools.split import Rule, parse_rule
 from data_tools.stats import bins_of
 from data_tools.tokenizer import lines_of, train_on
 from data_tools.workspace import Counts, Spec, Tick, Work
@@ -137,14 +137,13 @@ def _make_tokens(work: Work, spec: Spec, folder: Path, tick: Tick) -> Counts:
     places: dict[Split, list[int]] = {split: [] for split in SPLITS}
     ids: dict[Split, list[Array]] = {split: [] for split in SPLITS}
     sizes: dict[Split, list[int]] = {split: [] for split in SPLITS}
-    path, done = Path(), 0
-    for place, text in enumerate(documents.texts(rows)):
-        for split, part in rule.parts(text, path):
-            if part:
-                places[split].append(place)
-                ids[split].append(tokenizer.encode(part))
-                sizes[split].append(len(part) if part.isascii() else len(part.encode()))
-                done += sizes[split][-1]
+    done = 0
+    for place, data in enumerate(documents.contents(rows)):
+        for split, part in _parts(rule, data):
+            places[split].append(place)
+            ids[split].append(tokenizer.encode_utf8(part))
+            sizes[split].append(len(part))
+            done += len(part)
         if place % 64 == 0:
             tick(documents=place, bytes=done)
     dropped = {reason: len(some) for reason, some in parted.items() if reason and len(some)}
@@ -163,6 +162,14 @@ def _make_tokens(work: Work, spec: Spec, folder: Path, tick: Tick) -> Counts:
         }
     _sample_documents(work, spec["source"], documents, parted).write(folder)
     return counts
+
+
+def _parts(rule: Rule, data: bytes) -> Iterable[tuple[Split, bytes]]:
+    """The parts of a document with their splits; none is empty."""
+    if side := rule.side(data):
+        return [(side, data)]
+    parts = rule.parts(str(data, "utf-8"), Path())
+    return [(split, part.encode()) for split, part in parts if part]
 
 
 def _sample_documents(

@@ -72,6 +72,9 @@ class Tokenizer(Protocol):
     def encode(self, text: str) -> Ids:
         """The ids of ``text``, without an end-of-text id. Raises ValueError for lone surrogates."""
 
+    def encode_utf8(self, data: bytes) -> Ids:
+        """The ids of text given as UTF-8."""
+
     def encode_prompt(self, data: bytes) -> list[int]:
         """The ids of raw bytes. Raises ValueError when they are no UTF-8 and have to be."""
 
@@ -152,6 +155,10 @@ class ByteTokenizer(_TableTokenizer):
         """The UTF-8 of ``text`` as uint8. Raises ValueError for lone surrogates."""
         return np.frombuffer(_utf8(text), dtype=np.uint8)
 
+    def encode_utf8(self, data: bytes) -> Ids:
+        """The bytes themselves."""
+        return np.frombuffer(data, dtype=np.uint8)
+
     def encode_prompt(self, data: bytes) -> list[int]:
         """Any bytes, as they are."""
         return list(data)
@@ -194,6 +201,10 @@ class SentencePieceTokenizer(_TableTokenizer):
             ids += [self._spelled] * bool(number)
             ids += map(self._processor.encode_as_numpy, _stretches(part))
         return np.concatenate(ids).view(np.uint32) if ids else np.zeros(0, np.uint32)
+
+    def encode_utf8(self, data: bytes) -> Ids:
+        """The ids of text given as UTF-8."""
+        return self.encode(str(data, "utf-8"))
 
     def encode_prompt(self, data: bytes) -> list[int]:
         """The ids of UTF-8 bytes. Raises ValueError naming the first byte that is none."""

@@ -42,13 +42,14 @@ class Block:
 def require_ids(ids: npt.NDArray[Any], tokenizer: Tokenizer) -> None:
     """Raise ValueError naming the first id that no document may have: one that the tokenizer does
     not know (it might not fit the type of the shard), or its end-of-text id."""
-    for wrong, what in (
-        (ids >= tokenizer.vocab_size, f"expected 0 to {tokenizer.vocab_size - 1}"),
-        (ids == tokenizer.eos_id, "the end-of-text id inside a document"),
-    ):
-        if wrong.any():
-            at = int(wrong.argmax())
-            raise ValueError(f"token {at}: id {int(ids[at])}: {what}")
+    ends = ids == tokenizer.eos_id
+    if ids.max(initial=0) < tokenizer.vocab_size and not ends.any():
+        return
+    unknown = ids >= tokenizer.vocab_size
+    at = int((unknown | ends).argmax())
+    expected = f"expected 0 to {tokenizer.vocab_size - 1}"
+    what = expected if unknown[at] else "the end-of-text id inside a document"
+    raise ValueError(f"token {at}: id {int(ids[at])}: {what}")
 
 
 def cut_blocks(
