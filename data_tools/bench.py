@@ -13,7 +13,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import orjson
 import sentencepiece
@@ -27,13 +27,12 @@ from data_tools.workspace import Show, Work, do_task, silent
 from hourglass_dist.data.tokenizer import SentencePieceTokenizer
 from hourglass_dist.sections import parse, to_yaml
 
-Kind = Literal["bytes", "unigram", "bpe"]
 DOCUMENT_CHARACTERS = 3000
 TRAINING_LINES = 20_000
 
 
 def bench_prepare(
-    inputs: Sequence[Path], kinds: Sequence[Kind], megabytes: int, rounds: int, show: Show = silent
+    inputs: Sequence[Path], kinds: Sequence[str], megabytes: int, rounds: int, show: Show = silent
 ) -> list[str]:
     """Lines with MB/s per core of every kind of tokenizer. Raises ValueError for bad inputs."""
     documents = _documents(inputs, megabytes)
@@ -72,12 +71,12 @@ def _documents(inputs: Sequence[Path], megabytes: int) -> list[str]:
     return (pieces * -(-megabytes * 1_000_000 // size))[: len(pieces) * megabytes * 10**6 // size]
 
 
-def _model(kind: Kind, documents: Sequence[str], folder: Path) -> bytes | None:
+def _model(kind: str, documents: Sequence[str], folder: Path) -> bytes | None:
     """A new sentencepiece model, saved into a folder; none for bytes."""
     if kind == "bytes":
         return None
     lines = [line for document in documents[:4000] for line in lines_of(document)]
-    model = train_on(lines[:TRAINING_LINES], kind, 4096)
+    model = train_on(lines[:TRAINING_LINES], "bpe" if kind == "bpe" else "unigram", 4096)
     folder.mkdir()
     SentencePieceTokenizer(model, kind).save(folder)
     return model
@@ -91,7 +90,7 @@ def _raw_seconds(model: bytes, documents: Sequence[str]) -> float:
     return time.process_time() - begun
 
 
-def _stage_seconds(kind: Kind, corpus: Path, scratch: Path) -> dict[str, float]:
+def _stage_seconds(kind: str, corpus: Path, scratch: Path) -> dict[str, float]:
     """Processor seconds of every stage of a pipeline that is run in this process."""
     with tempfile.TemporaryDirectory(dir=scratch) as out:
         wanted = {"kind": "bytes"}
@@ -119,7 +118,7 @@ def _stage_seconds(kind: Kind, corpus: Path, scratch: Path) -> dict[str, float]:
         return seconds
 
 
-def _line(kind: Kind, size: float, found: Sequence[tuple[float, dict[str, float]]]) -> str:
+def _line(kind: str, size: float, found: Sequence[tuple[float, dict[str, float]]]) -> str:
     totals = [sum(stages.values()) for _, stages in found]
     raw = statistics.median(seconds for seconds, _ in found)
     ratio = statistics.median(r / t for (r, _), t in zip(found, totals, strict=True))

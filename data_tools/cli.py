@@ -354,6 +354,28 @@ def verify(dataset: Dataset) -> None:
     print(f"whole: {_summary(manifest)}")
 
 
+def bench_prepare(
+    inputs: Inputs,
+    kinds: Annotated[str, typer.Option(help="Tokenizers, with commas.")] = "bytes,unigram,bpe",
+    megabytes: Annotated[int, typer.Option(help="Text in a round.", min=1)] = 20,
+    rounds: Annotated[int, typer.Option(help="Rounds that count.", min=1)] = 3,
+) -> None:
+    """Say how fast one core prepares text, beside what sentencepiece alone needs to encode it.
+
+    Example: hourglass bench prepare data_tools/corpora --megabytes 10
+    """
+    wanted = kinds.split(",")
+    for kind in wanted:
+        if kind not in ("bytes", "unigram", "bpe"):
+            raise ValueError(f"--kinds: expected some of bytes,unigram,bpe, given {kind!r}")
+    _prepare_module()
+    from data_tools.bench import bench_prepare as measure
+
+    with _live_line() as show:
+        lines = measure(inputs, wanted, megabytes, rounds, show)
+    print("\n".join(lines))
+
+
 @contextmanager
 def _live_line() -> Iterator[Show]:
     """A function that shows a line on stderr: over the one before on a terminal, else now and then

@@ -12,6 +12,7 @@ run twice at once, anywhere: a worker needs nothing but this folder.
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import os
@@ -149,6 +150,7 @@ Run = Callable[[Work, Spec, Path, Tick], Counts]
 
 def do_task(work: Work, stage: str, index: int, run: Run) -> bool:
     """Do a task unless it is done. A failure is written down; returns whether it is done."""
+    gc.set_threshold(200_000, 50, 50)  # lists of a million arrays are searched for cycles else
     spec = work.tasks(stage)[index]
     if work.done(stage, index, spec["key"]) is not None:
         return True

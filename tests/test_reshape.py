@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from datasets import NASTY, make, refusal, words
+from ranks import hourglass
 
 from data_tools.inspect import documents, random_documents, row_ids
 from data_tools.reshape import compare, export_text, merge, reshard, split
@@ -126,3 +127,15 @@ def test_stats_count_documents_across_blocks(dataset: Path, tmp_path: Path) -> N
     assert found["longest_tokens"] == max(lengths)
     for path in (tmp_path / "plots").glob("*.png"):
         assert path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_benchmark_measures_all_kinds() -> None:
+    corpus = Path(__file__).parents[1] / "data_tools" / "corpora"
+    done = hourglass("bench", "prepare", corpus, "--megabytes", 1, "--rounds", 1)
+    assert done.returncode == 0, done.stderr
+    head, columns, *kinds = done.stdout.splitlines()
+    assert head.startswith("333 documents, 1.0 MB, 1 rounds, one core")
+    assert columns.split() == ["tokenizer", "raw", "prepare", "ratio", "stages"]
+    assert [line.split()[0] for line in kinds] == ["bytes", "unigram", "bpe"]
+    wrong = hourglass("bench", "prepare", corpus, "--kinds", "words")
+    assert wrong.stderr == "error: --kinds: expected some of bytes,unigram,bpe, given 'words'\n"
