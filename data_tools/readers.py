@@ -39,7 +39,7 @@ ALL_SUFFIXES = (*SUFFIXES, *_CSV, ".parquet", ".arrow", *_WARC, ".tar")
 
 def suffixes_of(source: Source) -> tuple[str, ...]:
     """The endings of files that are inputs of a source."""
-    return (*ALL_SUFFIXES, *(suffix.lower() for suffix in source.text_suffixes))
+    return tuple(suffix.lower() for suffix in source.suffixes) or ALL_SUFFIXES
 
 
 def can_be_cut(path: Path) -> bool:

@@ -31,8 +31,9 @@ class Source(Section):
     """The field or column of the text; in tars the member that holds it (text: KEY.txt)."""
     separator: str | None = None
     """What stands between documents in text files; none: a file is a document."""
-    text_suffixes: list[str] = Field(default_factory=list)
-    """Other endings of plain text files, such as .py or .md."""
+    suffixes: list[str] = Field(default_factory=list)
+    """Endings of the files to read in folders, such as .py; what is of no known kind is plain text.
+    None: every known kind."""
 
 
 class Normalise(Section):

@@ -278,3 +278,12 @@ def test_compressed_csv(tmp_path: Path, compress: Callable[[bytes], bytes]) -> N
     path = tmp_path / ("a.csv.gz" if compress is gzip.compress else "a.csv.zst")
     path.write_bytes(compress(data))
     assert read(path) == TEXTS
+
+
+def test_endings_choose_the_files_of_a_folder(tmp_path: Path) -> None:
+    for name in ("a.py", "b.md.gz", "c.tar", "d.txt"):
+        (tmp_path / name).write_bytes(gzip.compress(b"text") if name.endswith("gz") else b"text")
+    source = SOURCE.model_copy(update={"suffixes": [".py", ".md.gz"]})
+    found = find_inputs([tmp_path], suffixes_of(source))
+    assert [path.name for path in found] == ["a.py", "b.md.gz"]
+    assert [text for path in found for _, text in read_records(path, source)] == ["text"] * 2
