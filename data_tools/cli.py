@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
+import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
 from rich.progress import Progress as Bar
 from rich.progress import SpinnerColumn, TextColumn, TimeElapsedColumn
 
+from data_tools import reshape
 from data_tools import shard as sharding
-from data_tools.inspect import describe, documents
+from data_tools.inspect import describe, documents, random_documents, row_ids
+from data_tools.reshape import compare
 from data_tools.tokenizer import train_tokenizer
 from data_tools.verify import verify as verify_dataset
 from data_tools.workspace import Show
 from hourglass_dist.data.shards import Manifest, Split
 from hourglass_dist.data.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
+
+LOG_EVERY_S = 30.0
 
 app = typer.Typer(
     no_args_is_help=True, help="Prepare a corpus: train a tokenizer, make shards, look at them."
@@ -36,6 +42,7 @@ Separator = Annotated[
 TextField = Annotated[str, typer.Option(help="The field of the text in .jsonl files.")]
 
 
+StageName = Literal["read", "exact", "bands", "clusters", "tokenizer", "tokens", "shards"]
 Dataset = Annotated[Path, typer.Argument(help="A folder made by 'hourglass data shard'.")]
 
 
@@ -165,10 +172,64 @@ def _print_counts(progress: sharding.Progress, out: Path) -> None:
 
 
 @app.command()
+def prepare(
+    config: Annotated[
+        Path, typer.Argument(help="A YAML file such as configs/prepare/english.yaml.")
+    ],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(help="Settings to change, such as out=data/mine executor.workers=4."),
+    ] = None,
+    stage: Annotated[
+        StageName | None,
+        typer.Option(help="Do this stage only; those before it must be done."),
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option(help="Say what would be read and made, and how long it might take.")
+    ] = False,
+) -> None:
+    """Make datasets of a corpus of any size: clean, without duplicates, shuffled.
+
+    Runs on the cores of this machine, a Ray cluster or Slurm, and goes on where it was stopped.
+
+    Example: hourglass data prepare configs/prepare/bytes.yaml out=data/bytes
+    """
+    from data_tools.settings import load_settings
+
+    settings = load_settings(config, overrides or ())
+    preparing = _prepare_module()
+    if dry_run:
+        print("\n".join(preparing.dry_run(settings)))
+        return
+    with _live_line() as show:
+        report = preparing.prepare(settings, only=stage, show=show, say=print)
+    if report:
+        print("\n".join([*report.lines(), f"report    {settings.out}/report.html"]))
+
+
+def _prepare_module() -> Any:
+    """The pipeline, whose packages training does not need."""
+    try:
+        from data_tools import prepare as preparing
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            f"'hourglass data prepare' needs the package {error.name}: "
+            "pip install 'hourglass_dist[prepare]'"
+        ) from None
+    return preparing
+
+
+@app.command()
 def inspect(
     dataset: Dataset,
     show: Annotated[int, typer.Option(help="Print this many documents, too.", min=0)] = 0,
-    split: Annotated[Split, typer.Option(help="Whose documents.")] = "train",
+    random: Annotated[bool, typer.Option(help="Documents drawn at random, not the first.")] = False,
+    seed: Annotated[int, typer.Option(help="Of the draw.", min=0)] = 0,
+    row: Annotated[
+        int | None, typer.Option(help="Print this row of the split: its targets as text.")
+    ] = None,
+    seq_len: Annotated[int, typer.Option(help="Tokens in a row.", min=1)] = 1024,
+    split: Annotated[Split, typer.Option(help="Whose documents and rows.")] = "train",
     characters: Annotated[int, typer.Option(help="Of each document, at most.", min=1)] = 400,
 ) -> None:
     """Say what is in a dataset.
@@ -177,9 +238,109 @@ def inspect(
     """
     manifest, tokenizer = Manifest.load(dataset), load_tokenizer(dataset)
     print(describe(manifest, tokenizer))
-    for number, text in enumerate(islice(documents(manifest, split, tokenizer), show), 1):
+    if row is not None:
+        shard_name, inside, ids = row_ids(manifest, split, seq_len, row)
+        print(f"\n--- {split} row {row:,}: row {inside:,} of {shard_name}, {len(ids):,} tokens")
+        print(tokenizer.decode(ids.tolist()))
+    numbered = enumerate(islice(documents(manifest, split, tokenizer), show), 1)
+    drawn = random_documents(manifest, split, tokenizer, show, seed)
+    for number, text in drawn if random else numbered:
         more = f" ({len(text):,} characters)" if len(text) > characters else ""
         print(f"\n--- {split} document {number}{more}\n{text[:characters]}")
+
+
+@app.command()
+def stats(
+    dataset: Dataset,
+    out: Annotated[Path, typer.Option(help="The folder of the plots.")],
+    split: Annotated[Split, typer.Option(help="Whose documents.")] = "train",
+) -> None:
+    """Count and plot a dataset: lengths of documents, bytes per token, how often ids occur.
+
+    Example: hourglass data stats data/try --out plots/try
+    """
+    from data_tools.stats import stats as make_stats
+
+    with _live_line() as show:
+        lines = make_stats(dataset, split, out, show)
+    print("\n".join(lines))
+
+
+@app.command()
+def diff(
+    a: Annotated[Path, typer.Argument(help="A dataset folder.")],
+    b: Annotated[Path, typer.Argument(help="Another one.")],
+) -> None:
+    """Say what differs between two datasets: recipe, tokenizer, documents. Exit code 1 if any does.
+
+    Example: hourglass data diff data/try data/try
+    """
+    lines = compare(a, b)
+    print("\n".join(lines) if lines else f"{a} and {b} are the same")
+    if lines:
+        raise typer.Exit(1)
+
+
+@app.command()
+def merge(
+    datasets: Annotated[list[Path], typer.Argument(help="Dataset folders with one tokenizer.")],
+    out: Annotated[Path, typer.Option(help="The new dataset folder.")],
+    seed: Annotated[int, typer.Option(help="Of the shuffle of documents.", min=0)] = 0,
+) -> None:
+    """Make one dataset of several, shuffled all together. Nothing is encoded again.
+
+    Example: hourglass data merge data/try data/small --out data/merged
+    """
+    with _live_line() as show:
+        print(_summary(reshape.merge(datasets, out, seed, show)))
+
+
+@app.command(name="split")
+def split_command(
+    dataset: Dataset,
+    first: Annotated[Path, typer.Option(help="The new dataset with the fraction.")],
+    second: Annotated[Path, typer.Option(help="The new dataset with the rest.")],
+    fraction: Annotated[float, typer.Option(help="Of the documents, by content.")] = 0.1,
+) -> None:
+    """Make two datasets of one, by the content of documents. Nothing is encoded again.
+
+    Example:
+
+    hourglass data split data/bytes/plays --first data/part --second data/rest
+    """
+    with _live_line() as show:
+        for manifest in reshape.split(dataset, first, second, fraction, show):
+            print(_summary(manifest))
+
+
+@app.command()
+def reshard(
+    dataset: Dataset,
+    out: Annotated[Path, typer.Option(help="The new dataset folder.")],
+    block_tokens: Annotated[int, typer.Option(help="Tokens in a block.", min=1)] = 2**19,
+    shard_blocks: Annotated[int, typer.Option(help="Blocks in a shard, at most.", min=1)] = 64,
+) -> None:
+    """Change the sizes of blocks and shards. Documents keep their order; nothing is encoded again.
+
+    Example: hourglass data reshard data/try --block-tokens 4096 --out data/small
+    """
+    with _live_line() as show:
+        print(_summary(reshape.reshard(dataset, out, block_tokens, shard_blocks, show)))
+
+
+@app.command()
+def export_text(
+    dataset: Dataset,
+    out: Annotated[Path, typer.Option(help="The new file, .jsonl or .jsonl.zst.")],
+    split: Annotated[Split, typer.Option(help="Whose documents.")] = "train",
+) -> None:
+    """Write the documents of a dataset as JSON lines, as they went in.
+
+    Example: hourglass data export-text data/try --out try.jsonl
+    """
+    with _live_line() as show:
+        count = reshape.export_text(dataset, out, split, show)
+    print(f"{out}: {count:,} documents")
 
 
 @app.command()
@@ -193,11 +354,45 @@ def verify(dataset: Dataset) -> None:
     print(f"whole: {_summary(manifest)}")
 
 
+def bench_prepare(
+    inputs: Inputs,
+    kinds: Annotated[str, typer.Option(help="Tokenizers, with commas.")] = "bytes,unigram,bpe",
+    megabytes: Annotated[int, typer.Option(help="Text in a round.", min=1)] = 20,
+    rounds: Annotated[int, typer.Option(help="Rounds that count.", min=1)] = 3,
+) -> None:
+    """Say how fast one core prepares text, beside what sentencepiece alone needs to encode it.
+
+    Example: hourglass bench prepare data_tools/corpora --megabytes 10
+    """
+    wanted = kinds.split(",")
+    for kind in wanted:
+        if kind not in ("bytes", "unigram", "bpe"):
+            raise ValueError(f"--kinds: expected some of bytes,unigram,bpe, given {kind!r}")
+    _prepare_module()
+    from data_tools.bench import bench_prepare as measure
+
+    with _live_line() as show:
+        lines = measure(inputs, wanted, megabytes, rounds, show)
+    print("\n".join(lines))
+
+
 @contextmanager
 def _live_line() -> Iterator[Show]:
-    """A function that shows a line on stderr, over the one before, when that is a terminal."""
+    """A function that shows a line on stderr: over the one before on a terminal, else now and then
+    one for the log."""
     columns = SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()
     console = Console(stderr=True)
-    with Bar(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+    shown = time.monotonic()
+
+    def log(line: str) -> None:
+        nonlocal shown
+        if time.monotonic() - shown > LOG_EVERY_S:
+            shown = time.monotonic()
+            print(line, file=sys.stderr, flush=True)
+
+    if not console.is_terminal:
+        yield log
+        return
+    with Bar(*columns, console=console, transient=True) as bar:
         task = bar.add_task("")
         yield lambda line: bar.update(task, description=line)

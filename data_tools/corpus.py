@@ -11,12 +11,15 @@ text may contain U+2028, which ``str.splitlines`` takes for the end of a line.
 from __future__ import annotations
 
 import gzip
+import itertools
 import json
 import zlib
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
+import orjson
 import zstandard
 
 from hourglass_dist.sections import show
@@ -25,7 +28,7 @@ SUFFIXES = (".txt", ".txt.gz", ".txt.zst", ".jsonl", ".jsonl.gz", ".jsonl.zst")
 _CHUNK = 1 << 20
 
 
-def find_inputs(paths: Sequence[Path]) -> list[Path]:
+def find_inputs(paths: Sequence[Path], suffixes: tuple[str, ...] = SUFFIXES) -> list[Path]:
     """The files among ``paths`` and below the folders among them, in that order, none twice.
 
     Raises ValueError when a path is missing, a file is of an unknown kind or a folder has no input.
@@ -33,13 +36,13 @@ def find_inputs(paths: Sequence[Path]) -> list[Path]:
     found: dict[Path, Path] = {}  # by resolved path
     for path in paths:
         if path.is_dir():
-            files = sorted(file for file in path.rglob("*") if _is_input(file))
+            files = sorted(file for file in path.rglob("*") if _is_input(file, suffixes))
             if not files:
-                raise ValueError(f"{path}: no input files here: expected {', '.join(SUFFIXES)}")
+                raise ValueError(f"{path}: no input files here: expected {', '.join(suffixes)}")
         elif not path.exists():
             raise ValueError(f"{path}: no such file or folder")
-        elif not _is_input(path):
-            raise ValueError(f"{path}: unknown kind of file: expected {', '.join(SUFFIXES)}")
+        elif not _is_input(path, suffixes):
+            raise ValueError(f"{path}: unknown kind of file: expected {', '.join(suffixes)}")
         else:
             files = [path]
         for file in files:
@@ -47,8 +50,29 @@ def find_inputs(paths: Sequence[Path]) -> list[Path]:
     return list(found.values())
 
 
-def _is_input(path: Path) -> bool:
-    return path.name.lower().endswith(SUFFIXES) and path.is_file()
+def _is_input(path: Path, suffixes: tuple[str, ...]) -> bool:
+    return path.name.lower().endswith(suffixes) and path.is_file()
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A record of the input that is no text: where it is, and what is wrong with it."""
+
+    path: Path
+    position: int
+    """Its first byte in the (decompressed) file, or its row where a file has rows."""
+    line: int | None
+    """The line, counted from 1, where the file was read from its beginning."""
+    what: str
+    excerpt: bytes = b""
+    """The beginning of the record."""
+
+    def __str__(self) -> str:
+        return f"{self.path}{f':{self.line}' if self.line else ''}: {self.what}"
+
+
+Records = Iterator[tuple[int, "str | Problem"]]
+"""(position in the file, text or what is wrong) of every record."""
 
 
 def read_documents(path: Path, separator: str | None, text_field: str) -> Iterator[str]:
@@ -57,66 +81,112 @@ def read_documents(path: Path, separator: str | None, text_field: str) -> Iterat
     Raises ValueError with file and byte or line for invalid UTF-8, bad JSON, a missing text and
     damaged compression.
     """
-    if ".jsonl" in path.name.lower():
-        yield from _read_json_lines(path, text_field)
-        return
+    is_json = ".jsonl" in path.name.lower()
+    records = read_json_lines(path, text_field) if is_json else read_text(path, separator)
+    for _, text in records:
+        if isinstance(text, Problem):
+            raise ValueError(str(text))
+        yield text
+
+
+def read_text(path: Path, separator: str | None) -> Records:
+    """The documents of a text file: all of it, or what stands between separators."""
     if separator is None:
-        yield _decode(b"".join(_chunks(path)), path, 0)
+        yield 0, _decode(b"".join(chunks(path)), path, 0)
         return
     for offset, piece in _pieces(path, separator.encode()):
-        yield _decode(piece, path, offset)
+        yield offset, _decode(piece, path, offset)
 
 
-def _read_json_lines(path: Path, text_field: str) -> Iterator[str]:
-    for number, (_, line) in enumerate(_pieces(path, b"\n"), 1):
-        if line.strip():
-            yield _text_of(line, f"{path}:{number}", text_field)
+def read_json_lines(path: Path, text_field: str, begin: int = 0, end: int | None = None) -> Records:
+    """The documents of the lines that begin at byte ``begin`` or later, and before ``end``."""
+    for number, (offset, line) in enumerate(_pieces(path, b"\n", begin, end), 1):
+        if end is not None and offset >= end:
+            return
+        if not line.isspace() and line:
+            text = _text_of(line, text_field)
+            if isinstance(text, Wrong):
+                problem = Problem(path, offset, None if begin else number, text, line[:200])
+                yield offset, problem
+            else:
+                yield offset, text
 
 
-def _text_of(line: bytes, where: str, text_field: str) -> str:
-    """The text of one JSON line."""
+class Wrong(str):
+    """What is wrong with a record; a text otherwise."""
+
+    __slots__ = ()
+
+
+def _text_of(line: bytes, text_field: str) -> str:
+    """The text of one JSON line, or what is wrong."""
+    try:
+        text = orjson.loads(line)[text_field]
+        if type(text) is str:
+            return text
+    except (ValueError, TypeError, LookupError):
+        pass  # the slow way says what is wrong, and reads what orjson refuses: NaN, long numbers
     try:
         record = json.loads(line.decode("utf-8"))
     except UnicodeDecodeError as error:
-        raise ValueError(
-            f"{where}: invalid UTF-8: byte 0x{line[error.start]:02x} "
-            f"at byte {error.start} of the line"
-        ) from None
+        return Wrong(
+            f"invalid UTF-8: byte 0x{line[error.start]:02x} at byte {error.start} of the line"
+        )
     except json.JSONDecodeError as error:
-        raise ValueError(f"{where}: bad JSON: {error.msg} at character {error.pos}") from None
+        return Wrong(f"bad JSON: {error.msg} at character {error.pos}")
+    except ValueError:
+        return Wrong("bad JSON: a number too long")
     except RecursionError:
-        raise ValueError(f"{where}: bad JSON: too deep") from None
+        return Wrong("bad JSON: too deep")
     if not isinstance(record, dict):
-        raise ValueError(f"{where}: expected a JSON object, given {show(record)}")
+        return Wrong(f"expected a JSON object, given {show(record)}")
     if text_field not in record:
         fields = ", ".join(map(str, record)) or "none"
-        raise ValueError(f"{where}: no field {text_field!r} (--text-field); its fields: {fields}")
-    text = record[text_field]
-    if not isinstance(text, str):
-        raise ValueError(f"{where}: field {text_field!r}: expected text, given {show(text)}")
+        return Wrong(f"no field {text_field!r} (--text-field); its fields: {fields}")
+    return text_or_wrong(record[text_field], f"field {text_field!r}")
+
+
+def text_or_wrong(value: object, name: str) -> str:
+    """A value that should be text, or what is wrong with it."""
+    if not isinstance(value, str):
+        return Wrong(f"{name}: expected text, given {show(value)}")
     try:
-        text.encode("utf-8")
+        value.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise ValueError(
-            f"{where}: field {text_field!r}: lone surrogate U+{ord(text[error.start]):04X} "
-            f"at character {error.start}"
-        ) from None
-    return text
+        surrogate = f"U+{ord(value[error.start]):04X} at character {error.start}"
+        return Wrong(f"{name}: lone surrogate {surrogate}")
+    return value
 
 
-def _decode(data: bytes, path: Path, offset: int) -> str:
+def _decode(data: bytes, path: Path, offset: int) -> str | Problem:
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise ValueError(
-            f"{path}: invalid UTF-8: byte 0x{data[error.start]:02x} at byte {offset + error.start}"
-        ) from None
+        byte, at = data[error.start], offset + error.start
+        what = f"invalid UTF-8: byte 0x{byte:02x} at byte {at}"
+        return Problem(path, offset, None, what, data[max(0, error.start - 100) :][:200])
 
 
-def _pieces(path: Path, separator: bytes) -> Iterator[tuple[int, bytes]]:
-    """What stands between separators, with its offset in the (decompressed) file."""
-    buffer, offset, searched = bytearray(), 0, 0
-    for chunk in _chunks(path):
+def _pieces(
+    path: Path, separator: bytes, start: int = 0, limit: int | None = None
+) -> Iterator[tuple[int, bytes]]:
+    """What stands between separators, with its offset in the (decompressed) file.
+
+    With ``start``, pieces that begin there or later; a separator is one byte then. Whether one
+    begins before ``limit`` is known without reading on.
+    """
+    buffer, offset, searched = bytearray(), max(0, start - 1), 0
+    content = chunks(path, offset)
+    if start:
+        for chunk in content:
+            if (found := chunk.find(separator)) >= 0:
+                buffer += chunk[found + 1 :]
+                offset += found + 1
+                break
+            offset += len(chunk)
+            if limit is not None and offset >= limit:
+                return
+    for chunk in itertools.chain([b""], content):
         buffer += chunk
         begin = 0
         while (end := buffer.find(separator, searched)) >= 0:
@@ -132,9 +202,10 @@ def _pieces(path: Path, separator: bytes) -> Iterator[tuple[int, bytes]]:
 # --- compression ---------------------------------------------------------------------------------
 
 
-def _chunks(path: Path) -> Iterator[bytes]:
+def chunks(path: Path, start: int = 0) -> Iterator[bytes]:
     """The content of a file, decompressed. Raises ValueError when compressed data is damaged."""
     with path.open("rb") as file:
+        file.seek(start)
         try:
             if path.suffix.lower() == ".gz":
                 with gzip.GzipFile(fileobj=file) as unzipped:

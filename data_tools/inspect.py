@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import islice
 
 import numpy as np
 
 from data_tools.blocks import read_samples
-from hourglass_dist.data.shards import Manifest, Split
+from hourglass_dist.data.shards import Manifest, Split, dtype_of
 from hourglass_dist.data.tokenizer import Ids, Tokenizer
 
 
@@ -36,12 +37,60 @@ def describe(manifest: Manifest, tokenizer: Tokenizer) -> str:
 
 def documents(manifest: Manifest, split: Split, tokenizer: Tokenizer) -> Iterator[str]:
     """The documents of a split as text, in the order in which they were written."""
+    return (tokenizer.decode(ids.tolist()) for ids in document_ids(manifest, split))
+
+
+def document_ids(manifest: Manifest, split: Split, shards: range | None = None) -> Iterator[Ids]:
+    """The ids of the documents of a split, without eos; of those that end in ``shards``, if given
+    (the first of them may have begun before: then it is cut)."""
     begun: list[Ids] = []
-    for shard in manifest.split(split):
-        for sample in read_samples(manifest.folder / shard.path, manifest.dtype):
+    entries = manifest.split(split)
+    for number in shards or range(len(entries)):
+        for sample in read_samples(manifest.folder / entries[number].path, manifest.dtype):
             position = 0
             for end in sample.ends.tolist():
                 begun.append(sample.tokens_T[position : end - 1])  # without the eos
-                yield tokenizer.decode(np.concatenate(begun).tolist())
+                yield np.concatenate(begun)
                 begun, position = [], end
             begun.append(sample.tokens_T[position:])
+
+
+def random_documents(
+    manifest: Manifest, split: Split, tokenizer: Tokenizer, count: int, seed: int
+) -> Iterator[tuple[int, str]]:
+    """(number, text) of ``count`` documents drawn at random, in their order."""
+    entries = manifest.split(split)
+    ends = np.cumsum([shard.documents for shard in entries])
+    draw = np.random.default_rng(seed)
+    chosen = np.sort(draw.choice(ends[-1], min(count, int(ends[-1])), replace=False))
+    for number in chosen.tolist():
+        last = int(np.searchsorted(ends, number, side="right"))
+        first = last  # the shard in which it begins: the nearest one before with an end in it
+        while first > 0 and number == (ends[last - 1] if last else 0):
+            first -= 1
+            if entries[first].documents:
+                break
+        before = int(ends[first - 1]) if first else 0
+        ids = next(
+            islice(document_ids(manifest, split, range(first, last + 1)), number - before, None)
+        )
+        yield number, tokenizer.decode(ids.tolist())
+
+
+def row_ids(manifest: Manifest, split: Split, seq_len: int, row: int) -> tuple[str, int, Ids]:
+    """(shard, row within it, the ids that are its targets) of a row of a split.
+
+    Raises ValueError when there is no such row.
+    """
+    rows = manifest.rows(split, seq_len)
+    if not 0 <= row < sum(rows):
+        raise ValueError(f"--row: expected 0 to {sum(rows) - 1:,}, given {row:,}")
+    ends = np.cumsum(rows)
+    number = int(np.searchsorted(ends, row, side="right"))
+    shard, inside = manifest.split(split)[number], row - int(ends[number] - rows[number])
+    block, start = divmod(inside * seq_len, manifest.block_tokens)
+    dtype = dtype_of(manifest.dtype)
+    path = manifest.folder / shard.path
+    real = min(seq_len, shard.tokens - inside * seq_len)
+    ids = np.fromfile(path, dtype, real, offset=shard.offsets[block] + start * dtype.itemsize)
+    return shard.path, inside, ids

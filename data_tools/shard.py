@@ -1,29 +1,28 @@
 """Corpus -> dataset: documents are split, encoded, shuffled all together, packed and written.
 
-    inputs -> documents -> parts of a split -> ids -> spill files by shuffle key
-    every spill file in turn: sorted by key -> Packer -> ShardWriter -> tars -> index.json
+    inputs -> documents -> parts of a split -> ids -> runs sorted by shuffle key (runs.py)
+    runs -> merged -> blocks -> tars -> index.json
 
 A document's place is a hash of (seed, its number), so the same inputs give the same bytes.
 Everything is written into a hidden folder beside the new one, which gets its name when it is whole;
-memory holds one spill file and one shard at a time.
+memory holds one run and one shard at a time. The short way of ``prepare``: one process, no filters.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import math
 import shutil
-import struct
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO, get_args
+from typing import Any, get_args
 
 import numpy as np
 import numpy.typing as npt
 
 from data_tools.corpus import find_inputs, read_documents
+from data_tools.runs import Run, RunPlan, gather, plan_runs, write_run
 from data_tools.split import Rule, parse_rule
 from data_tools.workspace import Show, silent
 from hourglass_dist.data.shards import (
@@ -32,16 +31,17 @@ from hourglass_dist.data.shards import (
     Shard,
     Split,
     dtype_name,
-    dtype_of,
 )
 from hourglass_dist.data.tokenizer import Tokenizer
-from hourglass_dist.data.write import Packer, ShardWriter
+from hourglass_dist.data.write import cut_blocks, write_shard
 from hourglass_dist.files import new_folder, sha256_of
 from hourglass_dist.sections import differences
 
 SPLITS: tuple[Split, ...] = get_args(Split)
-SPILL_BYTES = 1 << 28
-"""About how much of the corpus is in memory at once."""
+Piece = tuple[Split, int, npt.NDArray[Any]]
+"""(split, shuffle key, ids) of a document or a part of one."""
+RUN_BYTES = 1 << 27
+"""About how many bytes of ids are in memory at once, before they are sorted and written."""
 
 
 @dataclass
@@ -159,47 +159,101 @@ def make_dataset(job: Job, out: Path, show: Show = silent) -> Manifest:
 
     Raises ValueError, leaving nothing behind, when the inputs are damaged or have no text.
     """
-    dtype = dtype_name(job.tokenizer.vocab_size)
-    with new_folder(out) as folder:
-        spill = _Spill(folder / "spill", dtype_of(dtype), _partitions(job, dtype_of(dtype)))
-        progress = Progress()
-        for split, key, ids in _encoded(job, progress, show):
-            spill.add(split, key, ids)
+    progress = Progress()
+
+    def encoded() -> Iterator[Piece]:
+        yield from _encoded(job, progress, show)
         _require_text(job, progress)
+
+    return write_dataset(
+        out, encoded(), job.recipe, job.tokenizer, lambda: progress.empty_documents, show
+    )
+
+
+def write_dataset(
+    out: Path,
+    pieces: Iterable[Piece],
+    recipe: Recipe,
+    tokenizer: Tokenizer,
+    empty_documents: Callable[[], int],
+    show: Show = silent,
+) -> Manifest:
+    """Write documents, in the order of their keys, to the new folder ``out``."""
+    with new_folder(out) as folder:
+        (folder / "runs").mkdir()
+        runs = _write_runs(pieces, folder / "runs", tokenizer)
         shards = []
         for split in SPLITS:
-            for shard in _write(job, folder, split, spill.read(split)):
-                shards.append(shard)
-                show(f"{progress}; wrote {shard.path}")
-        spill.remove()
-        job.tokenizer.save(folder)
+            plan = plan_runs(runs[split])
+            count = plan.shards(recipe.block_tokens * recipe.shard_blocks)
+            for number in range(count):
+                shards.append(
+                    make_shard(folder, number, split, runs[split], plan, recipe, tokenizer)
+                )
+                show(f"wrote {split} shard {number + 1:,} of {count:,}")
+        shutil.rmtree(folder / "runs")
+        tokenizer.save(folder)
         Manifest.make(
             folder,
-            tokenizer=job.tokenizer.fingerprint,
-            eos_id=job.tokenizer.eos_id,
-            dtype=dtype,
-            recipe=job.recipe,
-            empty_documents=progress.empty_documents,
+            tokenizer=tokenizer.fingerprint,
+            eos_id=tokenizer.eos_id,
+            dtype=dtype_name(tokenizer.vocab_size),
+            recipe=recipe,
+            empty_documents=empty_documents(),
             shards=tuple(shards),
         ).save()
     return Manifest.load(out)
 
 
-def _write(
-    job: Job, folder: Path, split: Split, documents: Iterable[npt.NDArray[Any]]
-) -> Iterator[Shard]:
-    """Pack the documents of a split and write them; yields every shard when it is on the disk."""
-    tokenizer, recipe = job.tokenizer, job.recipe
-    packer = Packer(recipe.block_tokens, tokenizer.eos_id, dtype_name(tokenizer.vocab_size))
-    writer = ShardWriter(folder, split, recipe.source, recipe.shard_blocks, tokenizer)
-    for block in packer.pack(documents):
-        yield from writer.add(block)
-    yield from writer.finish()
+def _write_runs(
+    pieces: Iterable[Piece], folder: Path, tokenizer: Tokenizer
+) -> dict[Split, list[Run]]:
+    """All documents in runs of about RUN_BYTES."""
+    runs: dict[Split, list[Run]] = {split: [] for split in SPLITS}
+    keys: dict[Split, list[int]] = {split: [] for split in SPLITS}
+    documents: dict[Split, list[npt.NDArray[Any]]] = {split: [] for split in SPLITS}
+
+    def flush() -> None:
+        for split in SPLITS:
+            if documents[split]:
+                run = Run(folder / f"{split}-{len(runs[split])}")
+                write_run(run.base, np.array(keys[split], np.uint64), documents[split], tokenizer)
+                runs[split].append(run)
+                keys[split], documents[split] = [], []
+
+    held = 0
+    for split, key, ids in pieces:
+        keys[split].append(key)
+        documents[split].append(ids)
+        held += ids.nbytes
+        if held >= RUN_BYTES:
+            flush()
+            held = 0
+    flush()
+    return runs
 
 
-def _encoded(
-    job: Job, progress: Progress, show: Show
-) -> Iterator[tuple[Split, int, npt.NDArray[Any]]]:
+def make_shard(
+    folder: Path,
+    number: int,
+    split: Split,
+    runs: Sequence[Run],
+    plan: RunPlan,
+    recipe: Recipe,
+    tokenizer: Tokenizer,
+) -> Shard:
+    """Write one shard out of the runs of a split; returns its manifest entry."""
+    size = recipe.block_tokens * recipe.shard_blocks
+    begin = number * size
+    end = min(begin + size, int(plan.tokens[-1]))
+    found = gather(runs, plan, begin, end, tokenizer)
+    blocks = cut_blocks(
+        found.tokens, found.ends, found.first_document, recipe.block_tokens, tokenizer.eos_id
+    )
+    return write_shard(folder, number, split, blocks, recipe.source, tokenizer)
+
+
+def _encoded(job: Job, progress: Progress, show: Show) -> Iterator[Piece]:
     """(split, shuffle key, ids) of every part of every document."""
     number = 0
     for path in job.inputs:
@@ -237,56 +291,3 @@ def _require_text(job: Job, progress: Progress) -> None:
                 f"--held-out {job.rule.text}: no text is left for split {split!r} "
                 f"({progress.documents} documents in all)"
             )
-
-
-# --- the shuffle ---------------------------------------------------------------------------------
-
-
-def _partitions(job: Job, dtype: np.dtype[Any]) -> int:
-    """How many spill files keep one of them near SPILL_BYTES; text unpacks to about 4 times."""
-    compressed = (".gz", ".zst")
-    size = sum(p.stat().st_size * (4 if p.suffix in compressed else 1) for p in job.inputs)
-    return min(max(1, math.ceil(size * dtype.itemsize / SPILL_BYTES)), 256)
-
-
-class _Spill:
-    """Documents on disk in files by ranges of their keys; read back sorted by key, file by file."""
-
-    _HEADER = struct.Struct("<QQ")  # key, ids
-
-    def __init__(self, folder: Path, dtype: np.dtype[Any], partitions: int) -> None:
-        self._folder, self._dtype, self._partitions = folder, dtype, partitions
-        self._files: dict[Path, BinaryIO] = {}
-        folder.mkdir()
-
-    def add(self, split: Split, key: int, ids: npt.NDArray[Any]) -> None:
-        """Append a document."""
-        path = self._path(split, key * self._partitions >> 64)
-        if path not in self._files:
-            self._files[path] = path.open("wb")
-        self._files[path].write(self._HEADER.pack(key, len(ids)))
-        self._files[path].write(ids.astype(self._dtype).tobytes())
-
-    def read(self, split: Split) -> Iterator[npt.NDArray[Any]]:
-        """The documents of a split in the order of their keys."""
-        for path in (self._path(split, i) for i in range(self._partitions)):
-            if path in self._files:
-                self._files.pop(path).close()
-                yield from self._sorted(path.read_bytes())
-                path.unlink()
-
-    def remove(self) -> None:
-        """Remove the folder."""
-        shutil.rmtree(self._folder)
-
-    def _sorted(self, data: bytes) -> list[npt.NDArray[Any]]:
-        documents, position = [], 0
-        while position < len(data):
-            key, length = self._HEADER.unpack_from(data, position)
-            position += self._HEADER.size
-            documents.append((key, np.frombuffer(data, self._dtype, length, position)))
-            position += length * self._dtype.itemsize
-        return [ids for _, ids in sorted(documents, key=lambda document: document[0])]
-
-    def _path(self, split: Split, partition: int) -> Path:
-        return self._folder / f"{split}-{partition}"

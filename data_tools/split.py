@@ -13,7 +13,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 
 from data_tools.corpus import find_inputs
@@ -34,6 +34,10 @@ class Rule:
         """Input files that the rule itself names."""
         return ()
 
+    def side(self, data: bytes) -> Split | None:
+        """The split of a whole document, given as UTF-8; None when parts of it go to both."""
+        return "train"
+
     def parts(self, document: str, source: Path) -> Parts:
         """The document's parts with their splits; ``source`` is the file that it came from."""
         yield "train", document
@@ -45,11 +49,18 @@ class ByHash(Rule):
 
     fraction: Fraction
 
+    def side(self, data: bytes) -> Split:
+        """By a hash of all of it."""
+        digest = hashlib.blake2b(data, digest_size=8, person=b"held out").digest()
+        return "heldout" if int.from_bytes(digest, "big") < self._limit else "train"
+
     def parts(self, document: str, source: Path) -> Parts:
         """The whole document, to one side."""
-        digest = hashlib.blake2b(document.encode(), digest_size=8, person=b"held out")
-        held_out = int.from_bytes(digest.digest(), "big") < self.fraction * 2**64
-        yield "heldout" if held_out else "train", document
+        yield self.side(document.encode()), document
+
+    @cached_property
+    def _limit(self) -> int:
+        return math.ceil(self.fraction * 2**64)
 
 
 @dataclass(frozen=True)
@@ -57,6 +68,10 @@ class ByEnd(Rule):
     """The end of every document."""
 
     fraction: Fraction
+
+    def side(self, data: bytes) -> None:
+        """Both."""
+        return
 
     def parts(self, document: str, source: Path) -> Parts:
         """The first floor((1 - fraction) * n) characters, and the others."""
@@ -76,6 +91,10 @@ class ByInput(Rule):
     def inputs(self) -> tuple[Path, ...]:
         """The files held out."""
         return tuple(sorted(self.files))
+
+    def side(self, data: bytes) -> None:
+        """Not by its text."""
+        return
 
     def parts(self, document: str, source: Path) -> Parts:
         """The whole document, to the side of its file."""

@@ -55,47 +55,60 @@ def train_tokenizer(
     files = find_inputs(inputs)
     documents = (text for file in files for text in read_documents(file, separator, text_field))
     with new_folder(out) as folder:
-        lines = _draw(_lines(documents), max_lines, seed, show)
+        every_line = (line for document in documents for line in lines_of(document))
+        lines = _draw(every_line, max_lines, seed, show)
         if not lines:
             raise ValueError(f"{files[0]}: empty corpus: {len(files)} input files without any text")
         show(f"training on {len(lines):,} lines")
-        model = io.BytesIO()
-        try:
-            sentencepiece.SentencePieceTrainer.train(
-                sentence_iterator=iter(lines),
-                model_writer=model,
-                model_type=kind,
-                vocab_size=vocab_size,
-                input_sentence_size=max_lines,
-                shuffle_input_sentence=False,
-                max_sentence_length=MAX_LINE_BYTES,
-                num_threads=1,
-                byte_fallback=True,
-                add_dummy_prefix=False,
-                normalization_rule_name="identity",
-                remove_extra_whitespaces=False,
-                allow_whitespace_only_pieces=True,
-                split_digits=True,
-                unk_id=0,
-                eos_id=1,
-                bos_id=-1,
-                pad_id=-1,
-                minloglevel=2,
-            )
-        except RuntimeError as error:
-            raise ValueError(_explain(error, vocab_size, len(lines))) from None
-        tokenizer = SentencePieceTokenizer(model.getvalue(), str(out))
+        tokenizer = SentencePieceTokenizer(train_on(lines, kind, vocab_size), str(out))
         tokenizer.save(folder)
     return tokenizer
 
 
-def _lines(documents: Iterable[str]) -> Iterator[str]:
-    """Their lines, cut to what sentencepiece takes; none is empty."""
+def train_on(
+    lines: Sequence[str], kind: Kind, vocab_size: int, option: str = "--vocab-size"
+) -> bytes:
+    """A sentencepiece model of exactly these lines, which are not empty.
+
+    Raises ValueError, naming the ``option`` that gave ``vocab_size``, when they are too few or too
+    many for it.
+    """
+    if not lines:
+        raise ValueError("the tokenizer has no text to be trained on")
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(lines),
+            model_writer=model,
+            model_type=kind,
+            vocab_size=vocab_size,
+            input_sentence_size=max(len(lines), 1000),  # it wants more than 100
+            shuffle_input_sentence=False,
+            max_sentence_length=MAX_LINE_BYTES,
+            num_threads=1,
+            byte_fallback=True,
+            add_dummy_prefix=False,
+            normalization_rule_name="identity",
+            remove_extra_whitespaces=False,
+            allow_whitespace_only_pieces=True,
+            split_digits=True,
+            unk_id=0,
+            eos_id=1,
+            bos_id=-1,
+            pad_id=-1,
+            minloglevel=2,
+        )
+    except RuntimeError as error:
+        raise ValueError(_explain(error, vocab_size, len(lines), option)) from None
+    return model.getvalue()
+
+
+def lines_of(document: str) -> Iterator[str]:
+    """Its lines, cut to what sentencepiece takes; none is empty."""
     longest = MAX_LINE_BYTES // 4  # characters: none has more than four bytes
-    for document in documents:
-        for line in _BETWEEN.split(document):
-            for begin in range(0, len(line), longest):
-                yield line[begin : begin + longest]
+    for line in _BETWEEN.split(document):
+        for begin in range(0, len(line), longest):
+            yield line[begin : begin + longest]
 
 
 def _draw(lines: Iterable[str], size: int, seed: int, show: Show) -> list[str]:
@@ -112,11 +125,11 @@ def _draw(lines: Iterable[str], size: int, seed: int, show: Show) -> list[str]:
     return [line for _, line in sorted(drawn)]
 
 
-def _explain(error: RuntimeError, vocab_size: int, lines: int) -> str:
+def _explain(error: RuntimeError, vocab_size: int, lines: int, option: str) -> str:
     """sentencepiece's complaint as a sentence about the option that the user gave."""
     message = str(error)
     if limit := re.search(r"set it to a value <= (\d+)", message):
-        return f"--vocab-size: expected at most {limit[1]} for this corpus, given {vocab_size}"
+        return f"{option}: expected at most {limit[1]} for this corpus, given {vocab_size}"
     if limit := re.search(r"smaller than required_chars\. \d+ vs (\d+)", message):
-        return f"--vocab-size: expected at least {limit[1]} for this corpus, given {vocab_size}"
+        return f"{option}: expected at least {limit[1]} for this corpus, given {vocab_size}"
     return f"sentencepiece failed on {lines} lines of text: {' '.join(message.split())}"

@@ -6,16 +6,19 @@ was: that every block is what the format promises and adds up to what the manife
 
 from __future__ import annotations
 
+import os
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import google_crc32c
 import numpy as np
-import numpy.typing as npt
 
 from data_tools.blocks import Sample, read_samples
 from data_tools.workspace import Show, silent
-from hourglass_dist.data.shards import Manifest, Shard
+from hourglass_dist.data.shards import Manifest, Shard, check_sha256
 from hourglass_dist.data.tokenizer import Tokenizer, load_tokenizer, require_same
+from hourglass_dist.data.write import text_bytes
 
 
 def verify(folder: Path, show: Show = silent) -> Manifest:
@@ -30,27 +33,37 @@ def verify(folder: Path, show: Show = silent) -> Manifest:
         raise ValueError(
             f"{folder}: end-of-text id: expected {tokenizer.eos_id}, found {manifest.eos_id}"
         )
-    manifest.verify()
-    for shard in manifest.shards:
-        show(shard.path)
-        _check_shard(manifest, shard, tokenizer)
+    manifest.verify(full=False)
+    begun, size = time.monotonic(), 0
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:  # hashing needs no lock
+        checks = [pool.submit(_check_shard, manifest, s, tokenizer) for s in manifest.shards]
+        try:
+            for number, (shard, check) in enumerate(zip(manifest.shards, checks, strict=True), 1):
+                check.result()
+                size += shard.bytes
+                speed = size / 1e6 / max(time.monotonic() - begun, 1e-3)
+                show(
+                    f"{number:,} of {len(checks):,} shards, {size / 1e6:,.0f} MB, {speed:,.0f} MB/s"
+                )
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
     return manifest
 
 
 def _check_shard(manifest: Manifest, shard: Shard, tokenizer: Tokenizer) -> None:
     path = manifest.folder / shard.path
-    lengths_V = tokenizer.byte_lengths()
+    check_sha256(path, shard)
     offsets: list[int] = []
-    tokens, documents, text_bytes = 0, 0, 0
+    tokens, documents, size = 0, 0, 0
     last = shard == manifest.split(shard.split)[-1]
     for sample in read_samples(path, manifest.dtype):
         where = f"{path}: {sample.key}"
         may_be_padded = last and len(offsets) == shard.blocks - 1
-        text_bytes += _check_block(sample, where, manifest, lengths_V, may_be_padded)
+        size += _check_block(sample, where, manifest, tokenizer, may_be_padded)
         offsets.append(sample.offset)
         tokens += sample.tokens
         documents += len(sample.ends)
-    found = {"tokens": tokens, "documents": documents, "text_bytes": text_bytes}
+    found = {"tokens": tokens, "documents": documents, "text_bytes": size}
     for name, value in found.items():
         _require(value == getattr(shard, name), str(path), name, getattr(shard, name), value)
     _require(tuple(offsets) == shard.offsets, str(path), "offsets", shard.offsets, offsets)
@@ -60,7 +73,7 @@ def _check_block(
     sample: Sample,
     where: str,
     manifest: Manifest,
-    lengths_V: npt.NDArray[np.int64],
+    tokenizer: Tokenizer,
     may_be_padded: bool,
 ) -> int:
     """Raise ValueError when a block is not what the format promises; returns its bytes of text."""
@@ -73,12 +86,18 @@ def _check_block(
     _require(len(tokens_T) == size, where, "tokens", size, len(tokens_T))
     _require(full, where, "tokens without padding", size, real)
     largest = int(tokens_T.max())
-    _require(largest < len(lengths_V), where, "largest id", f"below {len(lengths_V)}", largest)
+    _require(
+        largest < tokenizer.vocab_size,
+        where,
+        "largest id",
+        f"below {tokenizer.vocab_size}",
+        largest,
+    )
     padding = tokens_T[real:]
     _require(bool((padding == manifest.eos_id).all()), where, "padding", manifest.eos_id, padding)
     eos_ends = np.flatnonzero(tokens_T[:real] == manifest.eos_id) + 1
     _require(np.array_equal(ends, eos_ends), where, "document ends", eos_ends[:5], ends[:5])
-    return int(lengths_V[tokens_T[:real]].sum())
+    return text_bytes(tokens_T[:real], tokenizer)
 
 
 def _require(right: bool, where: str, what: str, expected: object, found: object) -> None:

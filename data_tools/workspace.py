@@ -1,12 +1,192 @@
-"""How long steps tell how far they are."""
+"""The folder of a pipeline while it is made, and the tasks in it.
+
+    OUT/work/
+        STAGE/tasks.json               what every task of a stage is to do
+        STAGE/000000/                  the outputs of a task and done.json: all there or nothing
+        STAGE/progress/0 error/0       how far a running task is; why one failed
+
+A task is a pure function of its entry in tasks.json and of the outputs of earlier stages. It writes
+into a folder of its own that gets its name when everything is on the disk, so it may be killed, or
+run twice at once, anywhere: a worker needs nothing but this folder.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import gc
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import Any
+
+from data_tools.settings import Prepare, load_settings
+from hourglass_dist.files import replace, sync
 
 Show = Callable[[str], None]
 """Shows a line about how far a long step is, over the line before."""
+Spec = dict[str, Any]
+"""What a task is to do, as JSON."""
+Counts = dict[str, Any]
+"""What a task counted, as JSON."""
+DONE_FILE = "done.json"
 
 
 def silent(line: str) -> None:
     """Shows nothing."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """OUT/work."""
+
+    root: Path
+
+    @cached_property
+    def settings(self) -> Prepare:
+        """The settings that the folder was begun with."""
+        return load_settings(self.root.parent / "settings.yaml")
+
+    def tasks(self, stage: str) -> list[Spec]:
+        """The tasks of a stage. Raises FileNotFoundError before it was begun."""
+        path = self.root / stage / "tasks.json"
+        return _read_tasks(path, path.stat().st_mtime_ns)
+
+    def folder(self, stage: str, index: int) -> Path:
+        """Where a task's outputs are, once it is done."""
+        return self.root / stage / f"{index:06d}"
+
+    def begin(self, stage: str, specs: list[Spec], before: str) -> None:
+        """Write down the tasks of a stage; ``before`` identifies all that they build on."""
+        folder = self.root / stage
+        for name in ("progress", "error"):
+            shutil.rmtree(folder / name, ignore_errors=True)
+            (folder / name).mkdir(parents=True)
+        keyed = [spec | {"key": _hash([before, stage, spec])} for spec in specs]
+        replace(folder / "tasks.json", json.dumps(keyed))
+        for left in folder.glob(".*.unfinished"):  # of killed workers
+            shutil.rmtree(left, ignore_errors=True)
+
+    def done(self, stage: str, index: int, key: str) -> Counts | None:
+        """What a finished task counted; None when it is not done, or was done for something else.
+
+        Outputs of something else are removed.
+        """
+        folder = self.folder(stage, index)
+        try:
+            about = json.loads((folder / DONE_FILE).read_bytes())
+        except FileNotFoundError:
+            return None
+        paths = {folder / name: size for name, size in about["files"].items()}
+        whole = all(p.exists() and p.stat().st_size == size for p, size in paths.items())
+        if about["key"] != key or not whole:
+            shutil.rmtree(folder)
+            return None
+        counts: Counts = about["counts"]
+        return counts
+
+    def counts(self, stage: str) -> list[Counts]:
+        """What the tasks of a finished stage counted."""
+        paths = (self.folder(stage, i) / DONE_FILE for i in range(len(self.tasks(stage))))
+        return [json.loads(path.read_bytes())["counts"] for path in paths]
+
+    def errors(self, stage: str) -> dict[int, str]:
+        """Why tasks failed."""
+        found = sorted((self.root / stage / "error").glob("[0-9]*"))
+        return {int(path.name): path.read_text() for path in found}
+
+    def running(self, stage: str) -> list[Counts]:
+        """What the tasks that run now have counted so far."""
+        found = []
+        for path in (self.root / stage / "progress").glob("[0-9]*"):
+            with suppress(OSError, ValueError):  # it is just being written
+                found.append(json.loads(path.read_bytes()))
+        return found
+
+
+@lru_cache(maxsize=8)
+def _read_tasks(path: Path, version: int) -> list[Spec]:
+    """Once per process and version: there may be many."""
+    found: list[Spec] = json.loads(path.read_bytes())
+    return found
+
+
+def identity_of(specs: list[Spec], counts: list[Counts]) -> str:
+    """Identifies what a finished stage has made."""
+    return _hash([[spec["key"] for spec in specs], counts])
+
+
+def _hash(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+class Ticker:
+    """Tells how far a task is, a few times a second at most."""
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._next, self._parent = path, 0.0, os.getppid()
+
+    def __call__(self, **counts: int) -> None:
+        """Write down the counts. Ends the process when its parent is gone."""
+        now = time.monotonic()
+        if now < self._next:
+            return
+        if os.getppid() != self._parent:
+            os._exit(3)
+        with suppress(OSError):
+            self._path.write_text(json.dumps(counts))
+        self._next = now + 0.3
+
+
+Tick = Callable[..., None]
+Run = Callable[[Work, Spec, Path, Tick], Counts]
+"""Does a task: (work, its entry, the folder to write into, how to tell progress) -> counts."""
+
+
+def do_task(work: Work, stage: str, index: int, run: Run) -> bool:
+    """Do a task unless it is done. A failure is written down; returns whether it is done."""
+    gc.set_threshold(200_000, 50, 50)  # lists of a million arrays are searched for cycles else
+    spec = work.tasks(stage)[index]
+    if work.done(stage, index, spec["key"]) is not None:
+        return True
+    progress = work.root / stage / "progress" / str(index)
+    error_file = work.root / stage / "error" / str(index)
+    try:
+        with _task_folder(work.folder(stage, index)) as folder:
+            counts = run(work, spec, folder, Ticker(progress))
+            files = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
+            about = {"key": spec["key"], "files": files, "counts": counts}
+            (folder / DONE_FILE).write_text(json.dumps(about))
+    except (ValueError, OSError) as error:
+        replace(error_file, " ".join(str(error).split()) or type(error).__name__)
+        return False
+    finally:
+        progress.unlink(missing_ok=True)
+    return True
+
+
+@contextmanager
+def _task_folder(final: Path) -> Iterator[Path]:
+    """A folder of this process that gets its final name, synced, at the end."""
+    folder = final.with_name(f".{final.name}.{os.uname().nodename}.{os.getpid()}.unfinished")
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    try:
+        yield folder
+        for path in folder.iterdir():
+            sync(path)
+        sync(folder)
+        try:
+            folder.rename(final)
+        except OSError:
+            if not (final / DONE_FILE).exists():
+                raise
+            # the same task, run twice at once: the other one was first, with the same outputs
+        sync(final.parent)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)

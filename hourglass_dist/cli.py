@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 import typer
 
 from data_tools.cli import app as data_app
+from data_tools.cli import bench_prepare
 from hourglass_dist import config as settings
 from hourglass_dist.bench.cli import app as bench_app
 from hourglass_dist.sections import print_error, to_yaml
@@ -24,6 +25,7 @@ app = typer.Typer(
 )
 app.add_typer(data_app, name="data")
 app.add_typer(bench_app, name="bench")
+bench_app.command("prepare")(bench_prepare)
 
 ConfigFile = Annotated[Path, typer.Argument(help="A YAML file such as configs/quickstart.yaml.")]
 Overrides = Annotated[

@@ -109,7 +109,7 @@ def test_the_shuffle_does_not_depend_on_the_memory_used(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = make(tmp_path, words(200))
-    monkeypatch.setattr("data_tools.shard.SPILL_BYTES", 500)
+    monkeypatch.setattr("data_tools.shard.RUN_BYTES", 500)
     (tmp_path / "other").mkdir()
     assert make(tmp_path / "other", words(200)).dataset_id == whole.dataset_id
 
@@ -164,7 +164,7 @@ def test_a_killed_run_leaves_no_dataset_and_the_next_one_succeeds(tmp_path: Path
     hidden = tmp_path / ".dataset.unfinished"
     try:
         deadline = time.monotonic() + 60
-        while not any(hidden.glob("spill/*")) and time.monotonic() < deadline:
+        while not any(hidden.glob("runs/*")) and time.monotonic() < deadline:
             time.sleep(0.01)
         os.killpg(process.pid, signal.SIGSTOP)  # in the middle of its work
         second = hourglass_data(*_sharding(tmp_path, 1), cwd=tmp_path)
@@ -173,7 +173,7 @@ def test_a_killed_run_leaves_no_dataset_and_the_next_one_succeeds(tmp_path: Path
     finally:
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-    assert any(hidden.glob("spill/*"))
+    assert any(hidden.glob("runs/*"))
     assert not (tmp_path / "dataset").exists()
     third = hourglass_data(*_sharding(tmp_path, 1), cwd=tmp_path)
     assert third.returncode == 0, third.stderr
@@ -255,7 +255,10 @@ def test_verify_compares_the_tokenizer(tmp_path: Path) -> None:
 def examples() -> list[list[str]]:
     """The example of every data command's --help, as it can be pasted."""
     found = []
-    for name in ("tokenizer", "shard", "inspect", "verify"):
+    for name in (
+        *("tokenizer", "shard", "inspect", "verify", "stats", "diff", "reshard", "merge"),
+        *("prepare", "split", "export-text"),
+    ):
         done = hourglass_data(name, "--help", cwd=ROOT)
         help_text = done.stdout.partition("Example:")[2]
         found.append(shlex.split(re.findall(r"(hourglass data .*[^ ]) *\n", help_text)[0]))
@@ -263,7 +266,8 @@ def examples() -> list[list[str]]:
 
 
 def test_the_examples_of_the_help_work(tmp_path: Path) -> None:
-    (tmp_path / "data_tools").symlink_to(ROOT / "data_tools")
+    for name in ("configs", "data_tools"):
+        (tmp_path / name).symlink_to(ROOT / name)
     outputs = []
     commands = examples()
     for example in commands:
@@ -271,13 +275,24 @@ def test_the_examples_of_the_help_work(tmp_path: Path) -> None:
         assert done.returncode == 0, done.stderr
         assert done.stderr == ""
         outputs.append(done.stdout)
-    tokenizer, shard, inspected, verified = outputs
+    tokenizer, shard, inspected, verified, stats, diff, *others = outputs
+    reshard, merge, prepared, split, exported = others
     assert "unigram, 2,048 ids" in tokenizer
     assert "train 1,003,855 tokens (1,003,854 bytes)" in shard
     assert "heldout 111,541 tokens (111,540 bytes)" in shard
     assert "held out   last:0.1" in inspected
     assert "First Citizen:\nBefore we proceed any further, hear me speak." in inspected
     assert verified.startswith("whole: data/try: train 1,003,855")
+    assert "median_tokens   1,003,855" in stats
+    assert {path.name for path in (tmp_path / "plots" / "try").glob("*.png")} == {
+        "lengths.png", "bytes_per_token.png", "ids.png",
+    }  # fmt: skip
+    assert diff == "data/try and data/try are the same\n"
+    assert "train 1,003,855 tokens" in reshard
+    assert "train 2,007,710 tokens" in merge
+    assert "documents 7,222 = kept" in prepared
+    assert split.count("tokens") == 4
+    assert exported == "try.jsonl: 1 documents\n"
     again = hourglass_data(*commands[1][2:], cwd=tmp_path)
     assert again.stdout.startswith("already there: data/try")
 

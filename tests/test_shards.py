@@ -19,19 +19,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_tools.inspect import documents
+from data_tools.runs import Run, gather, plan_runs, write_run
 from data_tools.tokenizer import train_tokenizer
 from hourglass_dist.data.shards import (
     IGNORED,
-    DTypeName,
     Manifest,
     ShardReader,
     Split,
     dtype_name,
-    dtype_of,
 )
 from hourglass_dist.data.stream import held_out_rows
 from hourglass_dist.data.tokenizer import ByteTokenizer, load_tokenizer
-from hourglass_dist.data.write import Packer
+from hourglass_dist.data.write import cut_blocks
 
 TEXTS = words(60)
 SPLITS: tuple[Split, ...] = ("train", "heldout")
@@ -120,25 +119,61 @@ def test_only_the_last_block_of_a_split_is_padded(manifest: Manifest) -> None:
         assert set(last[about["tokens"] :]) == {manifest.eos_id}
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=60)
 @given(
-    st.lists(st.integers(0, 30), max_size=20),
-    st.integers(1, 16),
-    st.sampled_from(["u8", "u16", "u32"]),
+    lengths=st.lists(st.integers(0, 30), min_size=1, max_size=20),
+    block=st.integers(1, 16),
+    shard=st.integers(1, 3),
+    runs=st.integers(1, 4),
+    few_keys=st.booleans(),
 )
-def test_packing_is_concatenation(lengths: list[int], block: int, dtype: DTypeName) -> None:
-    packer = Packer(block, 255, dtype)
+def test_shards_are_cuts_of_the_sorted_documents(
+    tmp_path_factory: pytest.TempPathFactory,
+    lengths: list[int],
+    block: int,
+    shard: int,
+    runs: int,
+    few_keys: bool,
+) -> None:
+    """However documents are dealt to runs; each shard made on its own, the last one first."""
+    folder = tmp_path_factory.mktemp("runs")
+    tokenizer = ByteTokenizer()
+    random = np.random.default_rng(len(lengths) + block)
+    keys = random.integers(0, 3 if few_keys else 2**64, len(lengths), dtype=np.uint64)
     texts = [np.full(length, i, np.uint8) for i, length in enumerate(lengths)]
-    blocks = list(packer.pack(texts))
-    flat = [token for ids in texts for token in [*ids.tolist(), 255]]
-    packed = [token for b in blocks for token in b.tokens_T[: b.tokens].tolist()]
-    assert packed == flat
-    ends = [i * block + end for i, b in enumerate(blocks) for end in b.ends.tolist()]
-    assert ends == [i + 1 for i, token in enumerate(flat) if token == 255]
-    for i, b in enumerate(blocks):
-        assert b.first_document == sum(end <= i * block for end in ends)
-        assert len(b.tokens_T) == block
-        assert b.tokens_T.dtype == dtype_of(dtype)
+    made = []
+    for i, part in enumerate(np.array_split(np.arange(len(texts)), runs)):
+        if len(part):
+            made.append(Run(folder / str(i)))
+            write_run(made[-1].base, keys[part], [texts[j] for j in part], tokenizer)
+    plan = plan_runs(made)
+    order = np.argsort(keys, kind="stable")
+    flat = [token for i in order for token in [*texts[i].tolist(), 255]]
+    ends = [i + 1 for i, token in enumerate(flat) if token == 255]
+    size = block * shard
+    assert plan.shards(size) == -(-len(flat) // size)
+    for number in reversed(range(plan.shards(size))):
+        begin, end = number * size, min(number * size + size, len(flat))
+        found = gather(made, plan, begin, end, tokenizer)
+        assert found.tokens.tolist() == flat[begin:end]
+        blocks = cut_blocks(found.tokens, found.ends, found.first_document, block, 255)
+        for at, b in zip(range(begin, end, block), blocks, strict=True):
+            assert b.tokens_T[: b.tokens].tolist() == flat[at : min(at + block, end)]
+            assert len(b.tokens_T) == block
+            assert b.ends.tolist() == [e - at for e in ends if at < e <= at + block]
+            assert b.first_document == sum(e <= at for e in ends)
+
+
+@pytest.mark.parametrize("bad", [300, 70_000, 0])
+def test_ids_that_are_no_documents(tmp_path: Path, bad: int) -> None:
+    """Above the vocabulary (and the type of the shard), or the end-of-text id inside a text."""
+    (tmp_path / "text.txt").write_text("\n".join(TEXTS))
+    inputs = [tmp_path / "text.txt"]
+    tokenizer = train_tokenizer(inputs, tmp_path / "bpe", kind="bpe", vocab_size=300)
+    ids = np.array([5, 6, bad or tokenizer.eos_id, 7], np.uint32)
+    message = refusal(lambda: write_run(tmp_path / "run", np.zeros(1, np.uint64), [ids], tokenizer))
+    assert message.startswith(f"token 2: id {ids[2]}: ")
+    assert not list(tmp_path.glob("run*"))
 
 
 def test_the_smallest_type_that_fits() -> None:

@@ -21,7 +21,7 @@ from ranks import hourglass
 from data_tools.tokenizer import Kind, _draw, train_tokenizer
 from data_tools.workspace import silent
 from hourglass_dist.data.tokenizer import (
-    LINES_AT_ONCE,
+    STRETCH,
     ByteTokenizer,
     SentencePieceTokenizer,
     StreamDecoder,
@@ -85,12 +85,12 @@ def test_real_text_takes_fewer_ids_than_bytes(trained: dict[str, Path]) -> None:
         assert len(tokenizer.encode(text)) < 0.7 * len(text)
 
 
-def test_long_documents_are_their_lines(tokenizer: Tokenizer) -> None:
-    lines = [f"line {i}" * (i % 3) for i in range(2 * LINES_AT_ONCE + 5)]
-    text = "\n".join(lines)
-    check_lossless(tokenizer, text)
+def test_long_documents_are_their_stretches(tokenizer: Tokenizer) -> None:
+    lines = [f"line {i} " * (i % 3) for i in range(2000)]
+    for text in ("\n".join(lines), "x" * (3 * STRETCH + 1), " ".join(lines), " " * STRETCH * 2):
+        check_lossless(tokenizer, text)
     alone = [id_ for line in lines for id_ in tokenizer.encode(line + "\n").tolist()]
-    assert tokenizer.encode(text + "\n").tolist() == alone
+    assert tokenizer.encode("\n".join(lines) + "\n").tolist() == alone
 
 
 def test_specials_stand_for_no_bytes(tokenizer: Tokenizer) -> None:

@@ -15,10 +15,8 @@ from __future__ import annotations
 import codecs
 import hashlib
 import json
-import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
-from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -35,8 +33,9 @@ Ids = npt.NDArray[np.unsignedinteger[Any]]
 
 DESCRIPTION_FILE = "tokenizer.json"
 MODEL_FILE = "tokenizer.model"
-LINES_AT_ONCE = 4096
-"""Lines whose ids are Python integers at one time: those of a long text would fill the memory."""
+STRETCH = 4096
+"""Characters that sentencepiece encodes at once, at most. Long texts would cost memory, time (BPE)
+and precision: it adds up scores in fp32."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +71,9 @@ class Tokenizer(Protocol):
 
     def encode(self, text: str) -> Ids:
         """The ids of ``text``, without an end-of-text id. Raises ValueError for lone surrogates."""
+
+    def encode_utf8(self, data: bytes) -> Ids:
+        """The ids of text given as UTF-8."""
 
     def encode_prompt(self, data: bytes) -> list[int]:
         """The ids of raw bytes. Raises ValueError when they are no UTF-8 and have to be."""
@@ -153,6 +155,10 @@ class ByteTokenizer(_TableTokenizer):
         """The UTF-8 of ``text`` as uint8. Raises ValueError for lone surrogates."""
         return np.frombuffer(_utf8(text), dtype=np.uint8)
 
+    def encode_utf8(self, data: bytes) -> Ids:
+        """The bytes themselves."""
+        return np.frombuffer(data, dtype=np.uint8)
+
     def encode_prompt(self, data: bytes) -> list[int]:
         """Any bytes, as they are."""
         return list(data)
@@ -161,9 +167,10 @@ class ByteTokenizer(_TableTokenizer):
 class SentencePieceTokenizer(_TableTokenizer):
     """A sentencepiece model with byte fallback, no dummy prefix and no normalisation.
 
-    Two characters go past the model. U+2581 is how sentencepiece writes a space, so a real one
-    would come back as a space: it is spelled in its three bytes. Lines are encoded one by one,
-    because no piece spans two of them and BPE slows down on long texts; a line break is its byte.
+    U+2581 goes past the model: it is how sentencepiece writes a space, so a real one would come
+    back as a space, and is spelled in its three bytes. Other text is encoded in stretches of whole
+    lines; no piece spans two lines. A line longer than a stretch is cut, before a space if it can
+    be.
     """
 
     name = "sentencepiece"
@@ -181,7 +188,7 @@ class SentencePieceTokenizer(_TableTokenizer):
                 f"{source}: expected a sentencepiece model with byte_fallback and an end-of-text id"
                 " (as 'hourglass data tokenizer' makes them)"
             )
-        self._spelled = {c: [bytes_at[b] for b in c.encode()] for c in ("\n", "\u2581")}
+        self._spelled = np.array([bytes_at[b] for b in "\u2581".encode()], dtype=np.int32)
         table = _piece_bytes(self._processor, bytes_at)
         super().__init__(table, self._processor.eos_id(), model)
         self._require_lossless(source)
@@ -189,11 +196,15 @@ class SentencePieceTokenizer(_TableTokenizer):
     def encode(self, text: str) -> Ids:
         """The ids of ``text`` as uint32. Raises ValueError for lone surrogates."""
         _utf8(text)
-        parts = re.split("([\n\u2581])", text)  # text, separator, text, separator, ..., text
-        step = 2 * LINES_AT_ONCE
-        return np.concatenate(
-            [self._encode_parts(parts[i : i + step]) for i in range(0, len(parts), step)]
-        )
+        ids: list[npt.NDArray[np.int32]] = []
+        for number, part in enumerate(text.split("\u2581")):
+            ids += [self._spelled] * bool(number)
+            ids += map(self._processor.encode_as_numpy, _stretches(part))
+        return np.concatenate(ids).view(np.uint32) if ids else np.zeros(0, np.uint32)
+
+    def encode_utf8(self, data: bytes) -> Ids:
+        """The ids of text given as UTF-8."""
+        return self.encode(str(data, "utf-8"))
 
     def encode_prompt(self, data: bytes) -> list[int]:
         """The ids of UTF-8 bytes. Raises ValueError naming the first byte that is none."""
@@ -211,15 +222,6 @@ class SentencePieceTokenizer(_TableTokenizer):
         replace(folder / MODEL_FILE, self._model)
         super().save(folder)
 
-    def _encode_parts(self, parts: list[str]) -> Ids:
-        """The ids of texts and, between and perhaps after them, separators."""
-        ids: list[int] = []
-        texts = self._processor.encode(parts[0::2], num_threads=1)
-        for text_ids, separator in zip_longest(texts, parts[1::2]):
-            ids += text_ids
-            ids += self._spelled[separator] if separator else []
-        return np.array(ids, dtype=np.uint32)
-
     def _require_lossless(self, source: str) -> None:
         """Raise ValueError for a model trained with normalisation or a dummy prefix."""
         probe = " a  \ufb01\u00bd\tB \n\nc "
@@ -228,6 +230,19 @@ class SentencePieceTokenizer(_TableTokenizer):
                 f"{source}: this sentencepiece model changes text; expected one trained with"
                 " add_dummy_prefix=false, remove_extra_whitespaces=false, identity normalisation"
             )
+
+
+def _stretches(text: str) -> Iterator[str]:
+    """``text`` in stretches that are encoded one by one."""
+    begin = 0
+    while len(text) - begin > STRETCH:
+        end = text.rfind("\n", begin, begin + STRETCH) + 1
+        end = end or max(begin, text.rfind(" ", begin, begin + STRETCH))
+        end = end if end > begin else begin + STRETCH
+        yield text[begin:end]
+        begin = end
+    if begin < len(text):
+        yield text[begin:]
 
 
 def _byte_pieces(processor: Any) -> dict[int, int]:

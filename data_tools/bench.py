@@ -1,0 +1,131 @@
+"""How fast one core prepares text, beside what sentencepiece alone needs to encode it.
+
+The same documents, in turn, round after round: sentencepiece's own ``encode`` of each, and all
+stages of a pipeline without filters, from JSON lines to shards. Times are processor seconds of this
+process, so what else runs on the machine matters little; a ratio is the median of those of the
+rounds, and the round before the first does not count.
+"""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import orjson
+import sentencepiece
+
+from data_tools.corpus import find_inputs, read_documents
+from data_tools.inputs import find
+from data_tools.settings import Prepare
+from data_tools.stages import STAGES
+from data_tools.tokenizer import lines_of, train_on
+from data_tools.workspace import Show, Work, do_task, silent
+from hourglass_dist.data.tokenizer import SentencePieceTokenizer
+from hourglass_dist.sections import parse, to_yaml
+
+DOCUMENT_CHARACTERS = 3000
+TRAINING_LINES = 20_000
+
+
+def bench_prepare(
+    inputs: Sequence[Path], kinds: Sequence[str], megabytes: int, rounds: int, show: Show = silent
+) -> list[str]:
+    """Lines with MB/s per core of every kind of tokenizer. Raises ValueError for bad inputs."""
+    documents = _documents(inputs, megabytes)
+    size = sum(len(document.encode()) for document in documents) / 1e6
+    lines = [
+        f"{len(documents):,} documents, {size:,.1f} MB, {rounds} rounds, one core; "
+        "MB of text per processor second",
+        f"{'tokenizer':<10} {'raw':>8} {'prepare':>8} {'ratio':>6}   stages",
+    ]
+    with tempfile.TemporaryDirectory() as scratch:
+        corpus = Path(scratch) / "corpus.jsonl"
+        corpus.write_bytes(b"".join(orjson.dumps({"text": d}) + b"\n" for d in documents))
+        for kind in kinds:
+            show(f"{kind}: training")
+            model = _model(kind, documents, Path(scratch) / kind)
+            found = []
+            for number in range(rounds + 1):
+                show(f"{kind}: round {number} of {rounds}")
+                raw = _raw_seconds(model, documents) if model else 0.0
+                found.append((raw, _stage_seconds(kind, corpus, Path(scratch))))
+            lines.append(_line(kind, size, found[1:]))
+    return lines
+
+
+def _documents(inputs: Sequence[Path], megabytes: int) -> list[str]:
+    """Text of the inputs in pieces of 3,000 characters, repeated until there is enough."""
+    texts = [text for path in find_inputs(inputs) for text in read_documents(path, None, "text")]
+    pieces = [
+        text[begin : begin + DOCUMENT_CHARACTERS]
+        for text in texts
+        for begin in range(0, len(text), DOCUMENT_CHARACTERS)
+    ]
+    if not pieces:
+        raise ValueError(f"{inputs[0]}: no text")
+    size = sum(len(piece.encode()) for piece in pieces)
+    return (pieces * -(-megabytes * 1_000_000 // size))[: len(pieces) * megabytes * 10**6 // size]
+
+
+def _model(kind: str, documents: Sequence[str], folder: Path) -> bytes | None:
+    """A new sentencepiece model, saved into a folder; none for bytes."""
+    if kind == "bytes":
+        return None
+    lines = [line for document in documents[:4000] for line in lines_of(document)]
+    model = train_on(lines[:TRAINING_LINES], "bpe" if kind == "bpe" else "unigram", 4096)
+    folder.mkdir()
+    SentencePieceTokenizer(model, kind).save(folder)
+    return model
+
+
+def _raw_seconds(model: bytes, documents: Sequence[str]) -> float:
+    processor: Any = sentencepiece.SentencePieceProcessor(model_proto=model)
+    begun = time.process_time()
+    for document in documents:
+        processor.encode(document)
+    return time.process_time() - begun
+
+
+def _stage_seconds(kind: str, corpus: Path, scratch: Path) -> dict[str, float]:
+    """Processor seconds of every stage of a pipeline that is run in this process."""
+    with tempfile.TemporaryDirectory(dir=scratch) as out:
+        wanted = {"kind": "bytes"}
+        if kind != "bytes":
+            wanted = {"kind": "folder", "folder": str(scratch / kind)}
+        settings = parse(
+            Prepare,
+            {
+                "out": out,
+                "sources": [{"name": "bench", "inputs": [str(corpus)]}],
+                "dedup": {"exact": False},
+                "tokenizer": wanted,
+            },
+            source="bench",
+        )
+        (Path(out) / "settings.yaml").write_text(to_yaml(settings))
+        work, inputs, seconds = Work(Path(out) / "work"), find(settings), {}
+        for stage in STAGES:
+            begun = time.process_time()
+            work.begin(stage.name, stage.specs(work, inputs), "")
+            for index in range(len(work.tasks(stage.name))):
+                done = do_task(work, stage.name, index, stage.run)
+                assert done, work.errors(stage.name)
+            seconds[stage.name] = time.process_time() - begun
+        return seconds
+
+
+def _line(kind: str, size: float, found: Sequence[tuple[float, dict[str, float]]]) -> str:
+    totals = [sum(stages.values()) for _, stages in found]
+    raw = statistics.median(seconds for seconds, _ in found)
+    ratio = statistics.median(r / t for (r, _), t in zip(found, totals, strict=True))
+    stages = ", ".join(
+        f"{name} {statistics.median(stages[name] for _, stages in found) * 1e3 / size:.2f}"
+        for name in ("read", "tokens", "shards")
+    )
+    raw_speed, share = (f"{size / raw:,.1f}", f"{ratio:.2f}") if raw else ("", "")
+    speed = size / statistics.median(totals)
+    return f"{kind:<10} {raw_speed:>8} {speed:>8,.1f} {share:>6}   {stages} ms/MB"

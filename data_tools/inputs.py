@@ -1,0 +1,124 @@
+"""Which files a pipeline reads, and how they are cut into tasks.
+
+The cut depends on the files and on ``task_bytes`` alone, never on how many workers there are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from pydantic import NonNegativeInt
+
+from data_tools.corpus import find_inputs
+from data_tools.readers import can_be_cut, suffixes_of
+from data_tools.settings import Prepare
+from data_tools.workspace import Spec
+from hourglass_dist.data.tokenizer import load_tokenizer
+from hourglass_dist.sections import Section
+
+UNPACKED = {".gz": 4, ".zst": 4, ".parquet": 3}
+"""About how many bytes of text a byte of such a file holds."""
+
+
+class InputFile(Section):
+    """A file as it was when the pipeline was begun."""
+
+    path: str
+    """Where it is."""
+    bytes: NonNegativeInt
+    """Its size."""
+    modified_ns: int
+    """When it was written last."""
+
+    @classmethod
+    def look(cls, path: Path) -> InputFile:
+        """The file as it is now."""
+        about = path.stat()
+        return cls(path=str(path), bytes=about.st_size, modified_ns=about.st_mtime_ns)
+
+    def require_unchanged(self) -> None:
+        """Raise ValueError when the file is gone or another one."""
+        path = Path(self.path)
+        if not path.exists():
+            raise ValueError(f"{path}: has been removed since this was begun")
+        if (now := InputFile.look(path)) != self:
+            raise ValueError(
+                f"{path}: changed since this was begun: {self.bytes:,} bytes then, "
+                f"{now.bytes:,} bytes now"
+            )
+
+    @property
+    def text_bytes(self) -> int:
+        """About how much text it holds."""
+        return self.bytes * UNPACKED.get(Path(self.path).suffix.lower(), 1)
+
+
+class Inputs(Section):
+    """All that a pipeline reads."""
+
+    files: dict[str, list[InputFile]]
+    """Of every source, in order."""
+    tokenizer: str
+    """Hash of the tokenizer that is there already, or nothing."""
+
+
+def find(settings: Prepare) -> Inputs:
+    """Look for all inputs. Raises ValueError when one is missing, or of an unknown kind."""
+    files = {}
+    for source in settings.sources:
+        found = find_inputs([Path(path) for path in source.inputs], suffixes_of(source))
+        files[source.name] = [InputFile.look(path.absolute()) for path in found]
+    model = ""
+    if settings.tokenizer.folder:
+        model = load_tokenizer(Path(settings.tokenizer.folder)).fingerprint.model_sha256
+    return Inputs(files=files, tokenizer=model)
+
+
+def changes(old: Inputs, new: Inputs) -> list[str]:
+    """What differs, a few words for every file."""
+    found = []
+    for source in dict.fromkeys([*old.files, *new.files]):
+        before = {file.path: file for file in old.files.get(source, [])}
+        after = {file.path: file for file in new.files.get(source, [])}
+        found += [f"new input {path}" for path in after if path not in before]
+        found += [f"input {path} is gone" for path in before if path not in after]
+        for path, file in after.items():
+            if path in before and before[path] != file:
+                sizes = f"{before[path].bytes:,} -> {file.bytes:,} bytes"
+                found.append(
+                    f"input {path} changed ({sizes})"
+                    if before[path].bytes != file.bytes
+                    else f"input {path} was written again"
+                )
+    if old.tokenizer != new.tokenizer:
+        found.append("another tokenizer in tokenizer.folder")
+    return found
+
+
+def read_tasks(settings: Prepare, inputs: Inputs) -> list[Spec]:
+    """The tasks of reading: parts [number of the file in its source, file, begin, end] each."""
+    tasks = []
+    for source in settings.sources:
+        parts: list[list[object]] = []
+        size = 0
+        for number, file in enumerate(inputs.files[source.name]):
+            for begin, end in _ranges(file, settings.task_bytes):
+                parts.append([number, file.model_dump(), begin, end])
+                size += (end if end is not None else file.text_bytes) - begin
+                if size >= settings.task_bytes:
+                    tasks.append({"source": source.name, "parts": parts})
+                    parts, size = [], 0
+        if parts:
+            tasks.append({"source": source.name, "parts": parts})
+    return tasks
+
+
+def _ranges(file: InputFile, task_bytes: int) -> Iterator[tuple[int, int | None]]:
+    """A file whole, or in parts of about ``task_bytes`` when it can be cut."""
+    if not can_be_cut(Path(file.path)) or file.bytes <= task_bytes:
+        yield 0, None
+        return
+    begins = range(0, file.bytes, task_bytes)
+    for begin in begins:
+        yield begin, min(begin + task_bytes, file.bytes)

@@ -1,0 +1,175 @@
+"""The first stage: inputs -> records -> documents that are kept, each seen on its own.
+
+What is no text is quarantined: a line of quarantine.jsonl with file, position and reason. What a
+filter drops is counted by reason. Everything that came in is in one of the three numbers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import mmap
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xxhash
+
+from data_tools.clean import Cleaner
+from data_tools.corpus import Problem
+from data_tools.documents import DocumentWriter
+from data_tools.inputs import InputFile
+from data_tools.readers import read_records
+from data_tools.settings import Source
+from data_tools.stats import bins_of
+from data_tools.workspace import Counts, Spec, Tick, Work
+
+QUARANTINE_FILE = "quarantine.jsonl"
+
+
+def read(work: Work, spec: Spec, folder: Path, tick: Tick) -> Counts:
+    """Read the parts of a task. Raises ValueError for a file that is damaged as a whole."""
+    source = next(s for s in work.settings.sources if s.name == spec["source"])
+    reader = _Reader(work, source, folder, tick)
+    hashes = []
+    for number, about, begin, end in spec["parts"]:
+        file = InputFile(**about)
+        file.require_unchanged()
+        hashes.append(_hash_part(Path(file.path), begin, end))
+        reader.read_part(number, Path(file.path), begin, end)
+        file.require_unchanged()
+    return reader.finish() | {"source": source.name, "hashes": hashes}
+
+
+class _Reader:
+    def __init__(self, work: Work, source: Source, folder: Path, tick: Tick) -> None:
+        self._work, self._source, self._folder, self._tick = work, source, folder, tick
+        self._cleaner = Cleaner(work.settings)
+        self._documents = DocumentWriter(folder, self._cleaner.bands)
+        self._quarantine = (folder / QUARANTINE_FILE).open("w")
+        self._samples = Samples()
+        self._dropped: Counter[str] = Counter()
+        self._dropped_bytes: Counter[str] = Counter()
+        self._records = self._kept = self._quarantined = self._bytes = self._kept_bytes = 0
+        self._sizes: list[int] = []
+
+    def read_part(self, number: int, path: Path, begin: int, end: int | None) -> None:
+        """Read a file or a part of it."""
+        for position, text in read_records(path, self._source, begin, end):
+            self._records += 1
+            if isinstance(text, Problem):
+                self._put_aside(text)
+            else:
+                self._take(number, position, text)
+            if self._records % 32 == 0:
+                self._tick(
+                    documents=self._records, bytes=self._bytes, kept=self._kept,
+                    dropped=self._dropped.total(), quarantined=self._quarantined,
+                )  # fmt: skip
+
+    def _take(self, number: int, position: int, text: str) -> None:
+        data = text.encode()
+        size = len(data)
+        self._bytes += size
+        self._sizes.append(size)
+        cleaned, reason = self._cleaner.clean(text, size)
+        if reason:
+            self._dropped[reason] += 1
+            self._dropped_bytes[reason] += size
+            name = f"{self._source.name} {number} {position}".encode()
+            key = xxhash.xxh64_intdigest(name, self._work.settings.seed)
+            self._samples.add(key, self._source.name, reason, number, position, text)
+            return
+        if cleaned is not text:
+            data = cleaned.encode()
+        digest, bands = self._cleaner.keys(cleaned, data)
+        masked = self._cleaner.mask(cleaned)
+        if masked is not cleaned:
+            data = masked.encode()
+        self._documents.add((number, position), data, digest, bands)
+        self._kept += 1
+        self._kept_bytes += len(data)
+
+    def _put_aside(self, problem: Problem) -> None:
+        self._quarantined += 1
+        line = {
+            "source": self._source.name,
+            "file": str(problem.path),
+            "position": problem.position,
+            "line": problem.line,
+            "reason": problem.what,
+            "excerpt": problem.excerpt.decode("utf-8", "backslashreplace"),
+        }
+        self._quarantine.write(json.dumps(line) + "\n")
+
+    def finish(self) -> Counts:
+        """Write what is left; returns what was counted."""
+        self._documents.close()
+        self._quarantine.close()
+        self._samples.write(self._folder)
+        return {
+            "records": self._records,
+            "bytes": self._bytes,
+            "kept": self._kept,
+            "kept_bytes": self._kept_bytes,
+            "quarantined": self._quarantined,
+            "dropped": dict(sorted(self._dropped.items())),
+            "dropped_bytes": dict(sorted(self._dropped_bytes.items())),
+            "sizes": bins_of(np.array(self._sizes, np.int64)),
+        }
+
+
+def _hash_part(path: Path, begin: int, end: int | None) -> str:
+    """A hash of a file's bytes: which input it was that was read."""
+    size = path.stat().st_size
+    if not size:
+        return xxhash.xxh3_128_hexdigest(b"")
+    with (
+        path.open("rb") as file,
+        mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content,
+        memoryview(content) as view,
+        view[begin : size if end is None else end] as part,
+    ):
+        return xxhash.xxh3_128_hexdigest(part)
+
+
+def hash_of_inputs(work: Work, source: str) -> str:
+    """Over the name, size and content of every input file of a source, in order."""
+    lines = []
+    for spec, counts in zip(work.tasks("read"), work.counts("read"), strict=True):
+        if spec["source"] == source:
+            for (_, file, begin, _), part in zip(spec["parts"], counts["hashes"], strict=True):
+                lines.append([Path(file["path"]).name, file["bytes"], begin, part])
+    return hashlib.sha256(json.dumps(lines).encode()).hexdigest()
+
+
+class Samples:
+    """The documents with the smallest hashes, for the report: the same for any cut in tasks."""
+
+    KEPT = 20
+    CHARACTERS = 600
+
+    def __init__(self) -> None:
+        self._found: dict[bool, list[tuple[int, dict[str, Any]]]] = {True: [], False: []}
+
+    def add(
+        self, key: int, source: str, reason: str, number: int, position: int, text: str
+    ) -> None:
+        """Offer a document that was dropped for a reason, or kept (no reason)."""
+        found = self._found[not reason]
+        if len(found) < 4 * self.KEPT or key < found[self.KEPT - 1][0]:
+            about = {"key": key, "source": source, "reason": reason, "file": number}
+            about |= {"position": position, "characters": len(text)}
+            about["text"] = text[: self.CHARACTERS].encode("utf-8", "replace").decode()
+            found.append((key, about))
+            if len(found) > 8 * self.KEPT:
+                found.sort(key=lambda each: each[0])
+                del found[self.KEPT :]
+
+    def write(self, folder: Path) -> None:
+        """Write samples.json."""
+        for found in self._found.values():
+            found.sort(key=lambda each: each[0])
+        chosen = [about for found in self._found.values() for _, about in found[: self.KEPT]]
+        (folder / "samples.json").write_text(json.dumps(chosen))

@@ -1,0 +1,253 @@
+"""The stages of a pipeline: what each is made of, and what one task of it does.
+
+    read       inputs -> records -> cleaned, filtered, masked documents; the quarantine
+    exact      documents with the same hash: all but the first
+    bands      pairs of documents that share a band of MinHash
+    clusters   pairs -> groups of near duplicates: all but the first
+    tokenizer  bytes, a folder, or a new sentencepiece model
+    tokens     documents that are left -> splits -> ids -> runs sorted by shuffle key
+    shards     runs -> shards
+
+"First" is in the order of sources, files and records. No result depends on how records were dealt
+to tasks or tasks to workers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import get_args
+
+import numpy as np
+
+from data_tools import dedup, reading
+from data_tools.documents import Array, Documents, mixed
+from data_tools.inputs import Inputs, read_tasks
+from data_tools.reading import Samples
+from data_tools.runs import Run, RunPlan, plan_runs, write_run
+from data_tools.shard import make_shard
+from data_tools.split import Rule, parse_rule
+from data_tools.stats import bins_of
+from data_tools.tokenizer import lines_of, train_on
+from data_tools.workspace import Counts, Spec, Tick, Work
+from data_tools.workspace import Run as RunTask
+from hourglass_dist.data.shards import Recipe, Split
+from hourglass_dist.data.tokenizer import (
+    ByteTokenizer,
+    SentencePieceTokenizer,
+    Tokenizer,
+    load_tokenizer,
+)
+
+SPLITS: tuple[Split, ...] = get_args(Split)
+SAMPLE_CHARACTERS = 100_000
+"""Of one document, at most, in the sample that a tokenizer is trained on."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One step of a pipeline: tasks that may run in any order, at the same time, anywhere."""
+
+    name: str
+    unit: str
+    """What its tasks count while they run."""
+    specs: Callable[[Work, Inputs], list[Spec]]
+    """What its tasks are to do; called when the stages before it are done."""
+    run: RunTask
+    """Does one of them."""
+
+
+# --- the tokenizer -------------------------------------------------------------------------------
+
+
+def _tokenizer_specs(work: Work, inputs: Inputs) -> list[Spec]:
+    return [{"tokenizer": inputs.tokenizer}]
+
+
+def _make_tokenizer(work: Work, spec: Spec, folder: Path, tick: Tick) -> Counts:
+    settings = work.settings.tokenizer
+    tokenizer: Tokenizer = ByteTokenizer()
+    documents = 0
+    if settings.kind == "folder":
+        tokenizer = load_tokenizer(Path(str(settings.folder)))
+        if tokenizer.fingerprint.model_sha256 != spec["tokenizer"]:
+            raise ValueError(f"{settings.folder}: the tokenizer changed since this was begun")
+    elif settings.kind != "bytes":
+        texts = _sample(work, tick)
+        documents = len(texts)
+        lines = [line for text in texts for line in lines_of(text)]
+        model = train_on(lines, settings.kind, settings.vocab_size, "tokenizer.vocab_size")
+        tokenizer = SentencePieceTokenizer(model, "the new model")
+    tokenizer.save(folder)
+    return {"documents": documents, "vocab_size": tokenizer.vocab_size}
+
+
+def _sample(work: Work, tick: Tick) -> list[str]:
+    """Documents drawn at random, up to ``sample_bytes`` of text, none of them held out."""
+    rule = parse_rule(work.settings.held_out)
+    found = []
+    for index, spec in enumerate(work.tasks("read")):
+        documents = Documents(work.folder("read", index))
+        rows = dedup.parted(work, index, len(documents))[""]
+        sizes = np.minimum(np.diff(documents.starts)[rows], SAMPLE_CHARACTERS)
+        keys = _keys(work, spec["source"], documents, rows, purpose=1)
+        found.append((keys, np.full(len(rows), index), rows, sizes))
+        tick(tasks=index)
+    keys, tasks, rows, sizes = (np.concatenate(column) for column in zip(*found, strict=True))
+    order = np.argsort(keys, kind="stable")
+    total = np.cumsum(sizes[order])
+    order = order[: max(1, int(np.searchsorted(total, work.settings.tokenizer.sample_bytes)))]
+    texts: dict[int, str] = {}
+    for task in np.unique(tasks[order]):
+        places = order[tasks[order] == task]
+        documents = Documents(work.folder("read", int(task)))
+        texts |= zip(places.tolist(), documents.texts(rows[places]), strict=True)
+    path = Path()
+    parts = [part for place in order.tolist() for part in rule.parts(texts[place], path)]
+    return [text[:SAMPLE_CHARACTERS] for split, text in parts if split == "train"]
+
+
+def _keys(work: Work, source: str, documents: Documents, rows: Array, purpose: int) -> Array:
+    """Random 64 bits for each document, by where it comes from."""
+    names = [each.name for each in work.settings.sources]
+    files, positions = documents.origins[rows].T
+    constant = np.full(len(rows), names.index(source) * 4 + purpose)
+    return mixed(work.settings.seed, constant, files, positions)
+
+
+def tokenizer_of(work: Work) -> Tokenizer:
+    """The tokenizer of a pipeline."""
+    return load_tokenizer(work.folder("tokenizer", 0))
+
+
+# --- tokens --------------------------------------------------------------------------------------
+
+
+def _token_specs(work: Work, inputs: Inputs) -> list[Spec]:
+    return [{"source": spec["source"], "task": i} for i, spec in enumerate(work.tasks("read"))]
+
+
+def _make_tokens(work: Work, spec: Spec, folder: Path, tick: Tick) -> Counts:
+    documents = Documents(work.folder("read", spec["task"]))
+    parted = dedup.parted(work, spec["task"], len(documents))
+    rows = parted[""]
+    tokenizer, rule = tokenizer_of(work), parse_rule(work.settings.held_out)
+    keys = _keys(work, spec["source"], documents, rows, purpose=0)
+    places: dict[Split, list[int]] = {split: [] for split in SPLITS}
+    ids: dict[Split, list[Array]] = {split: [] for split in SPLITS}
+    sizes: dict[Split, list[int]] = {split: [] for split in SPLITS}
+    done = 0
+    for place, data in enumerate(documents.contents(rows)):
+        for split, part in _parts(rule, data):
+            places[split].append(place)
+            ids[split].append(tokenizer.encode_utf8(part))
+            sizes[split].append(len(part))
+            done += len(part)
+        if place % 64 == 0:
+            tick(documents=place, bytes=done)
+    dropped = {reason: len(some) for reason, some in parted.items() if reason and len(some)}
+    counts: Counts = {"source": spec["source"], "documents": len(rows), "dropped": dropped}
+    for split in SPLITS:
+        lengths = np.array([len(each) for each in ids[split]], np.int64)
+        text_bytes = np.array(sizes[split], np.int64)
+        if len(lengths):
+            write_run(folder / split, keys[places[split]], ids[split], tokenizer)
+        counts[split] = {
+            "documents": len(lengths),
+            "tokens": int(lengths.sum()) + len(lengths),
+            "text_bytes": int(text_bytes.sum()),
+            "bytes": bins_of(text_bytes),
+            "tokens_per_byte": bins_of(lengths * 4096 // np.maximum(text_bytes, 1)),
+        }
+    _sample_documents(work, spec["source"], documents, parted).write(folder)
+    return counts
+
+
+def _parts(rule: Rule, data: bytes) -> Iterable[tuple[Split, bytes]]:
+    """The parts of a document with their splits; none is empty."""
+    if side := rule.side(data):
+        return [(side, data)]
+    parts = rule.parts(str(data, "utf-8"), Path())
+    return [(split, part.encode()) for split, part in parts if part]
+
+
+def _sample_documents(
+    work: Work, source: str, documents: Documents, parted: dict[str, Array]
+) -> Samples:
+    """Some of what was kept and of what was dropped, for the report."""
+    samples = Samples()
+    for reason, rows in parted.items():
+        keys = _keys(work, source, documents, rows, purpose=2)
+        first = np.sort(np.argsort(keys)[: Samples.KEPT])
+        for place, text in zip(first, documents.texts(rows[first]), strict=True):
+            number, position = documents.origins[rows[place]].tolist()
+            samples.add(int(keys[place]), source, reason, number, position, text)
+    return samples
+
+
+# --- shards --------------------------------------------------------------------------------------
+
+
+def runs_of(work: Work, source: str, split: Split) -> list[Run]:
+    """The runs of a split of a source."""
+    tasks = work.tasks("tokens")
+    bases = [work.folder("tokens", i) / split for i, t in enumerate(tasks) if t["source"] == source]
+    return [Run(base) for base in bases if Path(f"{base}.ids").exists()]
+
+
+def _shard_specs(work: Work, inputs: Inputs) -> list[Spec]:
+    settings = work.settings
+    specs: list[Spec] = []
+    for source in settings.sources:
+        for split in SPLITS:
+            plan = plan_runs(runs_of(work, source.name, split))
+            plan.save(work.root / f"plan-{source.name}-{split}.npy")
+            shards = plan.shards(settings.shards.block_tokens * settings.shards.shard_blocks)
+            specs += [
+                {"source": source.name, "split": split, "number": number}
+                for number in range(shards)
+            ]
+    return specs
+
+
+def _make_shard(work: Work, spec: Spec, folder: Path, tick: Tick) -> Counts:
+    tick(shards=0)
+    source, split = spec["source"], spec["split"]
+    plan = RunPlan.load(work.root / f"plan-{source}-{split}.npy")
+    runs = runs_of(work, source, split)
+    recipe = recipe_of(work, source)
+    shard = make_shard(folder, spec["number"], split, runs, plan, recipe, tokenizer_of(work))
+    return shard.model_dump(mode="json")
+
+
+def recipe_of(work: Work, name: str) -> Recipe:
+    """What stands in the manifest of a source's dataset."""
+    settings = work.settings
+    source = next(source for source in settings.sources if source.name == name)
+    return Recipe(
+        source=name,
+        inputs_sha256=reading.hash_of_inputs(work, name),
+        separator=source.separator,
+        text_field=source.text_field,
+        held_out=settings.held_out,
+        seed=settings.seed,
+        block_tokens=settings.shards.block_tokens,
+        shard_blocks=settings.shards.shard_blocks,
+    )
+
+
+def _read_specs(work: Work, inputs: Inputs) -> list[Spec]:
+    return read_tasks(work.settings, inputs)
+
+
+STAGES = (
+    Stage("read", "bytes", _read_specs, reading.read),
+    Stage("exact", "documents", dedup.exact_specs, dedup.find_exact),
+    Stage("bands", "documents", dedup.band_specs, dedup.find_pairs),
+    Stage("clusters", "pairs", dedup.cluster_specs, dedup.find_clusters),
+    Stage("tokenizer", "tasks", _tokenizer_specs, _make_tokenizer),
+    Stage("tokens", "bytes", _token_specs, _make_tokens),
+    Stage("shards", "shards", _shard_specs, _make_shard),
+)
+BY_NAME = {stage.name: stage for stage in STAGES}

@@ -1,0 +1,52 @@
+"""A worker: does the tasks that it is told to, one after another, and writes down what fails.
+
+    python -m data_tools.worker OUT/work                          "STAGE INDEX" lines on stdin,
+                                                                  one line on stdout after each
+    python -m data_tools.worker OUT/work STAGE LIST FIRST STEP    every STEP-th index of a file
+
+It ends when its stdin does, so none is left behind when the pipeline is killed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import traceback
+from pathlib import Path
+
+from data_tools.stages import BY_NAME
+from data_tools.workspace import Work, do_task
+
+
+def work_on(root: Path, stage: str, index: int) -> None:
+    """Do one task. What goes wrong is in the folder afterwards; nothing is raised."""
+    try:
+        do_task(Work(root), stage, index, BY_NAME[stage].run)
+    except (
+        Exception
+    ) as error:  # a mistake of ours: all of it into a file, its last line to the user
+        log = root / stage / "error" / f"traceback-{index}.txt"
+        log.write_text(traceback.format_exc())
+        short = " ".join(f"{type(error).__name__}: {error}".split())
+        (root / stage / "error" / str(index)).write_text(f"{short} (all of it: {log})")
+
+
+def main(arguments: list[str]) -> None:
+    """The entry point."""
+    root = Path(arguments[0])
+    if len(arguments) > 1:
+        stage, listed, first, step = arguments[1:]
+        for index in json.loads(Path(listed).read_bytes())[int(first) :: int(step)]:
+            work_on(root, stage, index)
+        return
+    answers = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)  # whatever a library prints goes to the log
+    for line in sys.stdin:
+        stage, index = line.split()
+        work_on(root, stage, int(index))
+        print("done", file=answers)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
