@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Sequence
 from datetime import timedelta
 
-from data_tools.workspace import Counts, Show, Spec, Work
+from data_tools.workspace import DONE_FILE, Counts, Show, Spec, Work
 
 
 class Progress:
@@ -19,7 +20,7 @@ class Progress:
         self._work, self._stage, self._unit, self._show = work, stage, unit, show
         self._tasks, self._left = len(tasks), left
         self._begun = time.monotonic()
-        self._finished: dict[int, Counts] = {}
+        self._finished: dict[str, Counts] = {}
 
     def show(self) -> None:
         """Look at the folder and show the line."""
@@ -28,8 +29,12 @@ class Progress:
     def line(self) -> str:
         """The line."""
         folder = self._work.root / self._stage
-        done = sum(1 for path in folder.iterdir() if path.name.isdigit())
-        running = self._work.running(self._stage)
+        for path in folder.iterdir():
+            if path.name.isdigit() and path.name not in self._finished:
+                about = json.loads((path / DONE_FILE).read_bytes())
+                self._finished[path.name] = _in_short(about["counts"])
+        done = len(self._finished)
+        running = [*self._work.running(self._stage), *self._finished.values()]
         words = [f"{self._stage}: {done:,} of {self._tasks:,} tasks"]
         for name in ("documents", "bytes", "kept", "dropped", "quarantined"):
             total = sum(counts.get(name, 0) for counts in running)
@@ -63,3 +68,14 @@ class Progress:
         if self._stage in ("read", "tokens") and self._left == self._tasks:
             words.append(f"{size / 1e6 / max(seconds, 1e-3):,.1f} MB/s")
         return f"{', '.join(words)}, {seconds:.1f} s"
+
+
+def _in_short(counts: Counts) -> Counts:
+    """What a finished task counted, in the words of a running one."""
+    if "records" in counts:  # of reading
+        words = {name: counts[name] for name in ("bytes", "kept", "quarantined")}
+        return words | {"documents": counts["records"], "dropped": sum(counts["dropped"].values())}
+    if "train" in counts:  # of tokens
+        size = counts["train"]["text_bytes"] + counts["heldout"]["text_bytes"]
+        return {"documents": counts["documents"], "bytes": size}
+    return {}
