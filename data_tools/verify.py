@@ -54,6 +54,7 @@ def _check_shard(manifest: Manifest, shard: Shard, tokenizer: Tokenizer) -> None
     path = manifest.folder / shard.path
     check_sha256(path, shard)
     offsets: list[int] = []
+    sums: list[int] = []
     tokens, documents, size = 0, 0, 0
     last = shard == manifest.split(shard.split)[-1]
     for sample in read_samples(path, manifest.dtype):
@@ -61,12 +62,14 @@ def _check_shard(manifest: Manifest, shard: Shard, tokenizer: Tokenizer) -> None
         may_be_padded = last and len(offsets) == shard.blocks - 1
         size += _check_block(sample, where, manifest, tokenizer, may_be_padded)
         offsets.append(sample.offset)
+        sums.append(google_crc32c.value(sample.members[f"tokens.{manifest.dtype}"]))
         tokens += sample.tokens
         documents += len(sample.ends)
     found = {"tokens": tokens, "documents": documents, "text_bytes": size}
     for name, value in found.items():
         _require(value == getattr(shard, name), str(path), name, getattr(shard, name), value)
     _require(tuple(offsets) == shard.offsets, str(path), "offsets", shard.offsets, offsets)
+    _require(tuple(sums) == shard.crc32c, str(path), "crc32c of blocks", shard.crc32c, sums)
 
 
 def _check_block(

@@ -26,7 +26,9 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from hourglass_dist.data.shards import INDEX_FILE, Manifest, Shard, Split
+import google_crc32c
+
+from hourglass_dist.data.shards import INDEX_FILE, Manifest, Shard, Split, dtype_of
 from hourglass_dist.data.tokenizer import DESCRIPTION_FILE, MODEL_FILE
 from hourglass_dist.data_config import CacheConfig
 from hourglass_dist.files import replace, sha256_of
@@ -343,6 +345,7 @@ class RemoteStore:
     def __init__(self, remote: Remote, manifest: Manifest, cache: Cache) -> None:
         self._remote, self._manifest, self._cache = remote, manifest, cache
         self._ahead: list[Shard] = []
+        self._coming: set[str] = set()
         self._wake = threading.Condition()
         self._fetchers = 0
 
@@ -352,6 +355,18 @@ class RemoteStore:
     def open(self, shard: Shard) -> int:
         """Open a shard, after fetching it where that has not been done."""
         return self._cache.open(shard, lambda file: self._download(shard, file))
+
+    def block(self, shard: Shard, index: int) -> bytes | None:
+        """The ids of one block while the shard is being fetched: a run begins with the blocks it
+        needs, not with all of its shards. What does not match its checksum waits for the shard."""
+        with self._wake:
+            on_its_way = shard.sha256 in self._coming or shard in self._ahead
+        if not on_its_way or self._cache.holds(shard):
+            return None
+        start = shard.offsets[index]
+        size = self._manifest.block_tokens * dtype_of(self._manifest.dtype).itemsize
+        data = self._remote.read(shard.path, start, start + size)
+        return data if google_crc32c.value(data) == shard.crc32c[index] else None
 
     def expect(self, shards: Sequence[Shard]) -> None:
         """Fetch these, in this order, by threads; keep them in the cache.
@@ -374,8 +389,11 @@ class RemoteStore:
                     self._fetchers -= 1
                     return
                 shard = self._ahead.pop(0)
+                self._coming.add(shard.sha256)
             with contextlib.suppress(ValueError, OSError):
                 os.close(self.open(shard))
+            with self._wake:
+                self._coming.discard(shard.sha256)
 
     def _download(self, shard: Shard, file: int) -> None:
         """Write a shard into a file. Raises ValueError when what comes is another one, twice."""

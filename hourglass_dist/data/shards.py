@@ -34,8 +34,8 @@ from hourglass_dist.data.tokenizer import Fingerprint
 from hourglass_dist.files import replace, sha256_of
 from hourglass_dist.sections import Section, parse
 
-FORMAT = 1
-"""The version of this format. A reader refuses manifests of a newer one."""
+FORMAT = 2
+"""The version of this format. A reader refuses manifests of another one."""
 INDEX_FILE = "index.json"
 IGNORED = -100
 """The target of positions that are no text (padding)."""
@@ -81,6 +81,8 @@ class Shard(Section):
     """UTF-8 bytes that its tokens stand for."""
     offsets: tuple[PositiveInt, ...] = Field(min_length=1)
     """Where in the file the ids of every block begin, in bytes."""
+    crc32c: tuple[NonNegativeInt, ...]
+    """Of the ids of every block: a block that is read alone is checked, too."""
 
     @property
     def blocks(self) -> int:
@@ -114,7 +116,7 @@ class Manifest(Section):
 
     folder: Path = Field(exclude=True)
     """Where the dataset is; not part of its identity."""
-    format: Literal[1]
+    format: Literal[2]
     """Version of the format."""
     dataset_id: str
     """sha256 of everything below."""
@@ -134,7 +136,7 @@ class Manifest(Section):
     @classmethod
     def make(cls, folder: Path, **fields: Any) -> Manifest:
         """A manifest of the given fields, with its id."""
-        blank = cls(folder=folder, format=1, dataset_id="", **fields)
+        blank = cls(folder=folder, format=FORMAT, dataset_id="", **fields)
         return blank.model_copy(update={"dataset_id": blank._identity()})
 
     @classmethod
@@ -157,10 +159,10 @@ class Manifest(Section):
         if not isinstance(settings, dict):
             raise ValueError(f"{path}: damaged: expected a mapping")
         version = settings.get("format")
-        if isinstance(version, int) and version > FORMAT:
+        if isinstance(version, int) and version != FORMAT:
+            age = "a newer" if version > FORMAT else "an older"
             raise ValueError(
-                f"{path}: written by a newer version: format {version}, "
-                f"this one reads up to {FORMAT}"
+                f"{path}: written by {age} version: format {version}, this one reads {FORMAT}"
             )
         manifest = parse(cls, settings | {"folder": str(folder)}, source=str(path))
         if manifest.dataset_id != manifest._identity():
@@ -286,6 +288,10 @@ class Store(Protocol):
     def open(self, shard: Shard) -> int:
         """A descriptor of the whole file, which the caller closes. Raises ValueError or OSError."""
 
+    def block(self, shard: Shard, index: int) -> bytes | None:
+        """The ids of one block of a file that is still on its way; None when it can be opened, or
+        has to be waited for. Raises ValueError or OSError."""
+
     def expect(self, shards: Sequence[Shard]) -> None:
         """These, and no others, are read from now on: fetch them, and give up the room of others
         first."""
@@ -308,6 +314,9 @@ class LocalStore:
             return os.open(path, os.O_RDONLY)
         except FileNotFoundError:
             raise ValueError(f"{path}: missing shard: expected {shard.bytes} bytes") from None
+
+    def block(self, shard: Shard, index: int) -> None:
+        """None: every file is there."""
 
     def expect(self, shards: Sequence[Shard]) -> None:
         """Nothing to do."""
@@ -348,6 +357,7 @@ class ShardReader:
         self._first_block = np.cumsum(blocks) - blocks
         self._offsets = np.concatenate([shard.offsets for shard in self._shards])
         self._open: dict[int, int] = {}
+        self._early: dict[int, dict[int, bytes]] = {}  # blocks of shards that are on their way
         self._max_open = max_open
 
     def fill(self, ids_BM: Ids, places: Int64s, shards: Int64s, rows: Int64s) -> Int64s:
@@ -366,13 +376,17 @@ class ShardReader:
         ids_BM[places[blank]] = self.eos_id
         ids_BM[places[starts == 0], 0] = self.eos_id
         memory = memoryview(ids_BM.reshape(-1).data).cast("B")
-        columns = (shards, places * width, offsets, np.where(starts == 0, size, 0))
+        columns = (shards, blocks, places * width, offsets, np.where(starts == 0, size, 0))
         wanted = ~blank
-        for shard, place, offset, left_out in zip(
+        for shard, block, place, offset, left_out in zip(
             *(column[wanted].tolist() for column in columns), strict=True
         ):
-            file = self._open[shard] if shard in self._open else self._file(shard)
             part = memory[place + left_out : place + width]
+            if shard not in self._open and (early := self._block(shard, block)) is not None:
+                begin = offset + left_out - self._shards[shard].offsets[block]
+                part[:] = early[begin : begin + len(part)]
+                continue
+            file = self._open[shard] if shard in self._open else self._file(shard)
             if os.preadv(file, [part], offset + left_out) != len(part):
                 self._complain(shard, offset)
         real: Int64s = np.clip(self._tokens[shards] - rows * length, 0, length)
@@ -392,7 +406,17 @@ class ShardReader:
         while self._open:
             os.close(self._open.popitem()[1])
 
+    def _block(self, shard: int, block: int) -> bytes | None:
+        """A block of a shard that is still on its way."""
+        if (known := self._early.get(shard, {}).get(block)) is not None:
+            return known
+        found = self._store.block(self._shards[shard], block)
+        if found is not None:
+            self._early.setdefault(shard, {})[block] = found
+        return found
+
     def _file(self, shard: int) -> int:
+        self._early.pop(shard, None)
         if len(self._open) == self._max_open:
             os.close(self._open.pop(next(iter(self._open))))  # the one that was opened first
         self._open[shard] = self._store.open(self._shards[shard])

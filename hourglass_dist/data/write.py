@@ -109,6 +109,7 @@ def write_shard(
         documents=sum(len(block.ends) for block in blocks),
         text_bytes=sum(text_bytes(block.tokens_T[: block.tokens], tokenizer) for block in blocks),
         offsets=offsets,
+        crc32c=tuple(google_crc32c.value(block.tokens_T.tobytes()) for block in blocks),
     )
     unfinished.rename(path)
     sync(folder)
