@@ -31,7 +31,11 @@ class WebServer(ThreadingHTTPServer):
     def __init__(self, folder: Path) -> None:
         super().__init__(("127.0.0.1", 0), partial(Handler, folder))
         self.faults: dict[str, list[Fault]] = {}
-        self.bytes_sent = Counter[str]()
+        self.sent_whole = Counter[str]()
+        """How often each file was sent from its first byte to its last."""
+        self.whole_files = threading.Event()
+        """Whole files wait for it."""
+        self.whole_files.set()
         self.url = f"http://127.0.0.1:{self.server_port}"
 
     def handle_error(self, request: object, client_address: object) -> None:
@@ -60,9 +64,12 @@ class Handler(BaseHTTPRequestHandler):
     def send(self, data: bytes, name: str = "") -> None:
         """The range that was asked for."""
         asked = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
+        whole = len(data)
         if asked:
             data = data[int(asked[1]) : int(asked[2]) + 1]
-        self.server.bytes_sent[self.path.lstrip("/")] += len(data)
+        if asked and len(data) == whole:
+            self.server.whole_files.wait(60)
+            self.server.sent_whole[self.path.lstrip("/")] += 1
         self.answer(206 if asked else 200, data)
 
     def answer(self, status: int, body: bytes, length: int | None = None) -> None:

@@ -263,8 +263,12 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "half an index": (lambda d: (d / "index.json").write_text("{"), "index.json: damaged"),
     "a list": (lambda d: (d / "index.json").write_text("[]"), "index.json: damaged"),
     "newer": (
-        _edit(lambda index: index.update(format=2, new_field=1)),
-        "written by a newer version: format 2, this one reads up to 1",
+        _edit(lambda index: index.update(format=3, new_field=1)),
+        "written by a newer version: format 3, this one reads 2",
+    ),
+    "older": (
+        _edit(lambda index: index.update(format=1)),
+        "written by an older version: format 1, this one reads 2",
     ),
     "edited": (_edit(lambda index: index.update(eos_id=7)), "index.json: edited or damaged"),
     "missing key": (_edit(lambda index: index.pop("eos_id")), "eos_id: missing"),
