@@ -32,6 +32,8 @@ class RunConfig(Section):
     """Run folder: settings, checkpoints, TensorBoard events and metrics.jsonl go here."""
     seed: int = Field(default=1337, ge=0)
     """Seeds the weights, dropout and the order of the data."""
+    time_limit_hours: PositiveFloat | None = None
+    """Hours after which the run saves and ends with exit code 75. Less than a scheduler gives."""
 
 
 class OptimConfig(Section):

@@ -30,13 +30,15 @@ from hourglass_dist.metrics import Metrics, due
 from hourglass_dist.model.cost import choose_checkpointing
 from hourglass_dist.model.hourglass import HourglassLM
 from hourglass_dist.sections import print_error
+from hourglass_dist.stop import EXIT_CODE, Interrupted, StopRequests
 
 
 def train(config: Config) -> None:
     """Run, or continue, the training that ``config`` describes.
 
     Raises ValueError (on every rank, with the same one-line message) for anything the user can
-    mend, and FloatingPointError when loss or gradient stop being numbers.
+    mend, FloatingPointError when loss or gradient stop being numbers, and Interrupted when the run
+    was asked to stop: then it is saved.
     """
     world = dist.init()
     deepspeed_settings(config, world.size)  # refuses what does not fit, before anything is written
@@ -45,6 +47,7 @@ def train(config: Config) -> None:
     dist.require_agreement(stream.identity(), world.device)
     run = RunFolder(Path(config.run.dir))
     dist.together(lambda: run.open(config) if world.is_main else None, world.device)
+    requests = StopRequests(run.path, config.run.time_limit_hours, world)
     checkpoints = Checkpoints(run.checkpoints, config.checkpoint.keep, world)
 
     step = 0
@@ -73,12 +76,13 @@ def train(config: Config) -> None:
         step += 1
         metrics.record(step, result, batch, stream.epochs_read)
         last = step == config.train.steps
+        stop = None if last else requests.reason()
         if due(step, config.eval.every) or last:
             with metrics.pause():
                 rows = dist.together(lambda: held_out(config, datasets, world), world.device)
                 score = evaluate(engine.eval_loss, rows, lengths, world)
             metrics.record_eval(step, score)
-        if due(step, config.checkpoint.every) or last:
+        if due(step, config.checkpoint.every) or last or stop:
             dist.require_agreement(stream.identity(), world.device)
             progress = Progress(
                 step, stream.state(step), asdict(tokenizer.fingerprint), engine.stage
@@ -86,6 +90,9 @@ def train(config: Config) -> None:
             with metrics.pause():
                 path = checkpoints.save(engine.save, progress)
             metrics.say(f"step {step}: saved {path}")
+        if stop:
+            metrics.close()
+            raise requests.honoured(stop, step)
     metrics.close()
     run.close()
 
@@ -177,7 +184,7 @@ def say(world: dist.World, line: str) -> None:
 
 def main(arguments: Sequence[str]) -> int:
     """``CONFIG.yaml key=value ...``; returns the exit code: 0 done, 1 the loss is no number, 2 bad
-    settings or data."""
+    settings or data, 75 stopped on request and saved."""
     try:
         if not arguments:
             raise ValueError(
@@ -192,6 +199,10 @@ def main(arguments: Sequence[str]) -> int:
         if dist.is_main_process():
             print(f"stopped: {error}", file=sys.stderr, flush=True)
         return 1
+    except Interrupted as error:
+        if dist.is_main_process():
+            print(error, file=sys.stderr, flush=True)
+        return EXIT_CODE
     finally:
         dist.shutdown()
     return 0

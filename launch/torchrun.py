@@ -18,8 +18,9 @@ except ChildFailedError as error:
         hint = " (often: out of memory)" if name == "SIGKILL" else ""
         print(f"rank {rank} was ended by {name}{hint}", file=sys.stderr)
         sys.exit(128 - failure.exitcode)
-    if failure.exitcode != 2:
+    if failure.exitcode not in (2, 75):
         print(f"rank {rank} ended with exit code {failure.exitcode}", file=sys.stderr)
     sys.exit(failure.exitcode)
-except SignalException as error:
-    sys.exit(128 + error.sigval.value)
+except SignalException as error:  # the ranks had the signal, too, and time to save
+    stopped = error.sigval in (signal.SIGTERM, signal.SIGUSR1)
+    sys.exit(75 if stopped else 128 + error.sigval.value)

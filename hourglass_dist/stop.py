@@ -1,0 +1,66 @@
+"""Whether a run is asked to stop before its end: by a signal, a file, or the clock.
+
+    SIGTERM, SIGUSR1     what schedulers send before they take a machine away
+    RUN/STOP             an empty file that a person makes
+    run.time_limit_hours since the start of the process
+
+One rank that is asked is enough; all ranks learn of it after the same step, save and end with exit
+code 75, the one that means "try again" (EX_TEMPFAIL of sysexits.h). The run folder then holds a
+file INTERRUPTED that says why; the same command continues.
+"""
+
+from __future__ import annotations
+
+import signal
+import time
+from pathlib import Path
+from types import FrameType
+
+from hourglass_dist import dist
+from hourglass_dist.files import replace
+
+EXIT_CODE = 75
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+_WAYS = {1: "SIGTERM", 2: "SIGUSR1", 3: "the file STOP", 4: "run.time_limit_hours"}
+
+
+class Interrupted(Exception):
+    """A run stopped because it was asked to; its state is saved."""
+
+
+class StopRequests:
+    """Looks for them, in all three places."""
+
+    def __init__(self, run: Path, time_limit_hours: float | None, world: dist.World) -> None:
+        """Takes over the signals for as long as the process lives. Forgets an earlier
+        interruption."""
+        self._stop, self._interrupted, self._world = run / "STOP", run / "INTERRUPTED", world
+        self._ends = time.monotonic() + 3600 * time_limit_hours if time_limit_hours else None
+        self._asked = 0
+        for number in SIGNALS:
+            signal.signal(number, self._note)
+        if world.is_main:
+            self._interrupted.unlink(missing_ok=True)
+
+    def _note(self, number: int, _: FrameType | None) -> None:
+        self._asked = 1 + SIGNALS.index(signal.Signals(number))
+
+    def reason(self) -> str | None:
+        """What asks for a stop, the same on every rank; None when nothing does. Called by all ranks
+        together."""
+        asked = self._asked
+        if self._world.is_main and not asked:
+            if self._stop.exists():
+                asked = 3
+            elif self._ends is not None and time.monotonic() > self._ends:
+                asked = 4
+        asked = max(way for (way,) in dist.gather_ints([asked], self._world.device))
+        return _WAYS.get(asked)
+
+    def honoured(self, reason: str, step: int) -> Interrupted:
+        """Note that the run was saved after ``step`` and ends now; returns what to raise."""
+        line = f"stopped by {reason} after step {step}, which is saved"
+        if self._world.is_main:
+            self._stop.unlink(missing_ok=True)
+            replace(self._interrupted, f"{line}\n")
+        return Interrupted(f"{line}; the same command continues")
