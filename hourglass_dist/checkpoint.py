@@ -24,6 +24,7 @@ import shutil
 import socket
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from io import TextIOWrapper
 from pathlib import Path
 from typing import Any
@@ -117,6 +118,8 @@ class Checkpoints:
 
     def __init__(self, folder: Path, keep: int, world: dist.World) -> None:
         self.folder = folder
+        self.passed_over: list[str] = []
+        """What was wrong with the checkpoints that ``newest`` passed over."""
         self._keep = keep
         self._world = world
 
@@ -161,27 +164,29 @@ class Checkpoints:
                 shutil.rmtree(path)
 
     def newest(self) -> tuple[Path, Progress] | None:
-        """The checkpoint to continue from, verified by all ranks together, or None when there is
-        none.
+        """The newest whole checkpoint, verified by all ranks together, or None when there is none.
 
-        Raises ValueError when ``latest`` names a missing or damaged one, saying which is the last
-        good one.
+        Those that were passed over are named in ``passed_over``: the one that ``latest`` names when
+        it is missing or damaged, then older ones. Raises ValueError when none of them is whole.
         """
         path = latest(self.folder)
-        name = google_crc32c.value(path.name.encode()) if path else 0
-        if len({found for (found,) in dist.gather_ints([name], self._world.device)}) > 1:
+        older = [other for other in reversed(complete(self.folder)) if path and other < path]
+        names = "\n".join(str(each.name) for each in [path, *older] if each)
+        seen = dist.gather_ints([google_crc32c.value(names.encode())], self._world.device)
+        if len({found for (found,) in seen}) > 1:
             raise ValueError(f"{self.folder}: ranks see different checkpoints: is it shared?")
         if path is None:
             return None
-        rank, size = self._world.rank, self._world.size
-
-        def check() -> Progress:
+        share = self._world.rank, self._world.size
+        self.passed_over = []
+        for candidate in [path, *older]:
             try:
-                return verify(path, share=(rank, size))
+                return candidate, dist.together(
+                    partial(verify, candidate, share), self._world.device
+                )
             except ValueError as error:
-                raise ValueError(f"{error}; {_advice(self.folder, path)}") from None
-
-        return path, dist.together(check, self._world.device)
+                self.passed_over.append(str(error))
+        raise ValueError(f"{self.passed_over[0]}; there is no other good checkpoint")
 
 
 def tag(step: int) -> str:
@@ -249,17 +254,3 @@ def verify(path: Path, share: tuple[int, int] = (0, 1)) -> Progress:
         if (crc := checksum(file)) != expected["crc32c"]:
             raise ValueError(f"{file}: expected crc32c {expected['crc32c']:08x}, found {crc:08x}")
     return Progress(**manifest["progress"])
-
-
-def _advice(folder: Path, bad: Path) -> str:
-    for path in reversed(complete(folder)):
-        if path != bad:
-            try:
-                step = verify(path).step
-            except ValueError:
-                continue
-            return (
-                f"the last good checkpoint is step {step}; to continue from it: "
-                f"echo {path.name} > {folder / 'latest'}"
-            )
-    return "there is no other good checkpoint"

@@ -55,6 +55,8 @@ def train(config: Config) -> None:
     if found:
         path, progress = found
         step = progress.step
+        for problem in checkpoints.passed_over:
+            say(world, f"passed over a damaged checkpoint: {problem}")
         resume_data(progress, stream, tokenizer, path)
         if step >= config.train.steps:
             say(world, f"{run.path}: finished: all {config.train.steps} steps are done")

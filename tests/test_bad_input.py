@@ -133,13 +133,14 @@ def test_damaged_newest_checkpoint(
     (run / "config.yaml").write_text(text)
     flip(run / "checkpoints" / "step_00000020" / "rank_00001.safetensors")
     command = [str(tiny_config), f"data.dataset={dataset}", f"run.dir={run}"]
-    assert train.main([*command, "deepspeed.zero_optimization.stage=2"]) == 2
-    [line] = capsys.readouterr().err.splitlines()
-    assert "step_00000020/rank_00001.safetensors: expected crc32c" in line
-    assert "the last good checkpoint is step 15" in line
     with pytest.raises(ValueError, match=r"rank_00001\.safetensors: expected crc32c"):
         export(run, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+    assert train.main([*command, "deepspeed.zero_optimization.stage=2"]) == 0
+    said = capsys.readouterr().out
+    assert "passed over a damaged checkpoint: " in said
+    assert "step_00000020/rank_00001.safetensors: expected crc32c" in said
+    assert "continuing after step 15" in said
 
 
 def test_exports(exported: Path, run_folder: Path, tmp_path: Path, dataset: Path) -> None:
