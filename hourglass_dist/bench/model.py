@@ -56,7 +56,8 @@ class Shape(NamedTuple):
 
 README = {"depth": (4, 2, 4), "shorten_factor": 2, "max_seq_len": 1024}
 NESTED = {"depth": (4, (2, 1, 2), 3), "shorten_factor": (2, 4), "max_seq_len": 2048}
-USUAL = ("valley", "attention", "linear", "loss", "queries", "selective")
+RECOMPUTE = ("selective", "full")
+USUAL = ("valley", "attention", "linear", "loss", "queries", *RECOMPUTE)
 SHAPES = {
     "readme": Shape(README, (1, 4), USUAL),
     "nested": Shape(NESTED, (1, 4), USUAL),
@@ -176,12 +177,14 @@ def _loss_of_all_logits(self: head.Output, x_BLD: Tensor, targets_BL: Tensor) ->
     return nats, targets_BL.numel()
 
 
-_run, _selective = Recompute.__call__, Recompute("selective", draws=False)
+def _recomputed(policy: str) -> Callable[..., Tensor]:
+    run, other = Recompute.__call__, Recompute(policy, draws=False)
 
+    def call(_: Recompute, number: int, module: nn.Module, *inputs: Any) -> Tensor:
+        out: Tensor = run(other, number, module, *inputs)
+        return out
 
-def _run_selectively(_: Recompute, number: int, module: nn.Module, *inputs: Any) -> Tensor:
-    out: Tensor = _run(_selective, number, module, *inputs)
-    return out
+    return call
 
 
 CHANGES: dict[str, tuple[str, Any, str, Any]] = {
@@ -194,7 +197,11 @@ CHANGES: dict[str, tuple[str, Any, str, Any]] = {
     "loss": ("without the chunked loss", head.Output, "forward", _loss_of_all_logits),
     "queries": ("bucket attention through queries", resample, "MANY_KEYS", 1),
     "keys": ("bucket attention through keys", resample, "MANY_KEYS", 10**9),
-    "selective": ("with selective checkpointing", Recompute, "__call__", _run_selectively),
+    "selective": (
+        *("with selective checkpointing", Recompute, "__call__"),
+        _recomputed("selective"),
+    ),
+    "full": ("with full checkpointing", Recompute, "__call__", _recomputed("full")),
 }
 """What ours is measured with: in words, the owner of a name, the name, what it stands for."""
 
@@ -286,7 +293,7 @@ def cases(quick: bool, device: torch.device) -> list[Case]:
 
 def bench_case(case: Case, repeats: int) -> list[dict[str, Any]]:
     """One table: the reference, ours, and ours with one thing changed at a time."""
-    names = SHAPES[case.shape].changes if case.rows == 1 else ("selective",)
+    names = SHAPES[case.shape].changes if case.rows == 1 else RECOMPUTE
     ours, theirs, batch = case.model(), case.reference(), case.batch(case.length)
     share = check_agreement(case, ours, theirs, names)
 
