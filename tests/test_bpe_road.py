@@ -69,4 +69,4 @@ def test_a_run_is_not_continued_on_other_tokens(
 ) -> None:
     settings = ["train.steps=2", "model.vocab_size=512", f"run.dir={bpe / 'run'}"]
     assert train.main([str(tiny_config), *settings, f"data.dataset={dataset}"]) == 2
-    assert "error: data: dataset_id differs" in capsys.readouterr().err
+    assert "error: data: datasets differs" in capsys.readouterr().err

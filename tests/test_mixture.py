@@ -204,7 +204,6 @@ def refusal_of_settings(datasets: list[Dataset], changes: dict[str, object]) -> 
         ("data.sources.1.name=web", "data.sources: name 'web' is given 2 times"),
         ("data.sources.1.name=A/B", "data.sources.1.name: "),
         ("data.phases.0.batch_size=31", "does not divide data.batch_size=31"),
-        ("data.phases.0.seq_len=9000", "data.seq_len: 9000 is longer than the position table"),
         ("data.phases.0.untl_step=3", "did you mean data.phases.0.until_step?"),
     ],
 )
@@ -213,6 +212,11 @@ def test_mistakes_in_the_settings_are_one_line(override: str, expected: str) -> 
         load(Path(__file__).parents[1] / "configs" / "mixture.yaml", [override])
     assert expected in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_a_phase_longer_than_the_position_table(tiny_config: Path) -> None:
+    with pytest.raises(ConfigError, match=r"data\.seq_len: 128 is longer than the position table"):
+        load(tiny_config, ["data.phases=[{until_step: 3, seq_len: 128}]"])
 
 
 def test_weights_and_sources_that_do_not_last(datasets: list[Dataset]) -> None:

@@ -136,7 +136,7 @@ class Manifest(Section):
     @classmethod
     def make(cls, folder: Path, **fields: Any) -> Manifest:
         """A manifest of the given fields, with its id."""
-        blank = cls(folder=folder, format=FORMAT, dataset_id="", **fields)
+        blank = cls(folder=folder, format=2, dataset_id="", **fields)
         return blank.model_copy(update={"dataset_id": blank._identity()})
 
     @classmethod
