@@ -50,22 +50,15 @@ def train(config: Config) -> None:
     requests = StopRequests(run.path, config.run.time_limit_hours, world)
     checkpoints = Checkpoints(run.checkpoints, config.checkpoint.keep, world)
 
-    step = 0
-    found = checkpoints.newest()
-    if found:
-        path, progress = found
-        step = progress.step
-        for problem in checkpoints.passed_over:
-            say(world, f"passed over a damaged checkpoint: {problem}")
-        resume_data(progress, stream, tokenizer, path)
-        if step >= config.train.steps:
-            say(world, f"{run.path}: finished: all {config.train.steps} steps are done")
-            run.close()
-            return
+    newest, step = find_state(checkpoints, stream, tokenizer, world)
+    if step >= config.train.steps:
+        say(world, f"{run.path}: finished: all {config.train.steps} steps are done")
+        run.close()
+        return
     dist.together(lambda: run.record(config, tokenizer) if world.is_main else None, world.device)
     engine = Engine(make_model(config, world), config, world)
-    if found:
-        engine.load(path)
+    if newest:
+        engine.load(newest)
     announce(config, world, step)
 
     lengths = tokenizer.byte_lengths()
@@ -123,11 +116,23 @@ def open_stream(config: Config, datasets: Sequence[Dataset], world: dist.World) 
     )
 
 
-def resume_data(progress: Progress, stream: Stream, tokenizer: Tokenizer, path: Path) -> None:
-    """Raises ValueError when a checkpoint belongs to other data or another tokenizer."""
+def find_state(
+    checkpoints: Checkpoints, stream: Stream, tokenizer: Tokenizer, world: dist.World
+) -> tuple[Path | None, int]:
+    """The checkpoint to continue from, and how many steps are done; the stream goes on from there.
+
+    Raises ValueError when it belongs to other data or another tokenizer.
+    """
+    found = checkpoints.newest()
+    for problem in checkpoints.passed_over:
+        say(world, f"passed over a damaged checkpoint: {problem}")
+    if not found:
+        return None, 0
+    path, progress = found
     stream.resume(progress.data, progress.step)
     saved = type(tokenizer.fingerprint)(**progress.tokenizer)
     require_same(saved, tokenizer.fingerprint, str(path), "the dataset's tokenizer")
+    return path, progress.step
 
 
 def make_model(config: Config, world: dist.World) -> HourglassLM:
