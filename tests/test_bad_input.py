@@ -122,11 +122,7 @@ def test_another_run_in_the_same_folder(
 
 
 def test_damaged_newest_checkpoint(
-    tiny_config: Path,
-    dataset: Path,
-    run_folder: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+    tiny_config: Path, dataset: Path, run_folder: Path, tmp_path: Path
 ) -> None:
     run = Path(shutil.copytree(run_folder, tmp_path / "run"))
     text = (run / "config.yaml").read_text().replace(str(run_folder), str(run))
@@ -136,11 +132,11 @@ def test_damaged_newest_checkpoint(
     with pytest.raises(ValueError, match=r"rank_00001\.safetensors: expected crc32c"):
         export(run, tmp_path / "out")
     assert not (tmp_path / "out").exists()
-    assert train.main([*command, "deepspeed.zero_optimization.stage=2"]) == 0
-    said = capsys.readouterr().out
-    assert "passed over a damaged checkpoint: " in said
-    assert "step_00000020/rank_00001.safetensors: expected crc32c" in said
-    assert "continuing after step 15" in said
+    done = hourglass("train", *command, "deepspeed.zero_optimization.stage=2")
+    assert done.returncode == 0, done.stderr
+    assert "passed over a damaged checkpoint: " in done.stdout
+    assert "step_00000020/rank_00001.safetensors: expected crc32c" in done.stdout
+    assert "continuing after step 15" in done.stdout
 
 
 def test_exports(exported: Path, run_folder: Path, tmp_path: Path, dataset: Path) -> None:
