@@ -27,6 +27,8 @@ from hourglass_dist.data.write import require_ids
 
 UInt64s = npt.NDArray[np.uint64]
 Int64s = npt.NDArray[np.int64]
+_PIECE_BYTES = 1 << 20
+"""Of one write. Linux takes up to ten times as long for one write of many megabytes."""
 _EDGE_BITS = 12
 _EDGES = np.arange(2**_EDGE_BITS, dtype=np.uint64) << np.uint64(64 - _EDGE_BITS)
 
@@ -44,7 +46,10 @@ def write_run(
     lengths = np.fromiter((len(documents[i]) for i in order), np.int64, len(order))
     np.save(f"{base}.keys.npy", keys[order])
     np.save(f"{base}.starts.npy", np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)]))
-    ids.astype(dtype_of(dtype_name(tokenizer.vocab_size)), copy=False).tofile(f"{base}.ids")
+    data = ids.astype(dtype_of(dtype_name(tokenizer.vocab_size)), copy=False).view(np.uint8).data
+    with Path(f"{base}.ids").open("wb") as file:
+        for begin in range(0, len(data), _PIECE_BYTES):
+            file.write(data[begin : begin + _PIECE_BYTES])
 
 
 @dataclass(frozen=True)

@@ -95,7 +95,7 @@ def write_shard(
     samples = [
         _sample(f"{path.stem}-{i:06d}", block, source, dtype) for i, block in enumerate(blocks)
     ]
-    with unfinished.open("wb") as file:
+    with unfinished.open("wb", buffering=1 << 20) as file:
         sha256 = _write_tar(file, samples)
     sync(unfinished)
     with tarfile.open(unfinished) as tar:  # read back: where the members really are
@@ -109,7 +109,7 @@ def write_shard(
         documents=sum(len(block.ends) for block in blocks),
         text_bytes=sum(text_bytes(block.tokens_T[: block.tokens], tokenizer) for block in blocks),
         offsets=offsets,
-        crc32c=tuple(google_crc32c.value(block.tokens_T.tobytes()) for block in blocks),
+        crc32c=tuple(google_crc32c.value(sample[f"tokens.{dtype}"]) for sample in samples),
     )
     unfinished.rename(path)
     sync(folder)
