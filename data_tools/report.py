@@ -73,6 +73,14 @@ class Report:
         return found
 
 
+def _in_order(dropped: Numbers) -> Numbers:
+    """As documents meet the reasons: sizes, language, rules, duplicates."""
+    first = ["empty", "too short", "too long", "language"]
+    last = ["exact duplicate", "near duplicate"]
+    rules = sorted(set(dropped).difference(first, last))
+    return {reason: dropped[reason] for reason in [*first, *rules, *last] if reason in dropped}
+
+
 def _sum(tables: Iterable[Mapping[str, int]]) -> Numbers:
     total: Counter[str] = Counter()
     for table in tables:
@@ -87,7 +95,7 @@ def _sorted(table: Numbers) -> Numbers:
 def collect(work: Work, seconds: dict[str, float]) -> Report:
     """Add up what all tasks counted."""
     read, tokens = work.counts("read"), work.counts("tokens")
-    dropped = _sum([c["dropped"] for c in read] + [c["dropped"] for c in tokens])
+    dropped = _in_order(_sum([c["dropped"] for c in read] + [c["dropped"] for c in tokens]))
     sources = {}
     for source in work.settings.sources:
         mine = [c for c in read if c["source"] == source.name]
