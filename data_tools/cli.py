@@ -17,7 +17,7 @@ from rich.progress import SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from data_tools import reshape
 from data_tools import shard as sharding
-from data_tools.inspect import describe, documents, random_documents, row_ids
+from data_tools.inspect import batch_rows, describe, documents, random_documents, row_ids
 from data_tools.reshape import compare
 from data_tools.tokenizer import train_tokenizer
 from data_tools.verify import verify as verify_dataset
@@ -224,7 +224,13 @@ def inspect(
     dataset: Dataset,
     show: Annotated[int, typer.Option(help="Print this many documents, too.", min=0)] = 0,
     random: Annotated[bool, typer.Option(help="Documents drawn at random, not the first.")] = False,
-    seed: Annotated[int, typer.Option(help="Of the draw.", min=0)] = 0,
+    seed: Annotated[int, typer.Option(help="Of the draw; of the run, for --step.", min=0)] = 0,
+    step: Annotated[
+        int | None,
+        typer.Option(help="Say which rows each rank of a run reads at this step.", min=0),
+    ] = None,
+    batch_size: Annotated[int, typer.Option(help="Rows in a step, for --step.", min=1)] = 8,
+    ranks: Annotated[int, typer.Option(help="Ranks of the run, for --step.", min=1)] = 1,
     row: Annotated[
         int | None, typer.Option(help="Print this row of the split: its targets as text.")
     ] = None,
@@ -242,6 +248,10 @@ def inspect(
         shard_name, inside, ids = row_ids(manifest, split, seq_len, row)
         print(f"\n--- {split} row {row:,}: row {inside:,} of {shard_name}, {len(ids):,} tokens")
         print(tokenizer.decode(ids.tolist()))
+    if step is not None:
+        print()
+        for line in batch_rows(dataset, step, batch_size, seq_len, ranks, seed):
+            print(line)
     numbered = enumerate(islice(documents(manifest, split, tokenizer), show), 1)
     drawn = random_documents(manifest, split, tokenizer, show, seed)
     for number, text in drawn if random else numbered:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import islice
+from pathlib import Path
 
 import numpy as np
 
 from data_tools.blocks import read_samples
+from hourglass_dist.data.mixture import open_dataset, simple_plan
+from hourglass_dist.data.order import locate_many, ranks_cut
 from hourglass_dist.data.shards import Manifest, Split, dtype_of
 from hourglass_dist.data.tokenizer import Ids, Tokenizer
 
@@ -94,3 +97,24 @@ def row_ids(manifest: Manifest, split: Split, seq_len: int, row: int) -> tuple[s
     real = min(seq_len, shard.tokens - inside * seq_len)
     ids = np.fromfile(path, dtype, real, offset=shard.offsets[block] + start * dtype.itemsize)
     return shard.path, inside, ids
+
+
+def batch_rows(
+    folder: Path, step: int, batch_size: int, seq_len: int, ranks: int, seed: int
+) -> Iterator[str]:
+    """Which rows a run on this dataset alone reads at a step (0 is the first): a line for each rank
+    and shard.
+
+    Raises ValueError when ``seq_len`` does not divide a block, or ``ranks`` not the batch.
+    """
+    dataset = open_dataset(str(folder))
+    plan = simple_plan(dataset, seq_len, batch_size, seed)
+    shards = dataset.manifest.split("train")
+    for rank in range(ranks):
+        cut = ranks_cut(plan.first_row(step), batch_size, ranks, rank)
+        found = locate_many(plan, np.arange(cut.start, cut.stop))
+        for number in np.unique(found.shards).tolist():
+            here = found.shards == number
+            epochs = ", ".join(map(str, np.unique(found.epochs[here])))
+            rows = ", ".join(map(str, found.rows[here].tolist()))
+            yield f"rank {rank}: epoch {epochs}, {shards[number].path}: rows {rows}"

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
-from datasets import NASTY, make, refusal, words
+from datasets import NASTY, make, refusal, stream_of, words
 from ranks import hourglass
 
-from data_tools.inspect import documents, random_documents, row_ids
+from data_tools.inspect import batch_rows, documents, random_documents, row_ids
 from data_tools.reshape import compare, export_text, merge, reshard, split
 from data_tools.shard import make_dataset, plan_job
 from data_tools.stats import stats
 from data_tools.tokenizer import train_tokenizer
 from data_tools.verify import verify
-from hourglass_dist.data.shards import Manifest, Split
+from hourglass_dist.data.shards import Manifest, ShardReader, Split
 from hourglass_dist.data.tokenizer import ByteTokenizer, load_tokenizer
 
 SPLITS: tuple[Split, ...] = ("train", "heldout")
@@ -114,6 +115,22 @@ def test_rows_are_cuts_of_the_split(dataset: Path) -> None:
     found = [row_ids(manifest, "train", 16, row)[2].tobytes() for row in range(rows)]
     assert b"".join(found) == flat
     assert "--row: expected 0 to" in refusal(lambda: row_ids(manifest, "train", 16, rows))
+
+
+def test_the_rows_of_a_step_are_those_that_the_ranks_read(dataset: Path) -> None:
+    manifest = Manifest.load(dataset)
+    lines = list(batch_rows(dataset, step=3, batch_size=12, seq_len=16, ranks=3, seed=5))
+    reader = ShardReader(manifest, "train", 16)
+    names = [shard.path for shard in manifest.split("train")]
+    for rank in range(3):
+        read = next(stream_of(manifest, 16, 12, 5, rank, 3).read(3))
+        said = set()
+        for line in lines:
+            if found := re.fullmatch(rf"rank {rank}: epoch 0, (\S+): rows ([0-9, ]+)", line):
+                for row in found[2].split(", "):
+                    said.add(reader.row(names.index(found[1]), int(row))[1].tobytes())
+        assert said == {row.numpy().tobytes() for row in read.targets_BL}
+    reader.close()
 
 
 def test_stats_count_documents_across_blocks(dataset: Path, tmp_path: Path) -> None:
