@@ -30,6 +30,16 @@ def test_links_lead_somewhere(link: str) -> None:
     assert (ROOT / link).exists()
 
 
+def test_no_merge_is_half_done() -> None:
+    written = (".md", ".py", ".yaml", ".toml", ".sh", ".txt", ".sbatch")
+    folders = ("docs", "configs", "launch", "tests", "hourglass_dist", "data_tools")
+    files = [*ROOT.glob("*.*"), *(p for folder in folders for p in (ROOT / folder).rglob("*.*"))]
+    for path in files:
+        if path.suffix in written:
+            marked = re.search(r"^(<{7}|>{7})( |$)", path.read_text(), flags=re.MULTILINE)
+            assert not marked, path
+
+
 def commands(text: str) -> list[str]:
     """The lines of a text that call ``hourglass``, without comments."""
     found = re.findall(r"^[#\s]*(hourglass (?!language|LM).*)$", text, flags=re.MULTILINE)
