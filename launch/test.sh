@@ -9,4 +9,5 @@ source "${VIRTUAL_ENV:-.venv}/bin/activate"
 ruff check --quiet
 ruff format --check --quiet
 mypy
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}  # the tests' models are tiny: more threads take longer
 exec python -m pytest "$@" </dev/null

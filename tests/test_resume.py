@@ -62,9 +62,10 @@ def test_killed_and_continued_equals_undisturbed(
     expected = losses(tmp_path / "whole")
     assert sorted(expected) == list(range(1, STEPS + 1))
     assert losses(tmp_path / "broken") == expected
-    third = torchrun(2, *broken)
-    assert third.returncode == 0
-    assert "finished: all 20 steps are done" in third.stdout
+    if stage == 1:
+        third = torchrun(2, *broken)
+        assert third.returncode == 0
+        assert "finished: all 20 steps are done" in third.stdout
 
 
 def test_one_rank_continues_what_two_began(
