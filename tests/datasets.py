@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 import webdataset
 
 from data_tools.shard import make_dataset, plan_job
 from hourglass_dist.data.mixture import Dataset, simple_plan
 from hourglass_dist.data.shards import LocalStore, Manifest, Split, dtype_of
-from hourglass_dist.data.stream import Stream
+from hourglass_dist.data.stream import Batch, Stream
 from hourglass_dist.data.tokenizer import ByteTokenizer, Tokenizer
 
 NASTY = [
@@ -62,6 +63,15 @@ def stream_of(
     """The stream of one dataset in a folder."""
     dataset = local(manifest)
     return Stream([dataset], simple_plan(dataset, seq_len, batch_size, seed), *ranks, **options)
+
+
+def assert_same(found: Sequence[Batch], expected: Sequence[Batch]) -> None:
+    """The same rows with the same tokens and targets."""
+    assert len(found) == len(expected)
+    for one, other in zip(found, expected, strict=True):
+        assert torch.equal(one.tokens_BL, other.tokens_BL)
+        assert torch.equal(one.targets_BL, other.targets_BL)
+        assert np.array_equal(one.row_ids, other.row_ids)
 
 
 def words(count: int, seed: int = 0) -> list[str]:

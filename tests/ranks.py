@@ -7,6 +7,7 @@ import contextlib
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import psutil
@@ -43,16 +44,30 @@ def kill_tree(process: subprocess.Popen[str]) -> None:
     psutil.wait_procs(family, timeout=30)
 
 
-def torchrun(ranks: int, *target: str, timeout: float = 300) -> subprocess.CompletedProcess[str]:
-    """Run ``target`` (a script, or -m and a module, with arguments) and wait; ends its whole
-    process group."""
-    process = subprocess.Popen(
-        torchrun_command(ranks, *map(str, target)),
+def start_torchrun(ranks: int, *target: str) -> subprocess.Popen[str]:
+    """Start ``target`` (a script, or -m and a module, with arguments); its output is piped."""
+    return subprocess.Popen(
+        torchrun_command(ranks, *target),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         env=environment(),
     )
+
+
+def wait_for_step(process: subprocess.Popen[str], run: Path, step: int) -> None:
+    """Wait until a training has noted ``step`` in its folder; fails when it ends before."""
+    log, deadline = run / "metrics.jsonl", time.monotonic() + 240
+    while not (log.exists() and f'"step": {step},' in log.read_text()):
+        assert process.poll() is None, process.communicate()[1][-3000:]
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+
+
+def torchrun(ranks: int, *target: str, timeout: float = 300) -> subprocess.CompletedProcess[str]:
+    """Run ``target`` (a script, or -m and a module, with arguments) and wait; ends its whole
+    process group."""
+    process = start_torchrun(ranks, *map(str, target))
     try:
         out, err = process.communicate(timeout=timeout)
     finally:

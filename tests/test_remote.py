@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import subprocess
@@ -17,7 +18,7 @@ import fsspec
 import pytest
 import servers
 import torch
-from datasets import local, make, refusal, stream_of, words
+from datasets import assert_same, local, make, refusal, stream_of, words
 from ranks import TESTS, environment, torchrun
 from servers import Fault, WebServer, s3_server, status, web_server
 
@@ -53,13 +54,6 @@ def batches(dataset: Dataset, steps: int = STEPS, start: int = 0) -> list[Batch]
     found = list(islice(running, steps))
     running.close()
     return found
-
-
-def assert_same(found: list[Batch], expected: list[Batch]) -> None:
-    assert len(found) == len(expected)
-    for a, b in zip(found, expected, strict=True):
-        assert torch.equal(a.targets_BL, b.targets_BL)
-        assert torch.equal(a.tokens_BL, b.tokens_BL)
 
 
 def cached(cache: CacheConfig) -> set[str]:
@@ -334,9 +328,11 @@ def test_a_small_cache_drops_what_is_not_needed(
     for batch in islice(Stream([dataset], plan).batches(), steps):
         sizes = dict[str, int]()
         assert torch.equal(batch.targets_BL, next(expected).targets_BL)
-        for path in (Path(cache.dir) / "shards").iterdir():
-            with contextlib.suppress(FileNotFoundError):  # dropped just now
-                sizes[path.name] = path.stat().st_size
+        with (Path(cache.dir) / "lock").open() as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # nothing is added or dropped now
+            for path in (Path(cache.dir) / "shards").iterdir():
+                with contextlib.suppress(FileNotFoundError):  # a download gets its last name
+                    sizes[path.name.strip(".").removesuffix(".part")] = path.stat().st_size
         seen = max(seen, sum(sizes.values()))
     assert 0 < seen <= 4 * 10240
 

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import time
 from pathlib import Path
 
 import pytest
-from ranks import environment, kill_tree, torchrun, torchrun_command
+from ranks import kill_tree, start_torchrun, torchrun, wait_for_step
 
 STEPS = 20
 
@@ -30,19 +28,8 @@ def losses(run: Path) -> dict[int, float]:
 
 def kill_after(step: int, arguments: list[str], run: Path) -> None:
     """Start two ranks and kill all their processes once ``step`` is done."""
-    process = subprocess.Popen(
-        torchrun_command(2, *arguments),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=environment(),
-    )
-    deadline = time.monotonic() + 240
-    log = run / "metrics.jsonl"
-    while not (log.exists() and f'"step": {step},' in log.read_text()):
-        assert process.poll() is None, process.communicate()[1][-3000:]
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
+    process = start_torchrun(2, *arguments)
+    wait_for_step(process, run, step)
     kill_tree(process)
 
 

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import re
 import signal
-import subprocess
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import psutil
-from ranks import environment, kill_tree, torchrun, torchrun_command
+from ranks import kill_tree, start_torchrun, torchrun, wait_for_step
 from test_resume import losses
 
 STEPS = 60
@@ -25,19 +23,9 @@ def last_step(run: Path) -> int:
 def stop_with(ask: Callable[[psutil.Process], object], command: list[str], run: Path) -> str:
     """Start two ranks, ask once some more steps are done; what they said at their end."""
     before = last_step(run)
-    process = subprocess.Popen(
-        torchrun_command(2, *command),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=environment(),
-    )
+    process = start_torchrun(2, *command)
     try:
-        deadline = time.monotonic() + 120
-        while last_step(run) < before + 3:
-            assert process.poll() is None, process.communicate()[1][-3000:]
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
+        wait_for_step(process, run, before + 3)
         ask(psutil.Process(process.pid))
         _, said = process.communicate(timeout=120)
     finally:

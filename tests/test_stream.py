@@ -15,7 +15,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from datasets import blocks_of, local, make, plain_webdataset, refusal, stream_of, words
+from datasets import (
+    assert_same,
+    blocks_of,
+    local,
+    make,
+    plain_webdataset,
+    refusal,
+    stream_of,
+    words,
+)
 
 from data_tools.tokenizer import train_tokenizer
 from hourglass_dist.data.shards import Manifest
@@ -48,14 +57,6 @@ def global_batches(
     for stream in streams:
         stream.close()
     return whole
-
-
-def assert_same(a: list[Batch], b: list[Batch]) -> None:
-    assert len(a) == len(b)
-    for one, other in zip(a, b, strict=True):
-        assert torch.equal(one.tokens_BL, other.tokens_BL)
-        assert torch.equal(one.targets_BL, other.targets_BL)
-        assert np.array_equal(one.row_ids, other.row_ids)
 
 
 def test_a_batch_is_int64_and_shifted(manifest: Manifest) -> None:

@@ -252,10 +252,11 @@ class Cache:
     def _fill(self, shard: Shard, download: Callable[[int], None]) -> None:
         path, part = self._path(shard.sha256), self._path(f".{shard.sha256}.part")
         for attempt in (1, 2):
-            self._make_room(shard.bytes, at_least=shard.bytes if attempt == 2 else 0)
-            file = os.open(part, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
+            with _locked(self.folder / "lock"):  # no other download takes the room that is made
+                self._make_room(shard.bytes, at_least=shard.bytes if attempt == 2 else 0)
+                file = os.open(part, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
+                os.truncate(file, shard.bytes)
             try:
-                os.truncate(file, shard.bytes)  # its room is taken from now on
                 download(file)
                 os.fsync(file)
                 part.rename(path)
@@ -272,29 +273,28 @@ class Cache:
                 os.close(file)
 
     def _make_room(self, size: int, at_least: int = 0) -> None:
-        """Remove files until ``size`` more bytes are within the limit, and ``at_least`` so many:
+        """Under the lock: remove files until ``size`` more bytes fit, and ``at_least`` so many:
         first those that nobody needs, then those not used for longest, wanted ones never."""
-        with _locked(self.folder / "lock"):
-            files = []
-            for path in (self.folder / "shards").iterdir():
-                with contextlib.suppress(FileNotFoundError):
-                    about = path.stat()
-                    abandoned = time.time() - about.st_mtime > ABANDONED_S
-                    if path.suffix == ".part" and abandoned:
-                        path.unlink(missing_ok=True)
-                    else:
-                        files.append((about.st_atime, about.st_size, path))
-            over = sum(size for _, size, _ in files) + size - self._limit
-            over = max(over, at_least)
-            for _, length, path in sorted(files):
-                if over > 0 and not path.name.startswith(".") and path.name not in self._wanted:
+        files = []
+        for path in (self.folder / "shards").iterdir():
+            with contextlib.suppress(FileNotFoundError):
+                about = path.stat()
+                abandoned = time.time() - about.st_mtime > ABANDONED_S
+                if path.suffix == ".part" and abandoned:
                     path.unlink(missing_ok=True)
-                    over -= length
-            if over > 0 and not at_least:
-                raise ValueError(
-                    f"data.cache.max_gb: no room in {self.folder} for a shard of {size} bytes "
-                    f"beside those in use; given {self._limit / 1e9:.3f}"
-                )
+                else:
+                    files.append((about.st_atime, about.st_size, path))
+        over = sum(size for _, size, _ in files) + size - self._limit
+        over = max(over, at_least)
+        for _, length, path in sorted(files):
+            if over > 0 and not path.name.startswith(".") and path.name not in self._wanted:
+                path.unlink(missing_ok=True)
+                over -= length
+        if over > 0 and not at_least:
+            raise ValueError(
+                f"data.cache.max_gb: no room in {self.folder} for a shard of {size} bytes "
+                f"beside those in use; given {self._limit / 1e9:.3f}"
+            )
 
     def _touch(self, name: str, when: float) -> None:
         path = self._path(name)
@@ -360,7 +360,8 @@ class RemoteStore:
         """The ids of one block while the shard is being fetched: a run begins with the blocks it
         needs, not with all of its shards. What does not match its checksum waits for the shard."""
         with self._wake:
-            on_its_way = shard.sha256 in self._coming or shard in self._ahead
+            ahead = (other.sha256 for other in self._ahead)
+            on_its_way = shard.sha256 in self._coming or shard.sha256 in ahead
         if not on_its_way or self._cache.holds(shard):
             return None
         start = shard.offsets[index]
