@@ -40,7 +40,7 @@ from hourglass_dist.sections import ConfigError, differences, to_yaml
 FORMAT = 1
 MAY_CHANGE = re.compile(
     r"run\.dir|run\.time_limit_hours|data\.dataset|data\.sources\.\d+\.path|data\.cache\.|data\.skip_shards|"
-    r"train\.micro_batch_size|deepspeed\.|eval\.|checkpoint\.|metrics\.|"
+    r"train\.micro_batch_size|train\.max_skipped_steps|deepspeed\.|eval\.|checkpoint\.|metrics\.|"
     r"model\.levels\.\d+\.activation_checkpointing"
 )
 """Settings that may differ when a run is continued: they decide where and how, not what is learned

@@ -72,6 +72,9 @@ class TrainConfig(Section):
     the world size."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """``bf16``: bf16 weights with fp32 master weights at ZeRO stages 1-3, autocast at stage 0."""
+    max_skipped_steps: PositiveInt = 8
+    """A step whose loss or gradient is no number changes nothing. The run stops after so many of
+    them in a row."""
     activation_memory: PositiveFloat | None = None
     """GiB that the activations of one micro batch may take on one rank; what levels with
     ``activation_checkpointing: auto`` are chosen for."""

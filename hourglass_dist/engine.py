@@ -54,8 +54,10 @@ class StepResult(NamedTuple):
     tokens: int
     """Targets that were scored."""
     grad_norm: float
-    """Global gradient norm before clipping."""
+    """Global gradient norm before clipping; no number when it was not finite."""
     lr: float
+    applied: bool
+    """Whether the weights were changed: not when the gradient is no number."""
 
     @property
     def loss(self) -> float:
@@ -120,9 +122,11 @@ class Engine:
             nll += micro_nll.detach()
             count += micro_count
         total_nll, total_count = dist.sum_over_ranks([nll.item(), count.item()], nll.device)
+        applied = math.isfinite(norm)
         if self.stage > 0:
-            norm = float(self._engine.get_global_grad_norm())
-        return StepResult(total_nll, int(total_count), norm, lr)
+            applied = not self._engine.optimizer.overflow
+            norm = float(self._engine.get_global_grad_norm()) if applied else math.nan
+        return StepResult(total_nll, int(total_count), norm, lr, applied)
 
     def _accumulate(self, micro_batches: int) -> None:
         """Make an optimizer step of so many forward passes: the batch may grow during a run."""
@@ -132,10 +136,14 @@ class Engine:
             self._engine.micro_steps = 0  # or steps end after the wrong pass
 
     def _clip(self) -> float:
-        """Stage 0 only, where DeepSpeed clips but does not tell the norm."""
+        """Stage 0 only, where DeepSpeed clips but does not tell the norm, and takes any step."""
         trained = [p for p in self._module.parameters() if p.requires_grad]
         limit = self._config.optim.clip_grad_norm or math.inf
-        return float(nn.utils.clip_grad_norm_(trained, limit))
+        norm = float(nn.utils.clip_grad_norm_(trained, limit))
+        if not math.isfinite(norm):
+            for parameter in trained:
+                parameter.grad = None  # AdamW leaves what has no gradient alone
+        return norm
 
     @torch.no_grad()
     def eval_loss(self, rows: Rows) -> tuple[float, int]:
@@ -292,13 +300,14 @@ def deepspeed_settings(config: Config, world_size: int) -> dict[str, Any]:
         "train_batch_size": config.data.batch_size,
         "train_micro_batch_size_per_gpu": config.train.micro_batch_size,
         "gradient_accumulation_steps": config.accumulation_steps(world_size),
-        "gradient_clipping": config.optim.clip_grad_norm if config.deepspeed.stage else 0.0,
+        # Without clipping DeepSpeed does not look whether gradients are numbers.
+        "gradient_clipping": (config.optim.clip_grad_norm or 1e30) if config.deepspeed.stage else 0,
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 2**62,
     }
     if config.train.precision == "bf16" and config.deepspeed.stage > 0:
-        settings["bf16"] = {"enabled": True}
+        settings["bf16"] = {"enabled": True, "check_grad_overflow": True}
         settings["data_types"] = {"grad_accum_dtype": "fp32"}
     elif config.train.precision == "bf16":
         # DeepSpeed's own bf16 takes a hidden optimizer step at stage 0; autocast is right.

@@ -50,10 +50,16 @@ class Metrics:
             self._events = SummaryWriter(str(folder), purge_step=first_step + 1)
 
     def record(
-        self, step: int, result: StepResult, batch: Batch, epochs: Callable[[int], dict[str, float]]
+        self,
+        step: int,
+        result: StepResult,
+        batch: Batch,
+        epochs: Callable[[int], dict[str, float]],
+        skipped: int,
     ) -> None:
         """Note completed step ``step`` (1 is the first). Called by all ranks, each with its rows of
-        the batch; ``epochs(step)`` is how often each source has been read."""
+        the batch; ``epochs(step)`` is how often each source has been read, ``skipped`` how many
+        steps of the run changed nothing."""
         self._clock.tick(step, batch.waited_s)
         total = self._config.train.steps
         if not (due(step, self._config.metrics.every) or step in (1, total)):
@@ -68,6 +74,7 @@ class Metrics:
             "train/grad_norm": result.grad_norm,
             "train/tokens_per_second": self._clock.tokens_per_second,
             "train/data_wait": self._clock.share_waited(),
+            "train/skipped_steps": skipped,
         }
         values |= {f"data/{name}/epochs": read for name, read in epochs(step).items()}
         if wanted:  # buckets begin at words or documents: how many of those had no room
@@ -115,6 +122,7 @@ class Metrics:
         print(f"\r\033[K{line}", end="", flush=True) if sys.stdout.isatty() else self.say(line)
 
     def _write(self, step: int, values: Mapping[str, float]) -> None:
+        values = {name: value for name, value in values.items() if math.isfinite(value)}
         with self._jsonl.open("a") as file:
             file.write(json.dumps({"step": step, **values}) + "\n")
         for name, value in values.items():

@@ -9,7 +9,6 @@ batches and losses that an uninterrupted run would have had.
 
 from __future__ import annotations
 
-import math
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
@@ -24,8 +23,9 @@ from hourglass_dist.config import Config
 from hourglass_dist.data.mixture import Dataset, make_plan, open_mixture
 from hourglass_dist.data.stream import Batch, Stream, held_out_rows
 from hourglass_dist.data.tokenizer import Tokenizer, require_same
-from hourglass_dist.engine import Engine, StepResult, deepspeed_settings
+from hourglass_dist.engine import Engine, deepspeed_settings
 from hourglass_dist.evaluate import evaluate
+from hourglass_dist.guards import SkippedSteps
 from hourglass_dist.metrics import Metrics, due
 from hourglass_dist.model.cost import choose_checkpointing
 from hourglass_dist.model.hourglass import HourglassLM
@@ -37,8 +37,8 @@ def train(config: Config) -> None:
     """Run, or continue, the training that ``config`` describes.
 
     Raises ValueError (on every rank, with the same one-line message) for anything the user can
-    mend, FloatingPointError when loss or gradient stop being numbers, and Interrupted when the run
-    was asked to stop: then it is saved.
+    mend, FloatingPointError when loss or gradient stay no numbers, and Interrupted when the run was
+    asked to stop: then it is saved.
     """
     world = dist.init()
     deepspeed_settings(config, world.size)  # refuses what does not fit, before anything is written
@@ -63,13 +63,14 @@ def train(config: Config) -> None:
 
     lengths = tokenizer.byte_lengths()
     metrics = Metrics(run.path, config, lengths, step, world)
+    skipped = SkippedSteps(run.path, config.train.max_skipped_steps, step, world)
     batches = stream.batches(start_step=step)
     while step < config.train.steps:
         batch = dist.together(lambda: next(batches), world.device)
         result = engine.step(batch.rows, step)
-        check_finite(result, step, batch)
         step += 1
-        metrics.record(step, result, batch, stream.epochs_read)
+        skipped.look(step, result, stream.rows_of(step - 1))
+        metrics.record(step, result, batch, stream.epochs_read, skipped.total)
         last = step == config.train.steps
         stop = None if last else requests.reason()
         if due(step, config.eval.every) or last:
@@ -158,15 +159,6 @@ def held_out(config: Config, datasets: Sequence[Dataset], world: dist.World) -> 
     return held_out_rows(
         datasets, data.seq_len, rows, world.rank, world.size, data.isolate_documents
     )
-
-
-def check_finite(result: StepResult, step: int, batch: Batch) -> None:
-    """Raises FloatingPointError, naming the rows, when the loss or the gradient is no number."""
-    if not (math.isfinite(result.nll) and math.isfinite(result.grad_norm)):
-        raise FloatingPointError(
-            f"step {step + 1}: loss {result.loss}, gradient norm {result.grad_norm}; "
-            f"rows of this rank: {batch.row_ids[0]} to {batch.row_ids[-1]}; this step was not saved"
-        )
 
 
 def announce(config: Config, world: dist.World, step: int) -> None:

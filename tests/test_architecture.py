@@ -42,7 +42,7 @@ ORDER = [
         "export",
         "evaluate",
     ),
-    *("metrics", "stop", "train", "generate", "plan"),
+    *("metrics", "stop", "guards", "train", "generate", "plan"),
     *("bench.shared", "bench.model", "bench.decode", "bench.compare", "bench.data", "bench.cli"),
     "cli",
 ]

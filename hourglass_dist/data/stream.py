@@ -157,6 +157,10 @@ class Stream:
         cut = ranks_cut(n, batch_size, self._world_size, self._rank)
         return np.arange(cut.start, cut.stop, dtype=np.int64)
 
+    def rows_of(self, step: int) -> range:
+        """The numbers of all ranks' rows of a step."""
+        return range(self.plan.first_row(step), self.plan.first_row(step + 1))
+
     def _readers(self, seq_len: int) -> list[ShardReader]:
         return [
             ShardReader(
