@@ -11,7 +11,8 @@
             latest                 the name of the newest one
 
 A checkpoint is written under a temporary name, synced, renamed, and only then named by ``latest``:
-a process killed at any instant leaves the previous one in place and unharmed.
+a process killed at any instant leaves the previous one in place and unharmed. So does a full disk:
+the failed save is reported and training goes on.
 """
 
 from __future__ import annotations
@@ -20,8 +21,11 @@ import fcntl
 import json
 import os
 import re
+import secrets
 import shutil
 import socket
+import threading
+import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -32,9 +36,10 @@ from typing import Any
 import google_crc32c
 
 from hourglass_dist import dist, fragments
-from hourglass_dist.config import Config, load
+from hourglass_dist.config import CheckpointConfig, Config, load
 from hourglass_dist.data.tokenizer import Tokenizer
 from hourglass_dist.files import checksum, replace, sync
+from hourglass_dist.fragments import Snapshot
 from hourglass_dist.sections import ConfigError, differences, to_yaml
 
 FORMAT = 1
@@ -60,6 +65,8 @@ class Progress:
     """Fingerprint of the tokenizer."""
     stage: int
     """ZeRO stage that wrote the state (for people; any stage reads it)."""
+    score: float | None = None
+    """Held-out bits per byte, where it was measured after this very step."""
 
 
 class RunFolder:
@@ -114,54 +121,118 @@ class RunFolder:
 
 
 class Checkpoints:
-    """Saves and finds checkpoints. All methods are called by all ranks together."""
+    """Saves and finds checkpoints. All methods are called by all ranks together.
 
-    def __init__(self, folder: Path, keep: int, world: dist.World) -> None:
+    Training waits only while the state is copied: a thread of each rank writes that rank's file and
+    tells the main rank through the process group's store; the thread of the main rank finishes the
+    checkpoint when all have. No thread takes part in a collective. One save is under way at a time.
+    """
+
+    def __init__(self, folder: Path, config: CheckpointConfig, world: dist.World) -> None:
         self.folder = folder
         self.passed_over: list[str] = []
         """What was wrong with the checkpoints that ``newest`` passed over."""
-        self._keep = keep
+        self._config = config
         self._world = world
+        self._attempts = 0
+        self._session = dist.gather_ints([secrets.randbits(40)], world.device)[0][0]
+        self._thread: threading.Thread | None = None
+        self._error: Exception | None = None
+        self._news: list[str] = []
+        if world.is_main:
+            remove_unfinished(folder)
 
-    def save(self, write_state: Callable[[Path], str], progress: Progress) -> Path:
-        """Write a checkpoint; ``write_state(folder)`` writes this rank's file and returns its
-        name."""
+    def save(self, take: Callable[[], Snapshot], progress: Progress) -> None:
+        """Begin to save: ``take()`` copies this rank's state, a thread writes it. A save that is
+        still under way is waited for first."""
+        self.wait()
+        name = f"{tag(progress.step)}_{self._session:010x}_{self._attempts}"
+        self._attempts += 1
+        snapshot = take()
+        work = partial(self._write, self.folder / f".unfinished_{name}", snapshot, progress)
+        self._thread = threading.Thread(target=work, name="checkpoint", daemon=True)
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Until the save under way is over, well or badly."""
+        if self._thread:
+            self._thread.join()
+            self._thread = None
+
+    def finish(self) -> None:
+        """Wait for the last save. Raises ValueError, on all ranks, when it failed."""
+        self.wait()
+
+        def check() -> None:
+            if self._error:
+                raise self._error
+
+        dist.together(check, self._world.device)
+
+    def news(self) -> list[str]:
+        """Lines about saves that ended since the last call (on the main rank)."""
+        told, self._news = self._news, []
+        return told
+
+    def _write(self, folder: Path, snapshot: Snapshot, progress: Progress) -> None:
+        """What the thread does: this rank's file; on the main rank also the rest."""
+        begun = time.perf_counter()
+        file = folder / fragments.file_name(self._world.rank)
+        self._error = None
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            snapshot.write(file)
+            entry: dict[str, Any] = {"bytes": file.stat().st_size, "crc32c": checksum(file)}
+        except OSError as error:
+            self._error = error
+            entry = {"error": str(error)}
+        try:
+            dist.post(f"{folder.name}/{self._world.rank}", json.dumps(entry))
+            if self._world.is_main:
+                target = self._complete(folder, progress)
+                seconds = time.perf_counter() - begun
+                self._news.append(f"step {progress.step}: saved {target} ({seconds:.1f} s)")
+        except (OSError, ValueError, RuntimeError) as error:
+            self._error = error
+            shutil.rmtree(folder, ignore_errors=True)
+            self._news.append(f"step {progress.step}: could not be saved: {error}")
+
+    def _complete(self, folder: Path, progress: Progress) -> Path:
+        """The main rank's part once every file is there: manifest, rename, ``latest``, retention.
+
+        Raises ValueError when a rank could not write its file.
+        """
+        ranks = range(self._world.size)
+        entries = [json.loads(said) for said in dist.posts(f"{folder.name}/{r}" for r in ranks)]
+        for rank, entry in enumerate(entries):
+            if "error" in entry:
+                raise ValueError(f"rank {rank}: {entry['error']}")
+        files = {fragments.file_name(rank): entry for rank, entry in enumerate(entries)}
+        manifest = {"format": FORMAT, "progress": asdict(progress), "files": files}
+        manifest["crc32c"] = _own_checksum(manifest)
+        replace(folder / "manifest.json", json.dumps(manifest, indent=1))
         target = self.folder / tag(progress.step)
-        unfinished = self.folder / f".unfinished_{tag(progress.step)}"
-        if self._world.is_main:
-            remove_unfinished(self.folder)
-            unfinished.mkdir(parents=True)
-        dist.barrier()
-
-        def write() -> list[int]:
-            path = unfinished / write_state(unfinished)
-            return [path.stat().st_size, checksum(path)]
-
-        entries = dist.gather_ints(dist.together(write, self._world.device), self._world.device)
-        if self._world.is_main:
-            files = {
-                fragments.file_name(rank): {"bytes": size, "crc32c": crc}
-                for rank, (size, crc) in enumerate(entries)
-            }
-            manifest = {"format": FORMAT, "progress": asdict(progress), "files": files}
-            manifest["crc32c"] = _own_checksum(manifest)
-            replace(unfinished / "manifest.json", json.dumps(manifest, indent=1))
-            if target.exists():  # left by a run that died before it named this step in ``latest``
-                shutil.rmtree(target)
-            unfinished.rename(target)
-            sync(self.folder)
-            replace(self.folder / "latest", target.name + "\n")
-            self._retain(target)
-        dist.barrier()
+        if target.exists():  # left by a run that died before it named this step in ``latest``
+            remove(target)
+        folder.rename(target)
+        sync(self.folder)
+        replace(self.folder / "latest", target.name + "\n")
+        self._retain(target)
         return target
 
     def _retain(self, newest: Path) -> None:
         """Remove old checkpoints, and those past ``newest``: a future that was given up."""
-        found = complete(self.folder)
-        kept = [path for path in found if path <= newest][-self._keep :]
+        found = {path: read_manifest(path)["progress"] for path in complete(self.folder)}
+        past = [path for path in found if path <= newest]
+        kept = past[-self._config.keep :]
+        if every := self._config.keep_every:
+            kept += [path for path in past if found[path]["step"] % every == 0]
+        scored = [path for path in past if found[path].get("score") is not None]
+        if self._config.keep_best and scored:
+            kept.append(min(scored, key=lambda path: found[path]["score"]))
         for path in found:
             if path not in kept:
-                shutil.rmtree(path)
+                remove(path)
 
     def newest(self) -> tuple[Path, Progress] | None:
         """The newest whole checkpoint, verified by all ranks together, or None when there is none.
@@ -199,8 +270,16 @@ def complete(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("step_*") if (path / "manifest.json").exists())
 
 
+def remove(path: Path) -> None:
+    """Take a checkpoint away; killed in the middle, it is not left half removed."""
+    gone = path.with_name(f".unfinished_removal_of_{path.name}")
+    shutil.rmtree(gone, ignore_errors=True)
+    path.rename(gone)
+    shutil.rmtree(gone)
+
+
 def remove_unfinished(folder: Path) -> None:
-    """Clear what a killed process left half-written."""
+    """Clear what a killed process left half-written, or half removed."""
     for path in folder.glob(".unfinished_*"):
         shutil.rmtree(path)
 

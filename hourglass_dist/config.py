@@ -96,6 +96,10 @@ class CheckpointConfig(Section):
     """Optimizer steps between checkpoints; the last step is always saved."""
     keep: PositiveInt = 2
     """How many of the newest checkpoints stay on disk."""
+    keep_every: PositiveInt | None = None
+    """Checkpoints of steps that this divides stay for good."""
+    keep_best: bool = False
+    """Also keep the one with the lowest held-out bits per byte (of steps that were evaluated)."""
 
 
 class MetricsConfig(Section):

@@ -9,11 +9,12 @@ from __future__ import annotations
 import atexit
 import hashlib
 import os
+import time
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as td
@@ -23,6 +24,8 @@ T = TypeVar("T")
 
 TIMEOUT = timedelta(minutes=10)
 """How long a collective may wait for a rank that does not come."""
+POST_TIMEOUT = timedelta(minutes=30)
+"""How long a note of another rank is waited for: longer than its part of a checkpoint takes."""
 
 
 @dataclass(frozen=True)
@@ -132,6 +135,34 @@ def together(action: Callable[[], T], device: torch.device) -> T:
         td.broadcast(text, src=first)
         raise ValueError(bytes(text.tolist()).decode(errors="replace")) from exception
     return result  # type: ignore[return-value]  # no rank raised, so action returned
+
+
+def post(key: str, text: str) -> None:
+    """Leave a note for ``posts``, from any thread; no collective is involved."""
+    _store().set(key, text)
+
+
+def posts(keys: Iterable[str]) -> list[str]:
+    """The notes under ``keys``, when all are there; they are taken away.
+
+    Raises ValueError when they do not come within ``POST_TIMEOUT``.
+    """
+    wanted, store = list(keys), _store()
+    deadline = time.monotonic() + POST_TIMEOUT.total_seconds()
+    while not store.check(wanted):
+        if time.monotonic() > deadline:
+            missing = [key for key in wanted if not store.check([key])]
+            raise ValueError(f"no word within {POST_TIMEOUT} about {', '.join(missing[:8])}")
+        time.sleep(0.02)
+    found = [store.get(key).decode() for key in wanted]
+    for key in wanted:
+        store.delete_key(key)
+    return found
+
+
+def _store() -> Any:
+    """The key-value store through which the ranks met; it serves them until the end."""
+    return td.distributed_c10d._get_default_store()
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:

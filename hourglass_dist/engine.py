@@ -2,7 +2,7 @@
 
     step(rows, step)  ->  StepResult     one optimizer step on this rank's rows
     eval_loss(rows)   ->  (nll, tokens)  no gradient, nothing changed
-    save(folder)      this rank's part of the whole training state
+    snapshot()        this rank's part of the whole training state, as it is now
     load(folder)      the state, whichever stage and world size wrote it
 
 Rows are a mapping of tensors that begin with B, the rows of this rank: the arguments of the model,
@@ -97,6 +97,7 @@ class Engine:
             dist_init_required=False,
         )
         self._module: nn.Module = self._engine.module
+        self._room = fragments.Room()
 
     def step(self, rows: Rows, step: int) -> StepResult:
         """One optimizer step, number ``step`` (0 is the first), on this rank's rows of the global
@@ -168,8 +169,8 @@ class Engine:
 
     # --- state ---------------------------------------------------------------------------------
 
-    def save(self, folder: Path) -> str:
-        """Write this rank's file into ``folder`` and return its name."""
+    def snapshot(self) -> fragments.Snapshot:
+        """A copy of this rank's part of the state; the next one overwrites it."""
         state = self._engine.optimizer.state
         pieces: dict[Key, Tensor] = {}
         steps = 0
@@ -182,12 +183,10 @@ class Engine:
         for name, start, tensor, mine in self._frozen():
             if mine and tensor.numel():
                 pieces[Key("frozen", name, start)] = tensor
-        name = fragments.file_name(self._world.rank)
-        fragments.write(folder / name, pieces, self._shapes(), steps)
-        return name
+        return self._room.snapshot(pieces, self._shapes(), steps)
 
     def load(self, folder: Path) -> None:
-        """Take weights and moments from a folder that ``save`` filled, at any stage and world size.
+        """Take weights and moments from a folder of snapshots, of any stage and world size.
 
         Called by all ranks together. Raises ValueError, on all of them, when it is the state of
         another model or cannot be read.

@@ -52,20 +52,48 @@ def file_name(rank: int) -> str:
     return f"rank_{rank:05d}.safetensors"
 
 
-def write(
-    path: Path,
-    fragments: Mapping[Key, Tensor],
-    shapes: Mapping[str, tuple[int, ...]],
-    optimizer_steps: int,
-) -> None:
-    """Write one rank's flat fragments (any device, copied) and the full shapes of all tensors of
-    the model."""
-    tensors = {str(key): piece.detach().to("cpu", copy=True) for key, piece in fragments.items()}
-    metadata = {
-        "shapes": json.dumps({name: list(shape) for name, shape in shapes.items()}),
-        "optimizer_steps": str(optimizer_steps),
-    }
-    write_tensors(path, tensors, metadata)
+class Snapshot(NamedTuple):
+    """One rank's state as it was at one moment, on the CPU: another thread may write it while
+    training goes on."""
+
+    tensors: dict[str, Tensor]
+    metadata: dict[str, str]
+
+    def write(self, path: Path) -> None:
+        """Make the file. Raises OSError when it cannot be written."""
+        write_tensors(path, self.tensors, self.metadata)
+
+
+class Room:
+    """Memory for snapshots, taken once: the next one overwrites the last one."""
+
+    def __init__(self) -> None:
+        self._buffers: dict[str, Tensor] = {}
+
+    def snapshot(
+        self,
+        fragments: Mapping[Key, Tensor],
+        shapes: Mapping[str, tuple[int, ...]],
+        optimizer_steps: int,
+    ) -> Snapshot:
+        """Copy one rank's flat fragments (any device), and note the full shapes of all tensors of
+        the model."""
+        for key, piece in fragments.items():
+            self._buffer(str(key), piece).copy_(piece.detach(), non_blocking=True)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        metadata = {
+            "shapes": json.dumps({name: list(shape) for name, shape in shapes.items()}),
+            "optimizer_steps": str(optimizer_steps),
+        }
+        return Snapshot({str(key): self._buffers[str(key)] for key in fragments}, metadata)
+
+    def _buffer(self, name: str, like: Tensor) -> Tensor:
+        buffer = self._buffers.get(name)
+        if buffer is None or buffer.shape != like.shape or buffer.dtype != like.dtype:
+            buffer = torch.empty(like.shape, dtype=like.dtype, pin_memory=like.is_cuda)
+            self._buffers[name] = buffer
+        return buffer
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:

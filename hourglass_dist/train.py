@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -24,13 +24,32 @@ from hourglass_dist.data.mixture import Dataset, make_plan, open_mixture
 from hourglass_dist.data.stream import Batch, Stream, held_out_rows
 from hourglass_dist.data.tokenizer import Tokenizer, require_same
 from hourglass_dist.engine import Engine, deepspeed_settings
-from hourglass_dist.evaluate import evaluate
+from hourglass_dist.evaluate import Score, evaluate
 from hourglass_dist.guards import SkippedSteps
 from hourglass_dist.metrics import Metrics, due
 from hourglass_dist.model.cost import choose_checkpointing
 from hourglass_dist.model.hourglass import HourglassLM
 from hourglass_dist.sections import print_error
 from hourglass_dist.stop import EXIT_CODE, Interrupted, StopRequests
+
+
+@dataclass(frozen=True)
+class Job:
+    """Everything that the steps of a run need."""
+
+    config: Config
+    world: dist.World
+    run: RunFolder
+    datasets: Sequence[Dataset]
+    tokenizer: Tokenizer
+    stream: Stream
+    engine: Engine
+    checkpoints: Checkpoints
+    requests: StopRequests
+    metrics: Metrics
+    skipped: SkippedSteps
+    step: int
+    """Steps that are done already."""
 
 
 def train(config: Config) -> None:
@@ -40,6 +59,21 @@ def train(config: Config) -> None:
     mend, FloatingPointError when loss or gradient stay no numbers, and Interrupted when the run was
     asked to stop: then it is saved.
     """
+    job = prepare(config)
+    if job is None:
+        return
+    try:
+        run_steps(job)
+    except (ValueError, FloatingPointError):  # raised on all ranks: a save under way can end
+        job.checkpoints.wait()
+        raise
+    finally:
+        job.metrics.close()
+        job.run.close()
+
+
+def prepare(config: Config) -> Job | None:
+    """Data, run folder, engine, the state to continue from; None when all steps are done."""
     world = dist.init()
     deepspeed_settings(config, world.size)  # refuses what does not fit, before anything is written
     datasets, tokenizer = dist.together(lambda: open_data(config), world.device)
@@ -48,49 +82,73 @@ def train(config: Config) -> None:
     run = RunFolder(Path(config.run.dir))
     dist.together(lambda: run.open(config) if world.is_main else None, world.device)
     requests = StopRequests(run.path, config.run.time_limit_hours, world)
-    checkpoints = Checkpoints(run.checkpoints, config.checkpoint.keep, world)
+    checkpoints = Checkpoints(run.checkpoints, config.checkpoint, world)
 
     newest, step = find_state(checkpoints, stream, tokenizer, world)
     if step >= config.train.steps:
         say(world, f"{run.path}: finished: all {config.train.steps} steps are done")
         run.close()
-        return
+        return None
     dist.together(lambda: run.record(config, tokenizer) if world.is_main else None, world.device)
     engine = Engine(make_model(config, world), config, world)
     if newest:
         engine.load(newest)
     announce(config, world, step)
-
-    lengths = tokenizer.byte_lengths()
-    metrics = Metrics(run.path, config, lengths, step, world)
+    metrics = Metrics(run.path, config, tokenizer.byte_lengths(), step, world)
     skipped = SkippedSteps(run.path, config.train.max_skipped_steps, step, world)
+    return Job(
+        *(config, world, run, datasets, tokenizer, stream),
+        *(engine, checkpoints, requests, metrics, skipped, step),
+    )
+
+
+def run_steps(job: Job) -> None:
+    """The loop. Raises Interrupted when it was asked to stop, FloatingPointError when it must."""
+    config, metrics, stream = job.config, job.metrics, job.stream
+    step, total = job.step, config.train.steps
     batches = stream.batches(start_step=step)
-    while step < config.train.steps:
-        batch = dist.together(lambda: next(batches), world.device)
-        result = engine.step(batch.rows, step)
+    while step < total:
+        batch = dist.together(lambda: next(batches), job.world.device)
+        result = job.engine.step(batch.rows, step)
         step += 1
-        skipped.look(step, result, stream.rows_of(step - 1))
-        metrics.record(step, result, batch, stream.epochs_read, skipped.total)
-        last = step == config.train.steps
-        stop = None if last else requests.reason()
-        if due(step, config.eval.every) or last:
-            with metrics.pause():
-                rows = dist.together(lambda: held_out(config, datasets, world), world.device)
-                score = evaluate(engine.eval_loss, rows, lengths, world)
-            metrics.record_eval(step, score)
+        job.skipped.look(step, result, stream.rows_of(step - 1))
+        metrics.record(step, result, batch, stream.epochs_read, job.skipped.total)
+        last = step == total
+        stop = None if last else job.requests.reason()
+        score = held_out_score(job, step) if due(step, config.eval.every) or last else None
         if due(step, config.checkpoint.every) or last or stop:
-            dist.require_agreement(stream.identity(), world.device)
-            progress = Progress(
-                step, stream.state(step), asdict(tokenizer.fingerprint), engine.stage
-            )
-            with metrics.pause():
-                path = checkpoints.save(engine.save, progress)
-            metrics.say(f"step {step}: saved {path}")
+            save(job, step, score)
+        if last or stop:
+            job.checkpoints.finish()
+        for line in job.checkpoints.news():
+            metrics.say(line)
         if stop:
-            metrics.close()
-            raise requests.honoured(stop, step)
-    metrics.close()
-    run.close()
+            raise job.requests.honoured(stop, step)
+
+
+def held_out_score(job: Job, step: int) -> Score:
+    """Score the held-out split after ``step``, and note it."""
+    with job.metrics.pause():
+        rows = dist.together(
+            lambda: held_out(job.config, job.datasets, job.world), job.world.device
+        )
+        score = evaluate(job.engine.eval_loss, rows, job.tokenizer.byte_lengths(), job.world)
+    job.metrics.record_eval(step, score)
+    return score
+
+
+def save(job: Job, step: int, score: Score | None) -> None:
+    """Begin to save the state after ``step``."""
+    dist.require_agreement(job.stream.identity(), job.world.device)
+    progress = Progress(
+        step=step,
+        data=job.stream.state(step),
+        tokenizer=asdict(job.tokenizer.fingerprint),
+        stage=job.engine.stage,
+        score=score.bits_per_byte if score else None,
+    )
+    with job.metrics.pause():
+        job.checkpoints.save(job.engine.snapshot, progress)
 
 
 def open_data(config: Config) -> tuple[list[Dataset], Tokenizer]:

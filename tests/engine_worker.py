@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from toy import make_batch, make_config, make_model
 
-from hourglass_dist import dist
+from hourglass_dist import dist, fragments
 from hourglass_dist.engine import Engine
 
 
@@ -37,7 +37,7 @@ def run(case: dict[str, Any], world: dist.World) -> dict[str, Any]:
     if "save" in case:
         folder = Path(case["save"])
         folder.mkdir(parents=True, exist_ok=True)
-        engine.save(folder)
+        engine.snapshot().write(folder / fragments.file_name(world.rank))
         dist.barrier()
     tokens, targets = make_batch(10_000, config)
     nll, count = engine.eval_loss({"tokens_BL": tokens, "targets_BL": targets})

@@ -10,31 +10,45 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from hourglass_dist import dist, fragments
 from hourglass_dist.checkpoint import Checkpoints, Progress, complete, latest, tag, verify
+from hourglass_dist.config import CheckpointConfig
 from hourglass_dist.fragments import Key
 
+ROOM = fragments.Room()
 
-def write_state(folder: Path) -> str:
+
+def take() -> fragments.Snapshot:
     weight = torch.arange(600.0)
     pieces = {Key("fp32", "w", 0): weight[:400], Key("fp32", "w", 400): weight[400:]}
-    fragments.write(folder / fragments.file_name(0), pieces, {"w": (20, 30)}, optimizer_steps=7)
-    return fragments.file_name(0)
+    return ROOM.snapshot(pieces, {"w": (20, 30)}, optimizer_steps=7)
 
 
-def progress(step: int) -> Progress:
-    return Progress(step, {"next_row": step * 4}, {"model_sha256": "a", "vocab_sha256": "b"}, 1)
+def make(folder: Path, **settings: Any) -> Checkpoints:
+    config = CheckpointConfig(every=5, keep=settings.pop("keep", 2), **settings)
+    return Checkpoints(folder, config, dist.init())
+
+
+def progress(step: int, score: float | None = None) -> Progress:
+    data = {"next_row": step * 4}
+    return Progress(step, data, {"model_sha256": "a", "vocab_sha256": "b"}, 1, score)
+
+
+def save(checkpoints: Checkpoints, step: int, score: float | None = None) -> None:
+    checkpoints.save(take, progress(step, score))
+    checkpoints.finish()
 
 
 @pytest.fixture
 def checkpoints(tmp_path: Path) -> Checkpoints:
-    made = Checkpoints(tmp_path / "checkpoints", keep=2, world=dist.init())
+    made = make(tmp_path / "checkpoints")
     for step in (5, 10):
-        made.save(write_state, progress(step))
+        save(made, step)
     return made
 
 
@@ -46,7 +60,7 @@ def test_the_newest_is_found_with_its_progress(checkpoints: Checkpoints) -> None
 
 
 def test_only_the_newest_are_kept(checkpoints: Checkpoints) -> None:
-    checkpoints.save(write_state, progress(15))
+    save(checkpoints, 15)
     assert [path.name for path in complete(checkpoints.folder)] == [tag(10), tag(15)]
 
 
@@ -59,10 +73,34 @@ def test_any_range_is_read_back(checkpoints: Checkpoints) -> None:
         reader.read("fp32", "w", 590, 20)
 
 
+def test_every_nth_and_the_best_stay(tmp_path: Path) -> None:
+    kept = make(tmp_path / "checkpoints", keep=1, keep_every=20, keep_best=True)
+    for step, score in ((5, 3.0), (10, 2.0), (15, None), (20, 2.5), (25, 2.1), (30, None)):
+        save(kept, step, score)
+    assert [path.name for path in complete(kept.folder)] == [tag(10), tag(20), tag(30)]
+
+
+def test_training_goes_on_with_the_state_while_it_is_written(tmp_path: Path) -> None:
+    """The state changes as soon as ``save`` returns; the checkpoint has it as it was."""
+    weight = torch.zeros(2_000_000)
+    kept, room = make(tmp_path / "checkpoints"), fragments.Room()
+
+    def take_weight() -> fragments.Snapshot:
+        return room.snapshot({Key("fp32", "w", 0): weight}, {"w": weight.shape}, 1)
+
+    for step in range(1, 6):
+        weight.fill_(step)
+        kept.save(take_weight, progress(step))
+        weight.fill_(-1)
+    kept.finish()
+    for path, value in zip(complete(kept.folder), (4, 5), strict=True):
+        assert fragments.Reader(path).full("fp32", "w").eq(value).all()
+
+
 def test_a_step_taken_again_from_an_older_checkpoint_is_kept(checkpoints: Checkpoints) -> None:
     """Back to step 5 and on: step 6 is now the newest, and step 10 a future that was given up."""
     (checkpoints.folder / "latest").write_text(tag(5) + "\n")
-    checkpoints.save(write_state, progress(6))
+    save(checkpoints, 6)
     assert [path.name for path in complete(checkpoints.folder)] == [tag(5), tag(6)]
     found = checkpoints.newest()
     assert found is not None
@@ -127,14 +165,19 @@ def test_a_failed_write_leaves_the_last_one_and_the_next_save_clears_up(
     )  # the disk is full after 1000 bytes
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     try:
+        checkpoints.save(take, progress(15))
+        checkpoints.wait()
+        line = checkpoints.news()[-1]
+        assert line.startswith("step 15: could not be saved: rank 0: ")
+        assert "rank_00000.safetensors: cannot be written" in line
         with pytest.raises(ValueError, match=r"rank_00000\.safetensors: cannot be written"):
-            checkpoints.save(write_state, progress(15))
+            save(checkpoints, 16)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     found = checkpoints.newest()
     assert found is not None
     assert found[1].step == 10
-    checkpoints.save(write_state, progress(20))
+    save(checkpoints, 20)
     assert sorted(os.listdir(checkpoints.folder)) == ["latest", tag(10), tag(20)]
 
 
@@ -143,10 +186,10 @@ import sys
 import time
 from pathlib import Path
 sys.path.insert(0, {tests!r})
-from test_checkpoint import Checkpoints, dist, progress, write_state
-checkpoints = Checkpoints(Path({folder!r}), keep=2, world=dist.init())
+from test_checkpoint import make, save
+checkpoints = make(Path({folder!r}))
 for step in range(1, 100_000):
-    checkpoints.save(write_state, progress(step))
+    save(checkpoints, step)
     print(step, flush=True)
 """
 
@@ -155,7 +198,7 @@ def test_killed_at_any_instant_leaves_a_whole_checkpoint(tmp_path: Path) -> None
     """A process that does nothing but save, killed 12 times at arbitrary moments of it."""
     folder = tmp_path / "checkpoints"
     script = SAVE_FOREVER.format(tests=str(Path(__file__).parent), folder=str(folder))
-    reader = Checkpoints(folder, keep=2, world=dist.init())
+    reader = make(folder)
     for attempt in range(12):
         process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE)
         assert process.stdout is not None
