@@ -37,13 +37,19 @@ class RunConfig(Section):
 
 
 class OptimConfig(Section):
-    """AdamW and its learning-rate schedule."""
+    """The optimizer and its learning-rate schedule."""
 
+    name: Literal["adamw", "muon"] = "adamw"
+    """``muon``: Muon for the matrices between embeddings and output layer, AdamW for the rest, at
+    the same learning rate."""
     lr: PositiveFloat
     """Peak learning rate."""
-    schedule: Literal["cosine", "wsd"] = "cosine"
-    """``cosine``: warm up, then half a cosine to the floor. ``wsd``: warm up, stay, then decay
-    linearly at the end."""
+    level_lr: list[PositiveFloat] | None = None
+    """What each level's learning rate is multiplied with, one number a level, the outermost
+    (embeddings and output layer included) first."""
+    schedule: Literal["cosine", "linear", "wsd"] = "cosine"
+    """``cosine``: warm up, then half a cosine to the floor. ``linear``: then a straight line to it.
+    ``wsd``: warm up, stay, then decay linearly at the end."""
     warmup_steps: int = Field(default=0, ge=0)
     """Optimizer steps of linear warm-up."""
     decay_fraction: Annotated[float, Field(gt=0.0, le=1.0)] = 0.2
@@ -179,6 +185,12 @@ class Config(Section):
         if auto and self.train.activation_memory is None:
             raise ValueError(
                 "train.activation_memory: activation_checkpointing: auto needs a budget in GiB"
+            )
+        scales = self.optim.level_lr
+        if scales is not None and len(scales) != len(self.model.levels):
+            raise ValueError(
+                f"optim.level_lr: expected one number for each of {len(self.model.levels)} levels, "
+                f"given {len(scales)}"
             )
         if not self.model.causal:
             raise ValueError(

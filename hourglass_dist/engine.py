@@ -20,6 +20,7 @@ import logging
 import math
 import os
 import warnings
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -34,13 +35,12 @@ import deepspeed
 from hourglass_dist import dist, fragments, optim
 from hourglass_dist.config import Config
 from hourglass_dist.fragments import Key
+from hourglass_dist.muon import Exchange, MuonAdamW, Piece
 
 deepspeed.utils.logger.setLevel(logging.WARNING)
 warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
 # The shared-memory collectives compile for about a minute at start and serve inference only.
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-
-MOMENTS = ("exp_avg", "exp_avg_sq")
 
 Rows = Mapping[str, Tensor | None]
 """Arguments of the model: ``targets_BL`` and whatever it reads."""
@@ -90,13 +90,16 @@ class Engine:
         self._world = world
         self.stage = config.deepspeed.stage
         settings = deepspeed_settings(config, world.size)
+        optimizer = optim.make_optimizer(model, config.optim)
+        names = {id(p): name for name, p in model.named_parameters()}
+        muons = [p for group in optimizer.param_groups if group["muon"] for p in group["params"]]
+        self._muons = {names[id(p)] for p in muons}
         self._engine, *_ = deepspeed.initialize(
-            model=model,
-            optimizer=optim.adamw(model, config.optim),
-            config=settings,
-            dist_init_required=False,
+            model=model, optimizer=optimizer, config=settings, dist_init_required=False
         )
         self._module: nn.Module = self._engine.module
+        if isinstance(optimizer, MuonAdamW):
+            optimizer.exchanges = self._exchanges()
         self._room = fragments.Room()
 
     def step(self, rows: Rows, step: int) -> StepResult:
@@ -110,7 +113,7 @@ class Engine:
         dist.seed_step(self._config.run.seed, step, self._world.rank)
         lr = optim.learning_rate(step, self._config.optim, self._config.train.steps)
         for group in self._engine.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["lr_scale"]
         norm = math.nan
         nll = torch.zeros((), dtype=torch.float64, device=self._world.device)
         count = torch.zeros((), dtype=torch.float64, device=self._world.device)
@@ -178,7 +181,7 @@ class Engine:
             steps = int(state[part.flat]["step"])
             if part.mine and part.numel:
                 pieces[Key("fp32", part.name, part.start)] = part.view(part.flat)
-                for kind in MOMENTS:
+                for kind in self._moments(part.name):
                     pieces[Key(kind, part.name, part.start)] = part.view(state[part.flat][kind])
         for name, start, tensor, mine in self._frozen():
             if mine and tensor.numel():
@@ -205,14 +208,52 @@ class Engine:
                 )
         state = self._engine.optimizer.state
         for part in self._fragments():
+            kinds = self._moments(part.name)
             if part.flat not in state or not state[part.flat]:
-                state[part.flat] = {kind: torch.zeros_like(part.flat) for kind in MOMENTS}
+                state[part.flat] = {kind: torch.zeros_like(part.flat) for kind in kinds}
             step = torch.tensor(float(reader.optimizer_steps), device=part.flat.device)
             state[part.flat]["step"] = step
-            for kind, target in [("fp32", part.flat), *((k, state[part.flat][k]) for k in MOMENTS)]:
+            for kind, target in [("fp32", part.flat), *((k, state[part.flat][k]) for k in kinds)]:
                 part.view(target).copy_(reader.read(kind, part.name, part.start, part.numel))
         for name, start, tensor, _ in self._frozen():
             tensor.copy_(reader.read("frozen", name, start, tensor.numel()))
+
+    def _moments(self, name: str) -> tuple[str, ...]:
+        """What the optimizer keeps of a parameter besides its fp32 weights."""
+        return optim.MUON_MOMENTS if name in self._muons else optim.ADAMW_MOMENTS
+
+    def _exchanges(self) -> dict[int, Exchange]:
+        """Of each flat tensor with Muon's matrices: which they are, and what of them is here."""
+        shapes = self._shapes()
+        matrices: dict[int, list[Any]] = defaultdict(list)
+        pieces: dict[int, list[Piece]] = defaultdict(list)
+        for name, flat in self._flats():
+            if name in self._muons:
+                matrices[id(flat)].append((name, shapes[name]))
+        for part in self._fragments():
+            if part.name in self._muons and part.numel:
+                piece = Piece(part.name, part.start, part.numel, part.offset)
+                pieces[id(part.flat)].append(piece)
+        return {
+            flat: Exchange(every, pieces[flat], self.stage == 0, self._world.device)
+            for flat, every in matrices.items()
+        }
+
+    def _flats(self) -> Iterator[tuple[str, Tensor]]:
+        """Every trained parameter, the same on all ranks, and the flat tensor of its group."""
+        names = {id(p): name for name, p in self._module.named_parameters() if p.requires_grad}
+        optimizer = self._engine.optimizer
+        if self.stage == 0:
+            flats: list[Tensor] = [p for p in self._module.parameters() if p.requires_grad]
+            groups = [[flat] for flat in flats]
+        elif self.stage == 3:
+            groups, flats = optimizer.fp16_groups, optimizer.fp32_partitioned_groups_flat
+        else:
+            own_bf16 = hasattr(optimizer, "bf16_groups")
+            groups = optimizer.bf16_groups if own_bf16 else optimizer.bit16_groups
+            flats = self._flat_groups()
+        for group, flat in zip(groups, flats, strict=True):
+            yield from ((names[id(p)], flat) for p in group)
 
     def _shapes(self) -> dict[str, tuple[int, ...]]:
         return {

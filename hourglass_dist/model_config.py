@@ -130,6 +130,8 @@ class ModelConfig(Section):
     """Biases in linear layers and norms (seed); queries, keys and values never have any."""
     qk_norm: bool = False
     """RMSNorm on the queries and keys of each head (Henry et al. 2020, arXiv 2010.04245)."""
+    z_loss: Annotated[float, Field(ge=0.0)] = 0.0
+    """Weight of a penalty that keeps the output layer's normalizer near 1; 1e-4 is usual."""
     residual_dropout: bool = False
     """Drop from the embeddings and from what each branch adds, too (paper)."""
     downsampling: Literal["mean", "linear"] = "mean"

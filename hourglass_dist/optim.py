@@ -1,37 +1,57 @@
-"""Parameter groups and the learning rate, the latter a pure function of the step."""
+"""Parameter groups, the optimizers, and the learning rate: a pure function of the step."""
 
 from __future__ import annotations
 
 import math
+import re
+from collections import defaultdict
+from typing import Any
 
 import torch
 from torch import nn
 
 from hourglass_dist.config import OptimConfig
+from hourglass_dist.muon import MuonAdamW
+
+ADAMW_MOMENTS = ("exp_avg", "exp_avg_sq")
+MUON_MOMENTS = ("momentum_buffer",)
 
 
 def learning_rate(step: int, config: OptimConfig, total_steps: int) -> float:
     """The learning rate of optimizer step ``step`` (0 is the first one).
 
     Linear warm-up over ``warmup_steps``; then half a cosine to ``min_lr_ratio`` (Loshchilov and
-    Hutter 2017, arXiv 1608.03983), or a plateau and a linear decay over the last
-    ``decay_fraction`` of all steps (warmup-stable-decay; Hu et al. 2024, arXiv 2404.06395).
+    Hutter 2017, arXiv 1608.03983), a straight line to it, or a plateau and a straight line over the
+    last ``decay_fraction`` of all steps (warmup-stable-decay; Hu et al. 2024, arXiv 2404.06395).
     """
     if step < config.warmup_steps:
         return config.lr * (step + 1) / (config.warmup_steps + 1)
+    progress = (step - config.warmup_steps) / max(1, total_steps - config.warmup_steps)
     if config.schedule == "cosine":
-        progress = (step - config.warmup_steps) / max(1, total_steps - config.warmup_steps)
         height = 0.5 * (1.0 + math.cos(math.pi * min(1.0, progress)))
+    elif config.schedule == "linear":
+        height = max(0.0, 1.0 - progress)
     else:
         height = min(1.0, (total_steps - step) / max(1.0, config.decay_fraction * total_steps))
     return config.lr * (config.min_lr_ratio + (1.0 - config.min_lr_ratio) * height)
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, object]]:
-    """Two groups: matrices, which decay, and embeddings, norms and biases, which do not.
+def level_of(name: str) -> int:
+    """The level of a parameter, 0 at full resolution; embeddings and output layer are at 0.
 
-    Frozen parameters are left out: weight decay would shrink them, and ZeRO would wait for their
-    gradients.
+    What leads to the next level, and back from it, belongs to the outer one.
+    """
+    match = re.match(r"hourglass\.((?:inner\.)*)", name)
+    return match[1].count("inner") if match else 0
+
+
+def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict[str, Any]]:
+    """Groups of one kind, decay and level each: ``params``, ``weight_decay``, ``lr_scale``,
+    ``muon``.
+
+    Matrices decay; embeddings, norms and biases do not. Under ``muon`` the matrices between
+    embeddings and output layer are Muon's. Frozen parameters are left out: weight decay would
+    shrink them, and ZeRO would wait for their gradients.
     """
     embeddings = {
         id(parameter)
@@ -39,21 +59,36 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, ob
         if isinstance(module, nn.Embedding)
         for parameter in module.parameters(recurse=False)
     }
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    decays = [p for p in trained if p.ndim >= 2 and id(p) not in embeddings]
-    stays = [p for p in trained if p.ndim < 2 or id(p) in embeddings]
-    groups: list[dict[str, object]] = [
-        {"params": decays, "weight_decay": weight_decay},
-        {"params": stays, "weight_decay": 0.0},
+    groups: dict[tuple[bool, bool, float], list[nn.Parameter]] = defaultdict(list)
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            shape = getattr(parameter, "ds_shape", parameter.shape)
+            decays = len(shape) >= 2 and id(parameter) not in embeddings
+            scale = config.level_lr[level_of(name)] if config.level_lr else 1.0
+            groups[not decays, is_muons(name, shape, decays, config), scale].append(parameter)
+    return [
+        {
+            "params": parameters,
+            "weight_decay": 0.0 if stays else config.weight_decay,
+            "lr_scale": scale,
+            "muon": muon,
+        }
+        for (stays, muon, scale), parameters in sorted(groups.items(), key=lambda item: item[0])
     ]
-    return [group for group in groups if group["params"]]
 
 
-def adamw(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
-    """AdamW (Loshchilov & Hutter 2019, arXiv 1711.05101) over ``parameter_groups``, in torch's
-    fused form."""
-    return torch.optim.AdamW(
-        parameter_groups(model, config.weight_decay),
+def is_muons(name: str, shape: tuple[int, ...], decays: bool, config: OptimConfig) -> bool:
+    """Whether Muon takes this parameter."""
+    hidden = name.startswith("hourglass.") and len(shape) == 2 and min(shape) > 1
+    return config.name == "muon" and decays and hidden
+
+
+def make_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
+    """AdamW (Loshchilov & Hutter 2019, arXiv 1711.05101) in torch's fused form, or Muon beside
+    it, over ``parameter_groups``."""
+    kind = MuonAdamW if config.name == "muon" else torch.optim.AdamW
+    return kind(
+        parameter_groups(model, config),
         lr=config.lr,
         betas=(config.beta1, config.beta2),
         eps=config.eps,

@@ -21,7 +21,7 @@ from hourglass_dist.engine import Engine
 
 
 def run(case: dict[str, Any], world: dist.World) -> dict[str, Any]:
-    config = make_config(case["stage"], case.get("precision", "fp32"))
+    config = make_config(case["stage"], case.get("precision", "fp32"), **case.get("optim", {}))
     engine = Engine(make_model(config), config, world)
     if "load" in case:
         engine.load(Path(case["load"]))

@@ -35,6 +35,7 @@ ORDER = [
         "model.cost_parts",
         "model.cost",
         "model.interop",
+        "muon",
         "optim",
         "fragments",
         "engine",

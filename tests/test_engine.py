@@ -27,7 +27,7 @@ def plain_pytorch(steps: int) -> list[float]:
     config = make_config(0)
     model = make_model(config)
     optimizer = torch.optim.AdamW(
-        optim.parameter_groups(model, config.optim.weight_decay),
+        optim.parameter_groups(model, config.optim),
         betas=(config.optim.beta1, config.optim.beta2),
         eps=config.optim.eps,
     )

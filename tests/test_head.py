@@ -24,21 +24,29 @@ def losses_and_gradients(
         logits = layer(given).flatten(0, 1)
         logits = logits if logits.dtype == torch.float64 else logits.float()
         nats = F.cross_entropy(logits, targets_BL.flatten(), reduction="sum")
+        log_z_N = logits.logsumexp(dim=-1)[targets_BL.flatten() >= 0]
+        penalty = layer.z_loss * log_z_N.square().sum()
+        nats = nats + penalty - penalty.detach()
     (nats / 7).backward()
     return nats.detach(), [t.grad for t in (given, *layer.parameters()) if t.grad is not None]
 
 
-@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(("bias", "z_loss"), [(True, 0.0), (False, 0.0), (True, 0.1)])
 @pytest.mark.parametrize("chunk", [1, 5, 1000])
 @pytest.mark.parametrize(
     ("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 0.02)]
 )
 def test_it_is_the_plain_cross_entropy(
-    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, tolerance: float, chunk: int, bias: bool
+    monkeypatch: pytest.MonkeyPatch,
+    dtype: torch.dtype,
+    tolerance: float,
+    chunk: int,
+    bias: bool,
+    z_loss: float,
 ) -> None:
     monkeypatch.setattr(head, "CHUNK_LOGITS", chunk * 37)
     torch.manual_seed(0)
-    layer = Output(16, 37, bias).to(dtype)
+    layer = Output(16, 37, bias, z_loss).to(dtype)
     x_BLD = torch.randn(3, 7, 16, dtype=dtype)
     targets_BL = torch.randint(37, (3, 7))
     targets_BL[0, 2:4] = -100

@@ -9,6 +9,7 @@ from toy import make_config, make_model
 
 from hourglass_dist.config import OptimConfig
 from hourglass_dist.optim import learning_rate, parameter_groups
+from hourglass_dist.sections import ConfigError
 
 TOTAL = 1000
 
@@ -17,7 +18,7 @@ def curve(config: OptimConfig) -> list[float]:
     return [learning_rate(step, config, TOTAL) for step in range(TOTAL)]
 
 
-@pytest.mark.parametrize("schedule", ["cosine", "wsd"])
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "wsd"])
 def test_rises_to_the_peak_and_falls_to_the_floor(schedule: str) -> None:
     rates = curve(OptimConfig(lr=2.0, schedule=schedule, warmup_steps=100, min_lr_ratio=0.1))
     peak = rates.index(max(rates))
@@ -44,7 +45,7 @@ def test_matrices_decay_and_nothing_else() -> None:
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     decays, stays = (
         {names[id(p)] for p in group["params"]}  # type: ignore[attr-defined]
-        for group in parameter_groups(model, 0.1)
+        for group in parameter_groups(model, OptimConfig(lr=1.0, weight_decay=0.1))
     )
     frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
     assert frozen, "weights without influence: in no group, or decay would shrink them"
@@ -54,3 +55,15 @@ def test_matrices_decay_and_nothing_else() -> None:
     assert {"tokens.weight", "positions.weight"} <= stays
     assert {"head.norm.weight", "head.norm.bias", "head.output.bias"} <= stays
     assert "head.output.weight" in decays
+
+
+def test_levels_have_rates_of_their_own() -> None:
+    model = make_model(make_config(0))
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    groups = parameter_groups(model, OptimConfig(lr=1.0, level_lr=[1.0, 0.5]))
+    inner = {names[id(p)] for group in groups if group["lr_scale"] == 0.5 for p in group["params"]}
+    assert inner == {name for name in names.values() if name.startswith("hourglass.inner.")}
+    with pytest.raises(
+        ConfigError, match=r"level_lr: expected one number for each of 2 levels"
+    ):
+        make_config(0, level_lr=[1.0])

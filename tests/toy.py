@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -19,7 +21,7 @@ def make_model(config: Config) -> HourglassLM:
     return model
 
 
-def make_config(stage: int, precision: str = "fp32") -> Config:
+def make_config(stage: int, precision: str = "fp32", **optim: Any) -> Config:
     zero: dict[str, object] = {"stage": stage}
     if stage == 3:
         zero["stage3_param_persistence_threshold"] = 0  # or a model this small is not partitioned
@@ -38,7 +40,13 @@ def make_config(stage: int, precision: str = "fp32") -> Config:
                 {"layers": 1, "shorten": 3},
             ],
         },
-        "optim": {"lr": 1e-2, "warmup_steps": 3, "weight_decay": 0.1, "clip_grad_norm": 0.5},
+        "optim": {
+            "lr": 1e-2,
+            "warmup_steps": 3,
+            "weight_decay": 0.1,
+            "clip_grad_norm": 0.5,
+            **optim,
+        },
         "train": {"steps": 20, "micro_batch_size": 4, "precision": precision},
         "eval": {"every": 10, "batch_size": 4},
         "checkpoint": {"every": 10},

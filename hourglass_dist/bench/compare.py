@@ -40,7 +40,7 @@ from hourglass_dist.files import replace
 from hourglass_dist.model.cost import ModelCost, model_cost
 from hourglass_dist.model.hourglass import HourglassLM
 from hourglass_dist.model_config import ModelConfig, PositiveFloat
-from hourglass_dist.optim import adamw, learning_rate
+from hourglass_dist.optim import learning_rate, make_optimizer
 from hourglass_dist.sections import Section, parse, read_yaml
 
 TOLERANCE = 0.02
@@ -181,7 +181,7 @@ def train(job: Job) -> dict[str, float]:
     torch.manual_seed(job.seed)
     model = HourglassLM(job.model).to(world.device)
     model.init_weights(job.seed)
-    optimizer = adamw(model, job.optim)
+    optimizer = make_optimizer(model, job.optim)
     stream = Stream([dataset], simple_plan(dataset, length, rows, job.seed))
     with closing(stream.batches()) as batches:
         for at in range(job.steps):

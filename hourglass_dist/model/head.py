@@ -33,7 +33,7 @@ class Head(nn.Module):
     def __init__(self, config: ModelConfig, dim: int) -> None:
         super().__init__()
         self.norm = make_norm(config, dim)
-        self.output = Output(dim, config.vocab_size, config.bias)
+        self.output = Output(dim, config.vocab_size, config.bias, config.z_loss)
 
     def forward(self, x_BLD: Tensor, targets_BL: Tensor | None = None) -> Any:
         """(B, L, D) to logits (B, L, V); with targets to (nats summed, how many targets count)."""
@@ -43,8 +43,16 @@ class Head(nn.Module):
 class Output(Linear):
     """The output layer. It owns its loss: under ZeRO-3 its weights are there while it runs."""
 
+    def __init__(self, dim: int, vocab_size: int, bias: bool, z_loss: float = 0.0) -> None:
+        super().__init__(dim, vocab_size, bias)
+        self.z_loss = z_loss
+
     def forward(self, x_BLD: Tensor, targets_BL: Tensor | None = None) -> Any:
-        """As ``Head.forward``. The loss is summed in fp32 over targets that are not -100."""
+        """As ``Head.forward``. The loss is summed in fp32 over targets that are not -100.
+
+        Its gradient, not its value, is also that of ``z_loss * log(Z)^2`` for each of them, Z the
+        sum of all exp(logit) (Chowdhery et al. 2022, arXiv 2204.02311, section 5).
+        """
         if targets_BL is None:
             return super().forward(x_BLD)
         x_ND, targets_N = x_BLD.flatten(0, 1), targets_BL.flatten()
@@ -52,7 +60,7 @@ class Output(Linear):
         needs = torch.is_grad_enabled() and (x_ND.requires_grad or self.weight.requires_grad)
         if x_ND.device.type != "meta" and torch.is_autocast_enabled(x_ND.device.type):
             x_ND = x_ND.to(torch.get_autocast_dtype(x_ND.device.type))
-        return _loss(x_ND, self.weight, self.bias, targets_N, needs), count
+        return _loss(x_ND, self.weight, self.bias, targets_N, self.z_loss, needs), count
 
 
 class _ChunkedLoss(torch.autograd.Function):
@@ -63,6 +71,7 @@ class _ChunkedLoss(torch.autograd.Function):
         weight_VD: Tensor,
         bias_V: Tensor | None,
         targets_N: Tensor,
+        z_loss: float,
         needs_gradients: bool,
     ) -> Tensor:
         chunk = max(1, CHUNK_LOGITS // len(weight_VD))
@@ -75,12 +84,16 @@ class _ChunkedLoss(torch.autograd.Function):
         for start in range(0, len(x_ND), chunk):
             part = slice(start, start + chunk)
             bias = None if bias_V is None else bias_V.to(x_ND.dtype)
-            log_p_CV = F.linear(x_ND[part], weight, bias).to(nats.dtype).log_softmax(dim=-1)
+            logits_CV = F.linear(x_ND[part], weight, bias).to(nats.dtype)
+            log_p_CV = logits_CV.log_softmax(dim=-1)
             nats += F.nll_loss(
                 log_p_CV, targets_N[part], ignore_index=IGNORED_TARGET, reduction="sum"
             )
             if grads is not None:
-                _add_gradients(grads, part, log_p_CV, x_ND, weight, targets_N[part])
+                log_z_C1 = logits_CV[:, :1] - log_p_CV[:, :1] if z_loss else None
+                scale_C1 = None if log_z_C1 is None else 1.0 + 2.0 * z_loss * log_z_C1
+                _add_gradients(grads, part, log_p_CV, scale_C1, x_ND, weight, targets_N[part])
+            del logits_CV
         ctx.dtypes = weight_VD.dtype, None if bias_V is None else bias_V.dtype
         ctx.save_for_backward(*(grads or ()))
         return nats
@@ -96,6 +109,7 @@ class _ChunkedLoss(torch.autograd.Function):
             None if bias_type is None else (for_bias * grad).to(bias_type),
             None,
             None,
+            None,
         )
 
 
@@ -103,14 +117,17 @@ def _add_gradients(
     grads: tuple[Tensor, Tensor, Tensor | None],
     part: slice,
     log_p_CV: Tensor,
+    scale_C1: Tensor | None,
     x_ND: Tensor,
     weight_VD: Tensor,
     targets_C: Tensor,
 ) -> None:
-    """softmax - one_hot, where there is a target, through the output layer."""
+    """scale * softmax - one_hot, where there is a target, through the output layer."""
     for_x, for_weight, for_bias = grads
     counts_C1 = (targets_C != IGNORED_TARGET).unsqueeze(1)
     d_CV = log_p_CV.exp_()
+    if scale_C1 is not None:
+        d_CV.mul_(scale_C1)
     here_C1 = targets_C.clamp(min=0).unsqueeze(1)
     d_CV.scatter_add_(1, here_C1, -torch.ones_like(here_C1, dtype=d_CV.dtype))
     d_CV.mul_(counts_C1)
