@@ -27,7 +27,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from io import TextIOWrapper
 from pathlib import Path
@@ -44,7 +44,7 @@ from hourglass_dist.sections import ConfigError, differences, to_yaml
 
 FORMAT = 1
 MAY_CHANGE = re.compile(
-    r"run\.dir|run\.time_limit_hours|data\.dataset|data\.sources\.\d+\.path|data\.cache\.|data\.skip_shards|"
+    r"run\.dir|run\.time_limit_hours|run\.hang_minutes|data\.dataset|data\.sources\.\d+\.path|data\.cache\.|data\.skip_shards|"
     r"train\.micro_batch_size|train\.max_skipped_steps|deepspeed\.|eval\.|checkpoint\.|metrics\.|"
     r"model\.levels\.\d+\.activation_checkpointing"
 )
@@ -67,6 +67,8 @@ class Progress:
     """ZeRO stage that wrote the state (for people; any stage reads it)."""
     score: float | None = None
     """Held-out bits per byte, where it was measured after this very step."""
+    guard: dict[str, Any] = field(default_factory=dict)
+    """What ``LossSpikes`` remembers."""
 
 
 class RunFolder:
@@ -234,13 +236,17 @@ class Checkpoints:
             if path not in kept:
                 remove(path)
 
-    def newest(self) -> tuple[Path, Progress] | None:
-        """The newest whole checkpoint, verified by all ranks together, or None when there is none.
+    def newest(self, up_to: int | None = None) -> tuple[Path, Progress] | None:
+        """The newest whole checkpoint (of step ``up_to`` or before), verified by all ranks
+        together, or None when there is none.
 
         Those that were passed over are named in ``passed_over``: the one that ``latest`` names when
         it is missing or damaged, then older ones. Raises ValueError when none of them is whole.
         """
         path = latest(self.folder)
+        if up_to is not None:
+            early = [p for p in complete(self.folder) if p.name <= tag(up_to)]
+            path = early[-1] if early else None
         older = [other for other in reversed(complete(self.folder)) if path and other < path]
         names = "\n".join(str(each.name) for each in [path, *older] if each)
         seen = dist.gather_ints([google_crc32c.value(names.encode())], self._world.device)

@@ -34,6 +34,9 @@ class RunConfig(Section):
     """Seeds the weights, dropout and the order of the data."""
     time_limit_hours: PositiveFloat | None = None
     """Hours after which the run saves and ends with exit code 75. Less than a scheduler gives."""
+    hang_minutes: PositiveFloat = 20.0
+    """Minutes without a step (or a batch of an evaluation) after which every rank writes its stacks
+    into the run folder and ends. More than a save may take; the start has ten at least."""
 
 
 class OptimConfig(Section):
@@ -68,6 +71,17 @@ class OptimConfig(Section):
     """Largest global gradient norm; 0 turns clipping off."""
 
 
+class SpikeConfig(Section):
+    """When a loss has jumped, and what then."""
+
+    sigmas: PositiveFloat = 6.0
+    """Standard deviations over the mean of the window that three losses in a row must exceed."""
+    window: Annotated[int, Field(ge=8)] = 64
+    """Steps that the mean and the deviation are of; high ones do not count."""
+    most: PositiveInt = 3
+    """How often a run may go back to its last checkpoint and leave the batches since out."""
+
+
 class TrainConfig(Section):
     """How long, how much at a time, in which precision."""
 
@@ -81,6 +95,8 @@ class TrainConfig(Section):
     max_skipped_steps: PositiveInt = 8
     """A step whose loss or gradient is no number changes nothing. The run stops after so many of
     them in a row."""
+    spikes: SpikeConfig | None = None
+    """When the loss jumps and stays up: go back and leave the batches out. null: go on."""
     activation_memory: PositiveFloat | None = None
     """GiB that the activations of one micro batch may take on one rank; what levels with
     ``activation_checkpointing: auto`` are chosen for."""

@@ -132,6 +132,21 @@ class Engine:
             norm = float(self._engine.get_global_grad_norm()) if applied else math.nan
         return StepResult(total_nll, int(total_count), norm, lr, applied)
 
+    def rehearse(self, rows: Rows) -> None:
+        """One step with the learning rate 0, on one micro batch: all memory that a step takes, and
+        nothing changed by it. Only before the first step and before ``load``."""
+        self._engine.train()
+        for group in self._engine.optimizer.param_groups:
+            group["lr"] = 0.0
+        self._accumulate(1)
+        micro = self._place(rows)
+        nats, _ = self._engine(**micro)
+        self._engine.backward(nats / micro["targets_BL"].numel())
+        self._engine.step()
+        for state in self._engine.optimizer.state.values():
+            for tensor in state.values():
+                tensor.zero_()
+
     def _accumulate(self, micro_batches: int) -> None:
         """Make an optimizer step of so many forward passes: the batch may grow during a run."""
         if micro_batches != self._engine.gradient_accumulation_steps():

@@ -127,6 +127,30 @@ def plan(config: Config, world_size: int) -> Plan:
     )
 
 
+def too_large(config: Config, world_size: int) -> str:
+    """What to tell a user whose run does not fit the memory of a rank: the plan, and the cheapest
+    ways out."""
+    made = plan(config, world_size)
+    memory, micro = made.memory, config.train.micro_batch_size
+    ways = []
+    if micro > 1:
+        ways.append(f"train.micro_batch_size={micro // 2} (the same batch, half the activations)")
+    for index, level in enumerate(made.model.levels):
+        if level.activation_checkpointing == "none" and len(ways) < 2:
+            ways.append(f"model.levels.{index}.activation_checkpointing=full")
+    if config.deepspeed.stage < 3:
+        stage = config.deepspeed.stage + 1
+        ways.append(f"deepspeed.zero_optimization.stage={stage}, or more ranks")
+    else:
+        ways.append("more ranks")
+    return (
+        f"out of memory in a step of {micro} x {config.data.longest} tokens on a rank; the plan is "
+        f"{show_bytes(memory.total)}: {show_bytes(memory.activations)} of activations, "
+        f"{show_bytes(memory.total - memory.activations)} of weights, gradients and optimizer. "
+        f"The cheapest ways out: {'; '.join(ways)}"
+    )
+
+
 def settle_checkpointing(config: Config) -> ModelConfig:
     """The model of a run with activation checkpointing chosen where it says ``auto``.
 

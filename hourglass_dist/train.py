@@ -9,9 +9,11 @@ batches and losses that an uninterrupted run would have had.
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from contextlib import closing
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -25,10 +27,11 @@ from hourglass_dist.data.stream import Batch, Stream, held_out_rows
 from hourglass_dist.data.tokenizer import Tokenizer, require_same
 from hourglass_dist.engine import Engine, deepspeed_settings
 from hourglass_dist.evaluate import Score, evaluate
-from hourglass_dist.guards import SkippedSteps
+from hourglass_dist.guards import LossSpikes, SkippedSteps, SpikeFound, Watchdog
 from hourglass_dist.metrics import Metrics, due
 from hourglass_dist.model.cost import choose_checkpointing
 from hourglass_dist.model.hourglass import HourglassLM
+from hourglass_dist.plan import too_large
 from hourglass_dist.sections import print_error
 from hourglass_dist.stop import EXIT_CODE, Interrupted, StopRequests
 
@@ -48,6 +51,8 @@ class Job:
     requests: StopRequests
     metrics: Metrics
     skipped: SkippedSteps
+    spikes: LossSpikes
+    watchdog: Watchdog
     step: int
     """Steps that are done already."""
 
@@ -61,13 +66,18 @@ def train(config: Config) -> None:
     """
     job = prepare(config)
     if job is None:
-        return
+        return None
     try:
-        run_steps(job)
+        while True:
+            try:
+                return run_steps(job)
+            except SpikeFound as spike:
+                job = go_back(job, spike)
     except (ValueError, FloatingPointError):  # raised on all ranks: a save under way can end
         job.checkpoints.wait()
         raise
     finally:
+        job.watchdog.close()
         job.metrics.close()
         job.run.close()
 
@@ -84,46 +94,82 @@ def prepare(config: Config) -> Job | None:
     requests = StopRequests(run.path, config.run.time_limit_hours, world)
     checkpoints = Checkpoints(run.checkpoints, config.checkpoint, world)
 
-    newest, step = find_state(checkpoints, stream, tokenizer, world)
+    found = find_state(checkpoints, stream, tokenizer, world)
+    path, progress = found or (None, None)
+    step, guard = (progress.step, progress.guard) if progress else (0, {})
     if step >= config.train.steps:
         say(world, f"{run.path}: finished: all {config.train.steps} steps are done")
         run.close()
         return None
     dist.together(lambda: run.record(config, tokenizer) if world.is_main else None, world.device)
+    watchdog = Watchdog(run.path, config.run.hang_minutes, world)
     engine = Engine(make_model(config, world), config, world)
-    if newest:
-        engine.load(newest)
+    rehearse(engine, config, world)
+    if path:
+        engine.load(path)
     announce(config, world, step)
     metrics = Metrics(run.path, config, tokenizer.byte_lengths(), step, world)
     skipped = SkippedSteps(run.path, config.train.max_skipped_steps, step, world)
+    spikes = LossSpikes(config.train.spikes, guard)
     return Job(
-        *(config, world, run, datasets, tokenizer, stream),
-        *(engine, checkpoints, requests, metrics, skipped, step),
+        *(config, world, run, datasets, tokenizer, stream, engine, checkpoints),
+        *(requests, metrics, skipped, spikes, watchdog, step),
     )
 
 
 def run_steps(job: Job) -> None:
-    """The loop. Raises Interrupted when it was asked to stop, FloatingPointError when it must."""
+    """The loop. Raises Interrupted when it was asked to stop, FloatingPointError when it must, and
+    SpikeFound when it wants to go back."""
     config, metrics, stream = job.config, job.metrics, job.stream
     step, total = job.step, config.train.steps
-    batches = stream.batches(start_step=step)
-    while step < total:
-        batch = dist.together(lambda: next(batches), job.world.device)
-        result = job.engine.step(batch.rows, step)
-        step += 1
-        job.skipped.look(step, result, stream.rows_of(step - 1))
-        metrics.record(step, result, batch, stream.epochs_read, job.skipped.total)
-        last = step == total
-        stop = None if last else job.requests.reason()
-        score = held_out_score(job, step) if due(step, config.eval.every) or last else None
-        if due(step, config.checkpoint.every) or last or stop:
-            save(job, step, score)
-        if last or stop:
-            job.checkpoints.finish()
-        for line in job.checkpoints.news():
-            metrics.say(line)
-        if stop:
-            raise job.requests.honoured(stop, step)
+    with closing(stream.batches(start_step=job.spikes.data_step(step))) as batches:
+        while step < total:
+            batch = dist.together(lambda: next(batches), job.world.device)
+            result = job.engine.step(batch.rows, step)
+            rows = stream.rows_of(job.spikes.data_step(step))
+            step += 1
+            job.watchdog.beat()
+            job.skipped.look(step, result, rows)
+            metrics.record(step, result, batch, stream.epochs_read, job.skipped.total)
+            job.spikes.look(step, result.loss)
+            last = step == total
+            stop = None if last else job.requests.reason()
+            score = held_out_score(job, step) if due(step, config.eval.every) or last else None
+            if due(step, config.checkpoint.every) or last or stop:
+                save(job, step, score)
+            if last or stop:
+                job.checkpoints.finish()
+            for line in job.checkpoints.news():
+                metrics.say(line)
+            if stop:
+                raise job.requests.honoured(stop, step)
+
+
+def go_back(job: Job, spike: SpikeFound) -> Job:
+    """The run as it was at its newest checkpoint before the spike, the batches since left out.
+
+    Raises FloatingPointError when there is none.
+    """
+    job.checkpoints.wait()
+    found = job.checkpoints.newest(up_to=spike.good)
+    if not found:
+        raise FloatingPointError(f"{spike}; there is no checkpoint from before to go back to")
+    path, progress = found
+    job.engine.load(path)
+    spikes = job.spikes.back_at(progress.step, progress.guard, spike.data_step)
+    after, steps = spikes.left_out[-1]
+    job.metrics.say(f"{spike}: back after step {after}, the data of {steps} steps is left out")
+    job.metrics.close()
+    lengths = job.tokenizer.byte_lengths()
+    return replace(
+        job,
+        step=progress.step,
+        spikes=spikes,
+        metrics=Metrics(job.run.path, job.config, lengths, progress.step, job.world),
+        skipped=SkippedSteps(
+            job.run.path, job.config.train.max_skipped_steps, progress.step, job.world
+        ),
+    )
 
 
 def held_out_score(job: Job, step: int) -> Score:
@@ -132,6 +178,7 @@ def held_out_score(job: Job, step: int) -> Score:
         rows = dist.together(
             lambda: held_out(job.config, job.datasets, job.world), job.world.device
         )
+        rows = job.watchdog.watching(rows)
         score = evaluate(job.engine.eval_loss, rows, job.tokenizer.byte_lengths(), job.world)
     job.metrics.record_eval(step, score)
     return score
@@ -142,10 +189,11 @@ def save(job: Job, step: int, score: Score | None) -> None:
     dist.require_agreement(job.stream.identity(), job.world.device)
     progress = Progress(
         step=step,
-        data=job.stream.state(step),
+        data=job.stream.state(job.spikes.data_step(step)),
         tokenizer=asdict(job.tokenizer.fingerprint),
         stage=job.engine.stage,
         score=score.bits_per_byte if score else None,
+        guard=job.spikes.state(),
     )
     with job.metrics.pause():
         job.checkpoints.save(job.engine.snapshot, progress)
@@ -177,21 +225,21 @@ def open_stream(config: Config, datasets: Sequence[Dataset], world: dist.World) 
 
 def find_state(
     checkpoints: Checkpoints, stream: Stream, tokenizer: Tokenizer, world: dist.World
-) -> tuple[Path | None, int]:
-    """The checkpoint to continue from, and how many steps are done; the stream goes on from there.
+) -> tuple[Path, Progress] | None:
+    """The checkpoint to continue from, if there is one; the stream goes on from there.
 
     Raises ValueError when it belongs to other data or another tokenizer.
     """
     found = checkpoints.newest()
     for problem in checkpoints.passed_over:
         say(world, f"passed over a damaged checkpoint: {problem}")
-    if not found:
-        return None, 0
-    path, progress = found
-    stream.resume(progress.data, progress.step)
-    saved = type(tokenizer.fingerprint)(**progress.tokenizer)
-    require_same(saved, tokenizer.fingerprint, str(path), "the dataset's tokenizer")
-    return path, progress.step
+    if found:
+        path, progress = found
+        read = LossSpikes(None, progress.guard).data_step(progress.step)
+        stream.resume(progress.data, read)
+        saved = type(tokenizer.fingerprint)(**progress.tokenizer)
+        require_same(saved, tokenizer.fingerprint, str(path), "the dataset's tokenizer")
+    return found
 
 
 def make_model(config: Config, world: dist.World) -> HourglassLM:
@@ -209,6 +257,25 @@ def make_model(config: Config, world: dist.World) -> HourglassLM:
     model.to_empty(device=world.device)
     model.init_weights(config.run.seed)
     return model
+
+
+def rehearse(engine: Engine, config: Config, world: dist.World) -> None:
+    """One step with the longest rows, which changes nothing: a run that will run out of memory does
+    so now.
+
+    Raises ValueError, with what to do about it, when it does.
+    """
+    shape = config.train.micro_batch_size, config.data.longest
+    tokens_BL = torch.zeros(shape, dtype=torch.int64)
+    rows = {"tokens_BL": tokens_BL, "targets_BL": tokens_BL}
+    if config.data.isolate_documents:
+        rows["documents_BL"] = tokens_BL
+    try:
+        engine.rehearse(rows)
+    except RuntimeError as error:
+        if not re.search("out of memory|can't allocate memory", str(error)):
+            raise
+        raise ValueError(too_large(config, world.size)) from None
 
 
 def held_out(config: Config, datasets: Sequence[Dataset], world: dist.World) -> Iterator[Batch]:

@@ -23,6 +23,9 @@ from hourglass_dist.engine import Engine
 def run(case: dict[str, Any], world: dist.World) -> dict[str, Any]:
     config = make_config(case["stage"], case.get("precision", "fp32"), **case.get("optim", {}))
     engine = Engine(make_model(config), config, world)
+    if case.get("rehearse"):
+        tokens = torch.zeros(config.train.micro_batch_size, config.data.seq_len, dtype=torch.int64)
+        engine.rehearse({"tokens_BL": tokens, "targets_BL": tokens})
     if "load" in case:
         engine.load(Path(case["load"]))
     losses, norms = [], []

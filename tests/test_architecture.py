@@ -43,7 +43,7 @@ ORDER = [
         "export",
         "evaluate",
     ),
-    *("metrics", "stop", "guards", "train", "generate", "plan"),
+    *("plan", "metrics", "stop", "guards", "train", "generate"),
     *("bench.shared", "bench.model", "bench.decode", "bench.compare", "bench.data", "bench.cli"),
     "cli",
 ]

@@ -50,7 +50,10 @@ def plain_pytorch(steps: int) -> list[float]:
 def test_every_stage_agrees_with_plain_pytorch(tmp_path: Path) -> None:
     """Two ranks, accumulation 2, clipping on, 20 steps: losses within 1e-5 at every step."""
     expected = plain_pytorch(20)
-    results = run_cases(tmp_path, 2, [{"stage": stage, "steps": 20} for stage in range(4)])
+    cases: list[dict[str, Any]] = [{"stage": stage, "steps": 20} for stage in range(4)]
+    found = run_cases(tmp_path, 2, [*cases, *(case | {"rehearse": True} for case in cases)])
+    results, rehearsed = found[:4], found[4:]
+    assert rehearsed == results, "a rehearsal changes nothing, bit for bit"
     print("\nstage  largest difference of the loss from plain PyTorch")
     for stage, result in enumerate(results):
         worst = max(abs(a - b) for a, b in zip(result["losses"], expected, strict=True))

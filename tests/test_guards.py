@@ -1,19 +1,26 @@
-"""A gradient that is no number changes nothing, is noted, and ends the run when it stays."""
+"""Steps that go wrong: no numbers, a loss that jumps, a rank that hangs, too little memory."""
 
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
+import psutil
 import pytest
-from ranks import TESTS, torchrun
+from ranks import TESTS, environment, kill_tree, start_torchrun, torchrun, wait_for_step
 from test_resume import PERSIST, losses
 
+from hourglass_dist.checkpoint import read_manifest
+from hourglass_dist.config import SpikeConfig
+from hourglass_dist.guards import LossSpikes, SpikeFound
 
-def settings(config: Path, dataset: Path, run: Path, stage: int) -> list[str]:
+
+def settings(config: Path, dataset: Path, run: Path, stage: int, steps: int = 8) -> list[str]:
     zero = f"{{stage: {stage}, {PERSIST if stage == 3 else ''}}}"
     return [
-        *(str(config), f"data.dataset={dataset}", f"run.dir={run}", "train.steps=8"),
+        *(str(config), f"data.dataset={dataset}", f"run.dir={run}", f"train.steps={steps}"),
         *(f"deepspeed.zero_optimization={zero}", "eval.every=8", "optim.clip_grad_norm=0"),
     ]
 
@@ -26,7 +33,7 @@ def test_a_step_without_a_gradient_changes_nothing(
     for stage in (0, 1, 2, 3):
         run = tmp_path / str(stage)
         arguments = settings(tiny_config, dataset, run, stage)
-        done = torchrun(2, str(TESTS / "nan_worker.py"), "3,6", *arguments)
+        done = torchrun(2, str(TESTS / "fault_worker.py"), "nan", "3,6", *arguments)
         assert done.returncode == 0, done.stderr[-3000:]
         assert "step 3: loss nan, gradient norm nan: skipped; rows 16 to 23" in done.stdout
         noted = [json.loads(line) for line in (run / "skipped.jsonl").read_text().splitlines()]
@@ -42,6 +49,114 @@ def test_a_step_without_a_gradient_changes_nothing(
 def test_too_many_in_a_row_end_the_run(tiny_config: Path, dataset: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     arguments = [*settings(tiny_config, dataset, run, 1), "train.max_skipped_steps=3"]
-    done = torchrun(2, str(TESTS / "nan_worker.py"), "4,5,6,7", *arguments)
+    done = torchrun(2, str(TESTS / "fault_worker.py"), "nan", "4,5,6,7", *arguments)
     assert done.returncode == 1
     assert "stopped: step 6: loss nan, gradient norm nan: 3 steps in a row" in done.stderr
+
+
+def test_a_spike_is_left_out(tiny_config: Path, dataset: Path, tmp_path: Path) -> None:
+    """A batch that wrecks the weights: the run goes back, leaves it out, and ends as low as
+    it would have without it."""
+    found = []
+    for name, bad in (("run", "18"), ("without", "0")):
+        arguments = settings(tiny_config, dataset, tmp_path / name, 1, steps=40)
+        arguments += ["train.spikes={window: 8}", "checkpoint.keep=9"]
+        done = torchrun(2, str(TESTS / "fault_worker.py"), "lr", bad, *arguments)
+        assert done.returncode == 0, done.stderr[-3000:]
+        found.append((done.stdout, losses(tmp_path / name)))
+    said, disturbed = found[0]
+    [line] = [line for line in said.splitlines() if "the loss has jumped" in line]
+    assert line.startswith("step 21: the loss has jumped to ")
+    assert line.endswith(": back after step 15, the data of 6 steps is left out")
+    assert disturbed[40] == pytest.approx(found[1][1][40], abs=0.2)
+    assert max(disturbed.values()) < 6, "what was given up is forgotten"
+    progress = read_manifest(tmp_path / "run" / "checkpoints" / "step_00000040")["progress"]
+    assert progress["guard"]["left_out"] == [[15, 6]]
+    assert progress["data"]["next_row"] == 46 * 8
+
+
+def test_the_state_of_spikes_goes_on_as_it_was() -> None:
+    """Cut anywhere, carried through JSON: the same decisions."""
+    config = SpikeConfig(window=8, most=2)
+    losses = [3.0 - 0.01 * n for n in range(30)] + [9.0] * 2 + [2.7] * 5 + [9.0] * 3
+
+    def decisions(cut: int) -> tuple[list[int], dict[str, object]]:
+        spikes, found = LossSpikes(config, {}), []
+        for step, loss in enumerate(losses, start=1):
+            try:
+                spikes.look(step, loss)
+            except SpikeFound as spike:
+                found.append(spike.data_step)
+            if step == cut:
+                spikes = LossSpikes(config, json.loads(json.dumps(spikes.state())))
+        return found, spikes.state()
+
+    expected = decisions(0)
+    assert expected[0] == [len(losses)], "two high losses are none, three are one"
+    for cut in range(1, len(losses)):
+        assert decisions(cut) == expected
+
+
+def test_what_is_left_out_adds_up() -> None:
+    spikes = LossSpikes(SpikeConfig(window=8), {})
+    once = spikes.back_at(20, {}, 27)
+    assert (once.data_step(19), once.data_step(20), once.data_step(30)) == (19, 27, 37)
+    twice = once.back_at(20, {}, 31)
+    assert twice.data_step(20) == 31
+    later = twice.back_at(40, {}, 60)
+    assert (later.data_step(20), later.data_step(40)) == (31, 60)
+    assert len(later.left_out) == 3
+
+
+def test_a_hung_rank_leaves_stacks_and_ends_the_run(
+    tiny_config: Path, dataset: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    arguments = settings(tiny_config, dataset, run, 1, steps=100_000)
+    process = start_torchrun(2, "-m", "hourglass_dist.train", *arguments, "run.hang_minutes=0.1")
+    try:
+        wait_for_step(process, run, 5)
+        first, second = sorted(
+            psutil.Process(process.pid).children(), key=lambda p: p.environ()["RANK"]
+        )
+        second.suspend()
+        first.wait(timeout=60)
+        second.kill()
+        process.communicate(timeout=60)
+    finally:
+        if process.poll() is None:
+            kill_tree(process)
+    assert process.returncode not in (0, 2, 75)
+    stacks = (run / "stacks" / "rank_00000.txt").read_text()
+    assert "Timeout" in stacks
+    assert "engine.py" in stacks or "dist.py" in stacks
+
+
+def test_too_little_memory_is_said_before_the_first_step(
+    tiny_config: Path, dataset: Path, tmp_path: Path
+) -> None:
+    """A process that may not have more memory, and rows that want it."""
+    script = (
+        "import resource, sys\n"
+        "from hourglass_dist import train\n"
+        "used = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize()\n"
+        "resource.setrlimit(resource.RLIMIT_AS, (used + 3 * 2**30,) * 2)\n"
+        "sys.exit(train.main(sys.argv[1:]))"
+    )
+    arguments = settings(tiny_config, dataset, tmp_path / "run", 1)
+    large = ["train.micro_batch_size=20000", "data.batch_size=20000"]
+    done = subprocess.run(
+        [sys.executable, "-c", script, *arguments, *large],
+        capture_output=True,
+        text=True,
+        env=environment(),
+        timeout=200,
+        check=False,
+    )
+    assert done.returncode == 2, done.stderr[-3000:]
+    [line] = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert line.startswith(
+        "error: out of memory in a step of 20000 x 64 tokens on a rank; the plan"
+    )
+    assert "train.micro_batch_size=10000 (the same batch" in line
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()

@@ -63,7 +63,5 @@ def test_levels_have_rates_of_their_own() -> None:
     groups = parameter_groups(model, OptimConfig(lr=1.0, level_lr=[1.0, 0.5]))
     inner = {names[id(p)] for group in groups if group["lr_scale"] == 0.5 for p in group["params"]}
     assert inner == {name for name in names.values() if name.startswith("hourglass.inner.")}
-    with pytest.raises(
-        ConfigError, match=r"level_lr: expected one number for each of 2 levels"
-    ):
+    with pytest.raises(ConfigError, match=r"level_lr: expected one number for each of 2 levels"):
         make_config(0, level_lr=[1.0])

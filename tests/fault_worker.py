@@ -1,0 +1,41 @@
+"""Trains with a fault that no text causes at will: fault_worker.py KIND STEPS CONFIG key=value ...
+
+nan 3,6    the loss of rank 1 is no number at these steps
+lr 12      a step far too long on the batch that is read at this step, whenever it is read
+"""
+
+import os
+import sys
+
+import torch
+
+from hourglass_dist import optim, train
+from hourglass_dist.engine import Engine
+from hourglass_dist.model.hourglass import HourglassLM
+
+kind, steps = sys.argv[1], {int(step) for step in sys.argv[2].split(",")}
+now, bad = 0, []
+step, forward, learning_rate = Engine.step, HourglassLM.forward, optim.learning_rate
+
+
+def noted(self, rows, number):
+    global now, is_bad
+    now = number + 1
+    if now in steps and len(bad) < len(steps):
+        bad.append(rows["tokens_BL"].clone())
+    is_bad = any(torch.equal(tokens, rows["tokens_BL"]) for tokens in bad)
+    return step(self, rows, number)
+
+
+def broken(self, *args, **kwargs):
+    nats, count = forward(self, *args, **kwargs)
+    fault = now in steps and self.training and os.environ["RANK"] == "1"
+    return nats * float("nan") if fault else nats, count
+
+
+Engine.step = noted
+if kind == "nan":
+    HourglassLM.forward = broken
+else:
+    optim.learning_rate = lambda *a: 1.0 if is_bad else learning_rate(*a)
+sys.exit(train.main(sys.argv[3:]))
