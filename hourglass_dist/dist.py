@@ -7,11 +7,14 @@ port.
 from __future__ import annotations
 
 import atexit
+import ctypes
 import hashlib
 import os
+import signal
 import time
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -50,6 +53,8 @@ def init() -> World:
     device = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
     if on_gpu:
         torch.cuda.set_device(device)
+    if "RANK" in os.environ:
+        _end_with_parent()
     if not td.is_initialized():
         backend = "nccl" if on_gpu else "gloo"
         if "RANK" in os.environ:
@@ -59,6 +64,16 @@ def init() -> World:
             td.init_process_group(backend, store=HashStore(), rank=0, world_size=1, timeout=TIMEOUT)
         atexit.register(shutdown)
     return World(td.get_rank(), td.get_world_size(), device)
+
+
+def _end_with_parent() -> None:
+    """Let Linux kill this process when torchrun dies: ranks that go on alone would hold the run
+    folder and train beside those that are started next."""
+    with suppress(OSError, AttributeError):  # not Linux
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+_PR_SET_PDEATHSIG = 1
 
 
 def shutdown() -> None:
