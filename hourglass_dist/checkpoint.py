@@ -27,11 +27,12 @@ import socket
 import threading
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from io import TextIOWrapper
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import google_crc32c
 
@@ -40,6 +41,7 @@ from hourglass_dist.config import CheckpointConfig, Config, load
 from hourglass_dist.data.tokenizer import Tokenizer
 from hourglass_dist.files import checksum, replace, sync
 from hourglass_dist.fragments import Snapshot
+from hourglass_dist.mirror import Mirror
 from hourglass_dist.sections import ConfigError, differences, to_yaml
 
 FORMAT = 1
@@ -137,6 +139,8 @@ class Checkpoints:
         self._config = config
         self._world = world
         self._attempts = 0
+        self._ranks = range(world.size)
+        self._mirror = Mirror(config.remote) if config.remote else None
         self._session = dist.gather_ints([secrets.randbits(40)], world.device)[0][0]
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
@@ -185,27 +189,50 @@ class Checkpoints:
             folder.mkdir(parents=True, exist_ok=True)
             snapshot.write(file)
             entry: dict[str, Any] = {"bytes": file.stat().st_size, "crc32c": checksum(file)}
-        except OSError as error:
+        except Exception as error:  # whatever it is, the main rank must hear of it
             self._error = error
             entry = {"error": str(error)}
         try:
-            dist.post(f"{folder.name}/{self._world.rank}", json.dumps(entry))
-            if self._world.is_main:
-                target = self._complete(folder, progress)
-                seconds = time.perf_counter() - begun
-                self._news.append(f"step {progress.step}: saved {target} ({seconds:.1f} s)")
+            with ExitStack() as stack:
+                mine = None if self._error else stack.enter_context(file.open("rb"))
+                dist.post(f"{folder.name}/{self._world.rank}", json.dumps(entry))
+                if self._world.is_main:
+                    target = self._complete(folder, progress)
+                    seconds = time.perf_counter() - begun
+                    self._news.append(f"step {progress.step}: saved {target} ({seconds:.1f} s)")
+                if self._mirror and mine:
+                    self._copy(self._mirror, mine, folder.name, progress)
         except (OSError, ValueError, RuntimeError) as error:
             self._error = error
             shutil.rmtree(folder, ignore_errors=True)
             self._news.append(f"step {progress.step}: could not be saved: {error}")
+
+    def _copy(self, mirror: Mirror, mine: IO[bytes], attempt: str, progress: Progress) -> None:
+        """Bring this rank's file to the mirror; the main rank finishes the copy there."""
+        name, said = tag(progress.step), ""
+        try:
+            mirror.put(f"{name}/{fragments.file_name(self._world.rank)}", mine)
+        except Exception as error:  # of whichever library: the copy is lost, nothing else
+            said = f"rank {self._world.rank}: {error or type(error).__name__}"
+        dist.post(f"{attempt}/copy/{self._world.rank}", said)
+        if self._world.is_main:
+            failed = [t for t in dist.posts(f"{attempt}/copy/{r}" for r in self._ranks) if t]
+            try:
+                if not failed:
+                    kept = [path.name for path in complete(self.folder)]
+                    mirror.finish(self.folder / name, kept)
+            except Exception as error:
+                failed = [str(error) or type(error).__name__]
+            result = f"could not be copied: {failed[0]}" if failed else "copied"
+            self._news.append(f"step {progress.step}: {mirror.url}: {result}")
 
     def _complete(self, folder: Path, progress: Progress) -> Path:
         """The main rank's part once every file is there: manifest, rename, ``latest``, retention.
 
         Raises ValueError when a rank could not write its file.
         """
-        ranks = range(self._world.size)
-        entries = [json.loads(said) for said in dist.posts(f"{folder.name}/{r}" for r in ranks)]
+        notes = dist.posts(f"{folder.name}/{rank}" for rank in self._ranks)
+        entries = [json.loads(note) for note in notes]
         for rank, entry in enumerate(entries):
             if "error" in entry:
                 raise ValueError(f"rank {rank}: {entry['error']}")
@@ -243,6 +270,8 @@ class Checkpoints:
         Those that were passed over are named in ``passed_over``: the one that ``latest`` names when
         it is missing or damaged, then older ones. Raises ValueError when none of them is whole.
         """
+        if self._mirror and up_to is None:
+            self._fetch_newer(self._mirror)
         path = latest(self.folder)
         if up_to is not None:
             early = [p for p in complete(self.folder) if p.name <= tag(up_to)]
@@ -264,6 +293,41 @@ class Checkpoints:
             except ValueError as error:
                 self.passed_over.append(str(error))
         raise ValueError(f"{self.passed_over[0]}; there is no other good checkpoint")
+
+    def _fetch_newer(self, mirror: Mirror) -> None:
+        """Bring the mirror's newest checkpoint here when the run folder has none as new.
+
+        Raises ValueError, on all ranks, when the mirror is not reached: a run that began anew for
+        that reason would be worse.
+        """
+
+        def find() -> int:
+            try:
+                name = mirror.latest() if self._world.is_main else None
+            except Exception as error:
+                raise ValueError(f"{mirror.url}: {error or type(error).__name__}") from None
+            here = latest(self.folder)
+            return int(name[5:]) if name and (here is None or here.name < name) else -1
+
+        device = self._world.device
+        step = dist.gather_ints([dist.together(find, device)], device)[0][0]
+        if step < 0:
+            return
+        folder = self.folder / f".unfinished_fetch_{self._session:010x}"
+
+        def fetch() -> None:
+            folder.mkdir(parents=True, exist_ok=True)
+            for name in mirror.files(tag(step))[self._world.rank :: self._world.size]:
+                mirror.get(f"{tag(step)}/{name}", folder / name)
+
+        dist.together(fetch, device)
+        if self._world.is_main:
+            target = self.folder / tag(step)
+            if target.exists():
+                remove(target)
+            folder.rename(target)
+            replace(self.folder / "latest", target.name + "\n")
+        dist.barrier()
 
 
 def tag(step: int) -> str:

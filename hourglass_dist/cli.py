@@ -25,6 +25,8 @@ app = typer.Typer(
 )
 app.add_typer(data_app, name="data")
 app.add_typer(bench_app, name="bench")
+checkpoint_app = typer.Typer(no_args_is_help=True, help="A run's checkpoints: what there is.")
+app.add_typer(checkpoint_app, name="checkpoint")
 bench_app.command("prepare")(bench_prepare)
 
 ConfigFile = Annotated[Path, typer.Argument(help="A YAML file such as configs/quickstart.yaml.")]
@@ -74,9 +76,54 @@ def plan(
     print(render(make_plan(settings.load(config, overrides or ()), world_size)), end="")
 
 
+Run = Annotated[Path, typer.Argument(help="A run folder, such as runs/quickstart.")]
+
+
+@checkpoint_app.command("list")
+def checkpoint_list(run: Run) -> None:
+    """Say which checkpoints a run has, how large they are, and how good.
+
+    Any number of ranks continues from any of them, at any ZeRO stage: there is nothing to convert.
+
+    Example: hourglass checkpoint list runs/quickstart
+    """
+    from hourglass_dist.checkpoint_tools import listing
+
+    for line in listing(run):
+        print(line)
+
+
+@checkpoint_app.command("verify")
+def checkpoint_verify(
+    run: Run, step: Annotated[int | None, typer.Option(help="Only that of this step.")] = None
+) -> None:
+    """Check every byte of a run's checkpoints; exit code 2 when one is damaged.
+
+    Example: hourglass checkpoint verify runs/quickstart
+    """
+    from hourglass_dist.checkpoint_tools import check
+
+    for line in check(run, step):
+        print(line, flush=True)
+
+
+@checkpoint_app.command("delete")
+def checkpoint_delete(
+    run: Run, steps: Annotated[list[int], typer.Argument(help="Of which steps.")]
+) -> None:
+    """Remove checkpoints; the newest one stays.
+
+    Example: hourglass checkpoint delete runs/quickstart 1000
+    """
+    from hourglass_dist.checkpoint_tools import delete
+
+    for line in delete(run, steps):
+        print(line)
+
+
 @app.command()
 def export(
-    run: Annotated[Path, typer.Argument(help="A run folder, such as runs/quickstart.")],
+    run: Run,
     out: Annotated[Path, typer.Argument(help="The new folder.")],
     format: Annotated[
         Literal["hourglass", "lucidrains"],

@@ -122,6 +122,9 @@ class CheckpointConfig(Section):
     """Checkpoints of steps that this divides stay for good."""
     keep_best: bool = False
     """Also keep the one with the lowest held-out bits per byte (of steps that were evaluated)."""
+    remote: str | None = None
+    """Where copies go, such as s3://bucket/runs/NAME; a run whose folder is gone goes on from
+    there."""
 
 
 class MetricsConfig(Section):

@@ -21,7 +21,8 @@ import math
 import os
 import warnings
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -340,6 +341,26 @@ class Engine:
                 optimizer._reassign_or_swap_out_partitioned_parameters(index)
             if optimizer.persistent_parameters:
                 optimizer.persistent_parameters[0].all_gather(optimizer.persistent_parameters)
+
+
+def making_weights(
+    config: Config, world: dist.World
+) -> Callable[[nn.Module], AbstractContextManager[None]]:
+    """For ``HourglassLM.init_weights`` on the meta device: a module's own weights come to this
+    rank's device before they are drawn; at stage 3 only a part of them stays."""
+    dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
+
+    @contextmanager
+    def made(module: nn.Module) -> Iterator[None]:
+        module.to_empty(device=world.device, recurse=False)
+        yield
+        own = list(module.parameters(recurse=False))
+        if config.deepspeed.stage == 3 and own:
+            for parameter in own:
+                parameter.data = parameter.data.to(dtype)
+            deepspeed.zero.Init(nn.ParameterList(own), dtype=dtype, mem_efficient_linear=False)
+
+    return made
 
 
 def deepspeed_settings(config: Config, world_size: int) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from hourglass_dist.config import Config
 from hourglass_dist.data.mixture import Dataset, make_plan, open_mixture
 from hourglass_dist.data.stream import Batch, Stream, held_out_rows
 from hourglass_dist.data.tokenizer import Tokenizer, require_same
-from hourglass_dist.engine import Engine, deepspeed_settings
+from hourglass_dist.engine import Engine, deepspeed_settings, making_weights
 from hourglass_dist.evaluate import Score, evaluate
 from hourglass_dist.guards import LossSpikes, SkippedSteps, SpikeFound, Watchdog
 from hourglass_dist.metrics import Metrics, due
@@ -243,7 +243,8 @@ def find_state(
 
 
 def make_model(config: Config, world: dist.World) -> HourglassLM:
-    """The model on this rank's device, the same weights on every rank."""
+    """The model on this rank's device, the same weights on every rank; at ZeRO stage 3 this rank's
+    part of them, which never were here all at once."""
     settled = choose_checkpointing(
         config.model,
         config.data.longest,
@@ -254,8 +255,7 @@ def make_model(config: Config, world: dist.World) -> HourglassLM:
     )
     with torch.device("meta"):
         model = HourglassLM(settled)
-    model.to_empty(device=world.device)
-    model.init_weights(config.run.seed)
+    model.init_weights(config.run.seed, made=making_weights(config, world))
     return model
 
 

@@ -39,11 +39,12 @@ ORDER = [
         "optim",
         "fragments",
         "engine",
+        "mirror",
         "checkpoint",
         "export",
         "evaluate",
     ),
-    *("plan", "metrics", "stop", "guards", "train", "generate"),
+    *("plan", "checkpoint_tools", "metrics", "stop", "guards", "train", "generate"),
     *("bench.shared", "bench.model", "bench.decode", "bench.compare", "bench.data", "bench.cli"),
     "cli",
 ]

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from ranks import hourglass
 
 from hourglass_dist import dist, fragments
 from hourglass_dist.checkpoint import Checkpoints, Progress, complete, latest, tag, verify
@@ -95,6 +96,35 @@ def test_training_goes_on_with_the_state_while_it_is_written(tmp_path: Path) -> 
     kept.finish()
     for path, value in zip(complete(kept.folder), (4, 5), strict=True):
         assert fragments.Reader(path).full("fp32", "w").eq(value).all()
+
+
+def test_a_lost_run_folder_comes_back_from_its_mirror(tmp_path: Path) -> None:
+    here, there = tmp_path / "checkpoints", tmp_path / "mirror"
+    kept = make(here, keep=1, remote=there.as_uri())
+    for step in (5, 10):
+        save(kept, step)
+    assert sorted(os.listdir(there)) == ["latest", tag(10)]
+    assert kept.news()[-1] == f"step 10: {there.as_uri()}: copied"
+    shutil.rmtree(here)
+    found = make(here, remote=there.as_uri()).newest()
+    assert found is not None
+    assert found[1] == progress(10)
+    assert torch.equal(fragments.Reader(found[0]).full("fp32", "w").flatten(), torch.arange(600.0))
+    data = (there / tag(10) / "rank_00000.safetensors").read_bytes()
+    (there / tag(10) / "rank_00000.safetensors").write_bytes(data[:-1] + b"x")
+    shutil.rmtree(here)
+    with pytest.raises(ValueError, match="expected crc32c"):
+        make(here, remote=there.as_uri()).newest()
+
+
+def test_a_mirror_that_cannot_be_written_costs_only_the_copy(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    kept = make(tmp_path / "checkpoints", remote=(tmp_path / "file" / "mirror").as_uri())
+    save(kept, 5)
+    assert kept.news()[0].startswith("step 5: saved ")
+    save(kept, 10)
+    assert "could not be copied: rank 0: " in kept.news()[-1]
+    assert len(complete(kept.folder)) == 2
 
 
 def test_a_step_taken_again_from_an_older_checkpoint_is_kept(checkpoints: Checkpoints) -> None:
@@ -210,3 +240,27 @@ def test_killed_at_any_instant_leaves_a_whole_checkpoint(tmp_path: Path) -> None
         found = reader.newest()
         assert found is not None
         assert found[1].step >= int(said)
+
+
+def test_the_command_lists_verifies_and_deletes(run_folder: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(run_folder, run)
+    listed = hourglass("checkpoint", "list", run).stdout.splitlines()
+    assert [line.split()[0] for line in listed] == ["step", "15", "20"]
+    assert listed[2].endswith("bits/byte  (latest)")
+    assert hourglass("checkpoint", "verify", run).stdout.count(": whole\n") == 2
+    file = run / "checkpoints" / tag(15) / fragments.file_name(1)
+    file.write_bytes(file.read_bytes()[:-1])
+    done = hourglass("checkpoint", "verify", run)
+    assert done.returncode == 2
+    assert f"{file}: expected" in done.stdout
+    assert done.stderr == f"error: {run}: 1 of 2 checkpoints are damaged\n"
+    kept = hourglass("checkpoint", "delete", run, 15, 20)
+    assert kept.returncode == 2
+    assert "is the newest, from which the run goes on: it stays" in kept.stderr
+    assert hourglass("checkpoint", "delete", run, 15).returncode == 0
+    assert [path.name for path in complete(run / "checkpoints")] == [tag(20)]
+    nothing = hourglass("checkpoint", "list", tmp_path)
+    assert nothing.stderr == (
+        f"error: {tmp_path}: expected a run folder (with config.yaml), found none\n"
+    )

@@ -85,6 +85,14 @@ def test_state_moves_between_stages_and_world_sizes(tmp_path: Path) -> None:
                 )
 
 
+def test_at_stage_3_the_model_is_never_whole(tmp_path: Path, tiny_config: Path) -> None:
+    """And its parts are those of the whole one."""
+    run_worker(2, "meta_worker.py", tmp_path / "out.json", tiny_config)
+    found = json.loads((tmp_path / "out.json").read_text())
+    assert found["same"]
+    assert found["most"] < 0.1 * found["total"]
+
+
 def test_bf16_follows_fp32_and_resumes_exactly(tmp_path: Path) -> None:
     """bf16 stays near the fp32 losses, and a resumed run repeats the uninterrupted one bit for
     bit."""

@@ -2,7 +2,7 @@
 bit, and nothing is left lying about. The suite kills a few times; the whole drill is a command:
 
     python tests/test_resume.py --kills 40 --steps 60 --seed 1
-    python tests/test_resume.py --broken          the same with a rename that is not atomic: it fails
+    python tests/test_resume.py --broken       the same with a rename that is not atomic: it fails
 """
 
 from __future__ import annotations

@@ -10,6 +10,8 @@ level, V vocabulary. With the settings of ``configs/seed.yaml`` the function is 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -41,6 +43,12 @@ from hourglass_dist.model.resample import (
 from hourglass_dist.model_config import ModelConfig
 
 INIT_STD = 0.02
+
+Made = AbstractContextManager[None]
+
+
+def _as_they_are(_: nn.Module) -> Made:
+    return nullcontext()
 
 
 class Stage(NamedTuple):
@@ -197,7 +205,7 @@ class HourglassLM(nn.Module):
         ]
 
     @torch.no_grad()
-    def init_weights(self, seed: int) -> None:
+    def init_weights(self, seed: int, made: Callable[[nn.Module], Made] = _as_they_are) -> None:
         """Draw every weight anew; the same seed gives the same weights on the same kind of device.
 
         ================================  ====================================================
@@ -212,31 +220,45 @@ class HourglassLM(nn.Module):
         ================================  ====================================================
 
         A residual branch is one attention or one feed-forward, and all levels add to one stream
-        (the rule of GPT-2, Radford et al. 2019).
+        (the rule of GPT-2, Radford et al. 2019). ``made(module)`` is entered before a module's own
+        weights are drawn, and left after: whoever cannot hold all weights at once makes them there,
+        and takes them away.
         """
-        generator = torch.Generator(device=self.tokens.weight.device).manual_seed(seed)
         branches = [m for m in self.modules() if isinstance(m, BRANCHES)]
         last = {id(branch.out) for branch in branches}
         small = INIT_STD / math.sqrt(max(1, len(branches)))
+        resampling = {
+            id(m.proj): m for m in self.modules() if isinstance(m, (LinearPool, LinearSpread))
+        }
+        generator = torch.Generator()
         for module in self.modules():
-            if isinstance(module, (nn.Linear, nn.Embedding)):
+            with made(module):
+                if module is self.tokens:
+                    generator = torch.Generator(device=self.tokens.weight.device)
+                    generator.manual_seed(seed)
                 std = small if id(module) in last else INIT_STD
-                module.weight.normal_(0.0, std, generator=generator)
-            elif isinstance(module, (nn.LayerNorm, RMSNorm, Gate)):
-                module.weight.fill_(1.0)
-            elif isinstance(module, Pad):
-                module.vector.normal_(0.0, INIT_STD, generator=generator)
-            elif isinstance(module, RelativePositions):
-                module.weight.normal_(0.0, INIT_STD, generator=generator)
-                module.content.zero_()
-                module.place.zero_()
-            if isinstance(module, (nn.Linear, nn.LayerNorm)) and module.bias is not None:
-                module.bias.zero_()
-        for module in self.modules():
-            if isinstance(module, LinearPool):
-                module.init_as_mean()
-            elif isinstance(module, LinearSpread):
-                module.init_as_repeat()
+                _draw(module, std, generator)
+                pool = resampling.get(id(module))
+                if isinstance(pool, LinearPool):
+                    pool.init_as_mean()
+                elif isinstance(pool, LinearSpread):
+                    pool.init_as_repeat()
+
+
+def _draw(module: nn.Module, std: float, generator: torch.Generator) -> None:
+    """Draw the weights that are the module's own."""
+    if isinstance(module, (nn.Linear, nn.Embedding)):
+        module.weight.normal_(0.0, std, generator=generator)
+    elif isinstance(module, (nn.LayerNorm, RMSNorm, Gate)):
+        module.weight.fill_(1.0)
+    elif isinstance(module, Pad):
+        module.vector.normal_(0.0, INIT_STD, generator=generator)
+    elif isinstance(module, RelativePositions):
+        module.weight.normal_(0.0, INIT_STD, generator=generator)
+        module.content.zero_()
+        module.place.zero_()
+    if isinstance(module, (nn.Linear, nn.LayerNorm)) and module.bias is not None:
+        module.bias.zero_()
 
 
 BRANCHES = (Attention, FeedForward, BucketAttention, EarlierAttention, ValleyAttention)
