@@ -45,7 +45,15 @@ ORDER = [
         "evaluate",
     ),
     *("plan", "checkpoint_tools", "metrics", "stop", "guards", "train", "generate"),
-    *("bench.shared", "bench.model", "bench.decode", "bench.compare", "bench.data", "bench.cli"),
+    *(
+        "bench.shared",
+        "bench.model",
+        "bench.decode",
+        "bench.compare",
+        "bench.data",
+        "bench.save",
+        "bench.cli",
+    ),
     "cli",
 ]
 FOR_DATA_TOOLS = ("data", "sections", "files")

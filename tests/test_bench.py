@@ -234,3 +234,10 @@ def test_without_the_reference_one_line_says_how_to_get_it(monkeypatch: pytest.M
     monkeypatch.setitem(sys.modules, "hourglass_transformer_pytorch", None)
     with pytest.raises(ValueError, match=r"pip install hourglass_dist\[test\]"):
         reference()
+
+
+def test_saving_is_measured(tmp_path: Path) -> None:
+    done = hourglass("bench", "save", "--folder", tmp_path, "--millions", 1, "--repeats", 1)
+    assert done.returncode == 0, done.stderr
+    assert "synchronous: training stands still" in done.stdout
+    assert not list(tmp_path.iterdir())

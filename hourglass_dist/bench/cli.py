@@ -103,3 +103,23 @@ def bench_data(
     from hourglass_dist.bench.data import bench_data as measure
 
     print(measure(dataset, seq_len, batch_size, steps))
+
+
+@app.command("save")
+def save(
+    folder: Annotated[
+        Path, typer.Option(help="An existing folder on the disk to be measured.")
+    ] = Path(),
+    millions: Annotated[int, typer.Option(help="Millions of parameters.", min=1)] = 200,
+    repeats: Repeats = 5,
+    json_file: Json = None,
+) -> None:
+    """How long training stands still for a checkpoint, and takes to come back from one.
+
+    Example: hourglass bench save --millions 20 --repeats 3
+    """
+    from hourglass_dist.bench.save import bench_save
+    from hourglass_dist.bench.shared import write
+
+    facts, rows = bench_save(folder, millions, repeats)
+    write(json_file, facts, rows)
