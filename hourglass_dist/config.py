@@ -87,6 +87,12 @@ class EvalConfig(Section):
     """Optimizer steps between evaluations; the last step is always evaluated."""
     batch_size: PositiveInt
     """Rows in one forward pass of one rank."""
+    stride: PositiveInt | None = None
+    """Tokens between windows of a second score at the end of the run: every target then has at
+    least ``context - stride`` tokens before it. Takes context / stride times as long as the usual
+    one. Must divide the context and the block size of the shards. None: no second score."""
+    context: PositiveInt | None = None
+    """Tokens in a window of that second score. None: data.seq_len."""
 
 
 class CheckpointConfig(Section):
@@ -176,11 +182,33 @@ class Config(Section):
             raise ValueError(
                 "train.activation_memory: activation_checkpointing: auto needs a budget in GiB"
             )
+        self._check_windows()
         if not self.model.causal:
             raise ValueError(
                 "model.causal: training and generation need a causal model, given false"
             )
         return self
+
+    def _check_windows(self) -> None:
+        stride, longest = self.eval.stride, self.model.max_seq_len
+        if stride is None:
+            if self.eval.context is not None:
+                raise ValueError("eval.context: goes with eval.stride, which is not given")
+            return
+        if longest is not None and self.eval_context > longest:
+            raise ValueError(
+                f"eval.context: {self.eval_context} is longer than the position table, "
+                f"model.max_seq_len={longest}"
+            )
+        if self.eval_context % stride:
+            raise ValueError(
+                f"eval.stride: {stride} does not divide the context of {self.eval_context} tokens"
+            )
+
+    @property
+    def eval_context(self) -> int:
+        """Tokens in a window of the second held-out score."""
+        return self.eval.context or self.data.seq_len
 
     def accumulation_steps(self, world_size: int) -> int:
         """Forward passes that one rank makes for one optimizer step after the last phase.

@@ -10,7 +10,7 @@ batches and losses that an uninterrupted run would have had.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -21,10 +21,10 @@ from hourglass_dist import dist
 from hourglass_dist.checkpoint import Checkpoints, Progress, RunFolder
 from hourglass_dist.config import Config
 from hourglass_dist.data.mixture import Dataset, make_plan, open_mixture
-from hourglass_dist.data.stream import Batch, Stream, held_out_rows
+from hourglass_dist.data.stream import Stream
 from hourglass_dist.data.tokenizer import Tokenizer, require_same
 from hourglass_dist.engine import Engine, deepspeed_settings
-from hourglass_dist.evaluate import evaluate
+from hourglass_dist.evaluations import Evaluations, check_held_out
 from hourglass_dist.guards import SkippedSteps
 from hourglass_dist.metrics import Metrics, due
 from hourglass_dist.model.cost import choose_checkpointing
@@ -61,9 +61,9 @@ def train(config: Config) -> None:
         engine.load(newest)
     announce(config, world, step)
 
-    lengths = tokenizer.byte_lengths()
-    metrics = Metrics(run.path, config, lengths, step, world)
+    metrics = Metrics(run.path, config, tokenizer.byte_lengths(), step, world)
     skipped = SkippedSteps(run.path, config.train.max_skipped_steps, step, world)
+    evaluations = Evaluations(config, datasets, tokenizer, engine, metrics, world)
     batches = stream.batches(start_step=step)
     while step < config.train.steps:
         batch = dist.together(lambda: next(batches), world.device)
@@ -74,10 +74,7 @@ def train(config: Config) -> None:
         last = step == config.train.steps
         stop = None if last else requests.reason()
         if due(step, config.eval.every) or last:
-            with metrics.pause():
-                rows = dist.together(lambda: held_out(config, datasets, world), world.device)
-                score = evaluate(engine.eval_loss, rows, lengths, world)
-            metrics.record_eval(step, score)
+            evaluations.make(step)
         if due(step, config.checkpoint.every) or last or stop:
             dist.require_agreement(stream.identity(), world.device)
             progress = Progress(
@@ -108,7 +105,7 @@ def open_data(config: Config) -> tuple[list[Dataset], Tokenizer]:
 def open_stream(config: Config, datasets: Sequence[Dataset], world: dist.World) -> Stream:
     """The training rows of this rank; its share of the shards, held-out ones too, is verified."""
     plan = make_plan(datasets, config.data, config.run.seed, config.train.steps)
-    held_out(config, datasets, world)
+    check_held_out(config, datasets, world)
     return Stream(
         *(datasets, plan, world.rank, world.size),
         isolate_documents=config.data.isolate_documents,
@@ -151,14 +148,6 @@ def make_model(config: Config, world: dist.World) -> HourglassLM:
     model.to_empty(device=world.device)
     model.init_weights(config.run.seed)
     return model
-
-
-def held_out(config: Config, datasets: Sequence[Dataset], world: dist.World) -> Iterator[Batch]:
-    """This rank's part of the held-out rows, every token once over all ranks."""
-    data, rows = config.data, config.eval.batch_size
-    return held_out_rows(
-        datasets, data.seq_len, rows, world.rank, world.size, data.isolate_documents
-    )
 
 
 def announce(config: Config, world: dist.World, step: int) -> None:

@@ -20,7 +20,7 @@ PACKAGES = ("hourglass_dist", "data_tools")
 ORDER = [
     *("sections", "data_config", "model_config", "config", "files", "dist"),
     *("data.tokenizer", "data.shards", "data.write", "data.plan", "data.order"),
-    *("data.remote", "data.mixture", "data.stream"),
+    *("data.remote", "data.mixture", "data.stream", "data.held_out"),
     *("model.layout", "model.attend", "model.linear", "model.norms", "model.layers"),
     *(
         "model.pool",
@@ -42,7 +42,7 @@ ORDER = [
         "export",
         "evaluate",
     ),
-    *("metrics", "stop", "guards", "train", "generate", "plan"),
+    *("metrics", "evaluations", "stop", "guards", "train", "generate", "plan"),
     *("bench.shared", "bench.model", "bench.decode", "bench.compare", "bench.data", "bench.cli"),
     "cli",
 ]

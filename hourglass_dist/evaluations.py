@@ -1,0 +1,89 @@
+"""What is done at every evaluation of a run: held-out scores, by source and by place.
+
+Nothing of it changes the training: it draws no random number that a step would see.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import partial
+
+from hourglass_dist import dist
+from hourglass_dist.config import Config
+from hourglass_dist.data.held_out import held_out_rows
+from hourglass_dist.data.mixture import Dataset
+from hourglass_dist.data.stream import Batch
+from hourglass_dist.data.tokenizer import Tokenizer
+from hourglass_dist.engine import Engine
+from hourglass_dist.evaluate import Evaluation, evaluate, fixed_strides
+from hourglass_dist.metrics import Metrics
+
+
+class Evaluations:
+    """Those of one run. All ranks together."""
+
+    def __init__(
+        self,
+        config: Config,
+        datasets: Sequence[Dataset],
+        tokenizer: Tokenizer,
+        engine: Engine,
+        metrics: Metrics,
+        world: dist.World,
+    ) -> None:
+        self._config, self._datasets, self._tokenizer = config, datasets, tokenizer
+        self._engine, self._metrics, self._world = engine, metrics, world
+        self._strides = fixed_strides(config.model)
+
+    def make(self, step: int) -> None:
+        """Score the held-out text after ``step`` and note it; after the last step with sliding
+        windows, too, where ``eval.stride`` asks for them.
+
+        Raises ValueError, on all ranks, when held-out text can not be read any more.
+        """
+        found = self._score(sliding=False)
+        self._metrics.record_eval(step, found, "heldout", "held out")
+        self._metrics.record_places(step, found, self._strides[1:])
+        stride = self._config.eval.stride
+        if stride and step == self._config.train.steps:
+            windows = f"held out, {self._config.eval_context} tokens every {stride}"
+            self._metrics.record_eval(step, self._score(sliding=True), "sliding", windows)
+
+    def _score(self, sliding: bool) -> Evaluation:
+        with self._metrics.pause():
+            rows = dist.together(
+                partial(held_out, self._config, self._datasets, self._world, sliding),
+                self._world.device,
+            )
+            return evaluate(
+                self._engine.eval_loss,
+                rows,
+                self._tokenizer.byte_lengths(),
+                self._world,
+                [dataset.name for dataset in self._datasets],
+                self._strides[-1],
+            )
+
+
+def held_out(
+    config: Config, datasets: Sequence[Dataset], world: dist.World, sliding: bool = False
+) -> Iterator[Batch]:
+    """This rank's part of the held-out rows, every token once over all ranks; ``sliding``: in the
+    windows of ``eval.context`` and ``eval.stride``. Raises ValueError as ``held_out_rows`` does."""
+    return held_out_rows(
+        datasets,
+        config.eval_context if sliding else config.data.seq_len,
+        config.eval.batch_size,
+        world.rank,
+        world.size,
+        config.data.isolate_documents,
+        stride=config.eval.stride if sliding else None,
+    )
+
+
+def check_held_out(config: Config, datasets: Sequence[Dataset], world: dist.World) -> None:
+    """Verify this rank's share of the held-out shards. Raises ValueError for what a later
+    evaluation would stumble over."""
+    held_out(config, datasets, world)
+    if config.eval.stride:
+        held_out(config, datasets, world, sliding=True)
