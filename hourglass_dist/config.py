@@ -93,6 +93,11 @@ class EvalConfig(Section):
     one. Must divide the context and the block size of the shards. None: no second score."""
     context: PositiveInt | None = None
     """Tokens in a window of that second score. None: data.seq_len."""
+    samples: int = Field(default=0, ge=0)
+    """Short texts that the model writes at every evaluation. The main rank then holds all
+    weights, also at ZeRO-3."""
+    prompts: list[str] = Field(default_factory=list)
+    """What these continue, in turn. Empty: the first rows of the held-out text."""
 
 
 class CheckpointConfig(Section):
@@ -182,14 +187,16 @@ class Config(Section):
             raise ValueError(
                 "train.activation_memory: activation_checkpointing: auto needs a budget in GiB"
             )
-        self._check_windows()
+        self._check_evaluation()
         if not self.model.causal:
             raise ValueError(
                 "model.causal: training and generation need a causal model, given false"
             )
         return self
 
-    def _check_windows(self) -> None:
+    def _check_evaluation(self) -> None:
+        if self.eval.prompts and not self.eval.samples:
+            raise ValueError("eval.prompts: goes with eval.samples, which is 0")
         stride, longest = self.eval.stride, self.model.max_seq_len
         if stride is None:
             if self.eval.context is not None:

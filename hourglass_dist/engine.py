@@ -1,7 +1,8 @@
-"""The only importer of deepspeed: a model on this rank's device becomes an engine with four verbs.
+"""The only importer of deepspeed: a model on this rank's device becomes an engine with five verbs.
 
     step(rows, step)  ->  StepResult     one optimizer step on this rank's rows
     eval_loss(rows)   ->  nats (B, L)    of each target; no gradient, nothing changed
+    weights()         ->  (name, value)  of every weight, whole
     save(folder)      this rank's part of the whole training state
     load(folder)      the state, whichever stage and world size wrote it
 
@@ -151,6 +152,22 @@ class Engine:
         self._engine.eval()
         nats_BL: Tensor = self._engine(**self._place(rows), each_target=True)[0]
         return nats_BL
+
+    @torch.no_grad()
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        """(name, value) of every weight as forward passes see it, whole, one after another.
+
+        Called by all ranks together, to the end. At stage 3 each is put together from the ranks'
+        parts when its turn comes; otherwise the values are those that are trained, no copies.
+        """
+        for name, parameter in self._module.named_parameters():
+            if self.stage < 3:
+                yield name, parameter.detach()
+            else:
+                partitioned: Any = parameter
+                part = partitioned.ds_tensor.detach().view(-1).to(self._world.device)
+                whole = torch.cat(dist.gather(part))[: partitioned.ds_numel]
+                yield name, whole.view(partitioned.ds_shape)
 
     def _micro_batches(self, rows: Rows) -> Iterator[dict[str, Tensor]]:
         size = self._config.train.micro_batch_size

@@ -1,4 +1,4 @@
-"""What is done at every evaluation of a run: held-out scores, by source and by place.
+"""What is done at every evaluation of a run: held-out scores, and samples of what it writes.
 
 Nothing of it changes the training: it draws no random number that a step would see.
 """
@@ -17,6 +17,7 @@ from hourglass_dist.data.tokenizer import Tokenizer
 from hourglass_dist.engine import Engine
 from hourglass_dist.evaluate import Evaluation, evaluate, fixed_strides
 from hourglass_dist.metrics import Metrics
+from hourglass_dist.samples import prompts_of_rows, prompts_of_text, write_samples
 
 
 class Evaluations:
@@ -34,6 +35,9 @@ class Evaluations:
         self._config, self._datasets, self._tokenizer = config, datasets, tokenizer
         self._engine, self._metrics, self._world = engine, metrics, world
         self._strides = fixed_strides(config.model)
+        self._prompts: list[list[int]] = []
+        if config.eval.samples:
+            self._prompts = dist.together(self._find_prompts, world.device)
 
     def make(self, step: int) -> None:
         """Score the held-out text after ``step`` and note it; after the last step with sliding
@@ -48,6 +52,29 @@ class Evaluations:
         if stride and step == self._config.train.steps:
             windows = f"held out, {self._config.eval_context} tokens every {stride}"
             self._metrics.record_eval(step, self._score(sliding=True), "sliding", windows)
+
+        if self._config.eval.samples:
+            with self._metrics.pause():
+                self._write_samples(step)
+
+    def _find_prompts(self) -> list[list[int]]:
+        if given := self._config.eval.prompts:
+            return prompts_of_text(given, self._tokenizer)
+        rows = held_out(self._config, self._datasets, self._world)
+        return prompts_of_rows(rows, self._config.eval.samples) or [[self._tokenizer.eos_id]]
+
+    def _write_samples(self, step: int) -> None:
+        weights = {n: w for n, w in self._engine.weights() if self._world.is_main}
+
+        def write() -> None:
+            if self._world.is_main:
+                model, run, settings = self._config.model, self._config.run, self._config.eval
+                samples = write_samples(
+                    model, weights, self._tokenizer, self._prompts, settings.samples, run.seed
+                )
+                self._metrics.record_samples(step, samples)
+
+        dist.together(write, self._world.device)
 
     def _score(self, sliding: bool) -> Evaluation:
         with self._metrics.pause():

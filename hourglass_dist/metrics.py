@@ -3,6 +3,9 @@
     {"step": 500, "train/loss": 1.93, "train/bits_per_byte": 2.78, ...}      every few steps
     {"step": 500, "heldout/loss": 1.95, "heldout/bits_per_byte": 2.81, ...}  at every evaluation
 
+``positions.jsonl`` has held-out scores by place in the bucket, ``samples.jsonl`` what the model
+writes.
+
 All three say the same. A resumed run first forgets what an interrupted one recorded past its
 checkpoint.
 """
@@ -28,6 +31,7 @@ from hourglass_dist.engine import StepResult
 from hourglass_dist.evaluate import Evaluation, count_bytes
 from hourglass_dist.files import replace
 from hourglass_dist.model.layout import missed_buckets
+from hourglass_dist.samples import Sample
 
 
 class Metrics:
@@ -47,8 +51,9 @@ class Metrics:
         self._clock = Clock(config.train.steps, config.data.tokens, first_step)
         if world.is_main:
             self._jsonl, self._positions = folder / "metrics.jsonl", folder / "positions.jsonl"
-            forget_after(self._jsonl, first_step)
-            forget_after(self._positions, first_step)
+            self._samples = folder / "samples.jsonl"
+            for path in (self._jsonl, self._positions, self._samples):
+                forget_after(path, first_step)
             self._events = SummaryWriter(str(folder), purge_step=first_step + 1)
 
     def record(
@@ -137,6 +142,13 @@ class Metrics:
                 bucket_counts=bits,
                 global_step=step,
             )
+
+    def record_samples(self, step: int, samples: Sequence[Sample]) -> None:
+        """Note what the model wrote after ``step``. Called by the main rank."""
+        for number, (prompt, text) in enumerate(samples):
+            append(self._samples, {"step": step, "prompt": prompt, "text": text})
+            quoted = "".join(f"    {line}\n" for line in f"{prompt}▸{text}".splitlines())
+            self._events.add_text(f"samples/{number}", quoted, step)
 
     def say(self, line: str) -> None:
         """One lasting line on the console."""

@@ -41,8 +41,10 @@ ORDER = [
         "checkpoint",
         "export",
         "evaluate",
+        "generate",
+        "samples",
     ),
-    *("metrics", "evaluations", "stop", "guards", "train", "generate", "plan"),
+    *("metrics", "evaluations", "stop", "guards", "train", "plan"),
     *("bench.shared", "bench.model", "bench.decode", "bench.compare", "bench.data", "bench.cli"),
     "cli",
 ]
