@@ -15,7 +15,7 @@ from hourglass_dist.data.mixture import Dataset
 from hourglass_dist.data.stream import Batch
 from hourglass_dist.data.tokenizer import Tokenizer
 from hourglass_dist.engine import Engine
-from hourglass_dist.evaluate import Evaluation, evaluate, fixed_strides
+from hourglass_dist.evaluate import Evaluation, Score, evaluate, fixed_strides
 from hourglass_dist.metrics import Metrics
 from hourglass_dist.samples import prompts_of_rows, prompts_of_text, write_samples
 
@@ -29,33 +29,36 @@ class Evaluations:
         datasets: Sequence[Dataset],
         tokenizer: Tokenizer,
         engine: Engine,
-        metrics: Metrics,
         world: dist.World,
     ) -> None:
+        """Raises ValueError, on all ranks, for a prompt that is not valid for the tokenizer."""
         self._config, self._datasets, self._tokenizer = config, datasets, tokenizer
-        self._engine, self._metrics, self._world = engine, metrics, world
+        self._engine, self._world = engine, world
         self._strides = fixed_strides(config.model)
         self._prompts: list[list[int]] = []
         if config.eval.samples:
             self._prompts = dist.together(self._find_prompts, world.device)
 
-    def make(self, step: int) -> None:
+    def make(self, step: int, metrics: Metrics) -> Score:
         """Score the held-out text after ``step`` and note it; after the last step with sliding
-        windows, too, where ``eval.stride`` asks for them.
+        windows, too, where ``eval.stride`` asks for them. Returns the usual score of all sources.
 
         Raises ValueError, on all ranks, when held-out text can not be read any more.
         """
-        found = self._score(sliding=False)
-        self._metrics.record_eval(step, found, "heldout", "held out")
-        self._metrics.record_places(step, found, self._strides[1:])
+        with metrics.pause():
+            found = self._score(sliding=False)
+        metrics.record_eval(step, found, "heldout", "held out")
+        metrics.record_places(step, found, self._strides[1:])
         stride = self._config.eval.stride
         if stride and step == self._config.train.steps:
+            with metrics.pause():
+                last = self._score(sliding=True)
             windows = f"held out, {self._config.eval_context} tokens every {stride}"
-            self._metrics.record_eval(step, self._score(sliding=True), "sliding", windows)
-
+            metrics.record_eval(step, last, "sliding", windows)
         if self._config.eval.samples:
-            with self._metrics.pause():
-                self._write_samples(step)
+            with metrics.pause():
+                self._write_samples(step, metrics)
+        return found.whole
 
     def _find_prompts(self) -> list[list[int]]:
         if given := self._config.eval.prompts:
@@ -63,7 +66,7 @@ class Evaluations:
         rows = held_out(self._config, self._datasets, self._world)
         return prompts_of_rows(rows, self._config.eval.samples) or [[self._tokenizer.eos_id]]
 
-    def _write_samples(self, step: int) -> None:
+    def _write_samples(self, step: int, metrics: Metrics) -> None:
         weights = {n: w for n, w in self._engine.weights() if self._world.is_main}
 
         def write() -> None:
@@ -72,24 +75,23 @@ class Evaluations:
                 samples = write_samples(
                     model, weights, self._tokenizer, self._prompts, settings.samples, run.seed
                 )
-                self._metrics.record_samples(step, samples)
+                metrics.record_samples(step, samples)
 
         dist.together(write, self._world.device)
 
     def _score(self, sliding: bool) -> Evaluation:
-        with self._metrics.pause():
-            rows = dist.together(
-                partial(held_out, self._config, self._datasets, self._world, sliding),
-                self._world.device,
-            )
-            return evaluate(
-                self._engine.eval_loss,
-                rows,
-                self._tokenizer.byte_lengths(),
-                self._world,
-                [dataset.name for dataset in self._datasets],
-                self._strides[-1],
-            )
+        rows = dist.together(
+            partial(held_out, self._config, self._datasets, self._world, sliding),
+            self._world.device,
+        )
+        return evaluate(
+            self._engine.eval_loss,
+            rows,
+            self._tokenizer.byte_lengths(),
+            self._world,
+            [dataset.name for dataset in self._datasets],
+            self._strides[-1],
+        )
 
 
 def held_out(

@@ -63,7 +63,7 @@ def train(config: Config) -> None:
 
     metrics = Metrics(run.path, config, tokenizer.byte_lengths(), step, world)
     skipped = SkippedSteps(run.path, config.train.max_skipped_steps, step, world)
-    evaluations = Evaluations(config, datasets, tokenizer, engine, metrics, world)
+    evaluations = Evaluations(config, datasets, tokenizer, engine, world)
     batches = stream.batches(start_step=step)
     while step < config.train.steps:
         batch = dist.together(lambda: next(batches), world.device)
@@ -74,7 +74,7 @@ def train(config: Config) -> None:
         last = step == config.train.steps
         stop = None if last else requests.reason()
         if due(step, config.eval.every) or last:
-            evaluations.make(step)
+            evaluations.make(step, metrics)
         if due(step, config.checkpoint.every) or last or stop:
             dist.require_agreement(stream.identity(), world.device)
             progress = Progress(
