@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -90,9 +91,12 @@ def test_every_target_counts_once_with_all_the_context_it_should_have(
 def test_windows_that_do_not_fit_are_refused(datasets: list[Dataset]) -> None:
     message = refusal(lambda: held_out_rows(datasets, 64, 3, stride=7))
     assert message == "stride: 7 does not divide the context of 64 tokens"
-    assert "48 does not divide the blocks of 64" in refusal(
-        lambda: held_out_rows(datasets, 48, 3, stride=48)
-    )
+    for stride, message in (
+        (24, "stride: 24 does not divide the blocks of 64 tokens of "),
+        (48, "sequence length: 48 does not divide the blocks of 64 tokens of "),
+    ):
+        rows = partial(held_out_rows, datasets, 48, 3, stride=stride)
+        assert refusal(rows).startswith(message)
 
 
 # --- scores --------------------------------------------------------------------------------------

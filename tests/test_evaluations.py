@@ -25,7 +25,7 @@ from hourglass_dist.samples import (
     write_samples,
 )
 
-STEPS = 6
+STEPS = 4
 PROMPTS = ["Où? ", "b c"]
 SETTINGS = """
 run: {dir: unused, seed: 3}
@@ -41,7 +41,7 @@ model:
   positions: rope
   levels: [{layers: [1, 1]}, {layers: [1, 1], shorten: 2}, {layers: 1, shorten: 2}]
 optim: {lr: 1e-3, warmup_steps: 5}
-train: {steps: 6, micro_batch_size: 2}
+train: {steps: 4, micro_batch_size: 2}
 eval: {every: 1000, batch_size: 8}
 checkpoint: {every: 100}
 metrics: {every: 1}
@@ -60,7 +60,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         make(folder / name, words(150, seed), held_out="last:0.3")
         text = text.replace(name, str(folder / name / "dataset"))
     config.write_text(text)
-    looking = "every: 1, batch_size: 8, samples: 3, stride: 16, context: 64"
+    looking = "every: 1, batch_size: 8, samples: 2, stride: 16, context: 64"
     commands = []
     for stage in (1, 3):
         zero = f"deepspeed.zero_optimization={{stage: {stage}, {PERSIST if stage == 3 else ''}}}"
@@ -68,7 +68,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         looked.mkdir()
         (looked / "STOP").touch()
         for name in ("positions.jsonl", "samples.jsonl"):
-            (looked / name).write_text('{"step": 5, "stride": 2, "prompt": "given up"}\n')
+            (looked / name).write_text('{"step": 3, "stride": 2, "prompt": "given up"}\n')
         prompts = f", prompts: {json.dumps(PROMPTS)}" if stage == 1 else ""
         again = [str(config), zero, f"run.dir={looked}", f"eval={{{looking}{prompts}}}"]
         commands += [[str(config), zero, f"run.dir={folder / f'quiet{stage}'}"], again, again]
@@ -125,20 +125,20 @@ def test_samples_are_those_of_the_model_as_it_is(runs: Path, tmp_path: Path, sta
     for every evaluation."""
     run = runs / f"looked{stage}"
     found = lines(run / "samples.jsonl")
-    assert Counter(r["step"] for r in found) == dict.fromkeys(range(1, STEPS + 1), 3)
+    assert Counter(r["step"] for r in found) == dict.fromkeys(range(1, STEPS + 1), 2)
     export(run, tmp_path / "export")
     model, tokenizer, _ = load_export(tmp_path / "export")
     if stage == 1:
         prompts = prompts_of_text(PROMPTS, tokenizer)
     else:
         held_out = held_out_rows([open_dataset(str(runs / "WEB" / "dataset"))], 32, 2)
-        prompts = prompts_of_rows(held_out, 3)
-    again = write_samples(model.config, model.state_dict(), tokenizer, prompts, 3, seed=3)
+        prompts = prompts_of_rows(held_out, 2)
+    again = write_samples(model.config, model.state_dict(), tokenizer, prompts, 2, seed=3)
     last = [Sample(r["prompt"], r["text"]) for r in found if r["step"] == STEPS]
     assert last == again
-    assert len({sample.text for sample in last}) == 3
+    assert len({sample.text for sample in last}) == 2
     assert any(len(sample.text) > NEW_TOKENS // 4 for sample in last)
-    assert [sample.prompt for sample in last[:2]] == PROMPTS or stage == 3
+    assert [sample.prompt for sample in last] == PROMPTS or stage == 3
 
 
 def test_tensorboard_reads_places_and_samples(runs: Path) -> None:
@@ -146,7 +146,7 @@ def test_tensorboard_reads_places_and_samples(runs: Path) -> None:
     events.Reload()
     tags = events.Tags()
     assert {"heldout/place_of_2", "heldout/place_of_4"} <= set(tags["histograms"])
-    assert "samples/2/text_summary" in tags["tensors"]
+    assert "samples/1/text_summary" in tags["tensors"]
     [*_, newest] = events.Histograms("heldout/place_of_4")
     [*_, noted] = lines(runs / "looked1" / "positions.jsonl")
     assert newest.step == STEPS

@@ -93,6 +93,11 @@ class _Text:
     """The windows of one dataset."""
 
     def __init__(self, number: int, dataset: Dataset, context: int, stride: int) -> None:
+        block, folder = dataset.manifest.block_tokens, dataset.manifest.folder
+        if stride < context and block % stride:
+            raise ValueError(
+                f"stride: {stride} does not divide the blocks of {block} tokens of {folder}"
+            )
         self.number, self.context = number, context
         self.reader = ShardReader(dataset.manifest, SPLIT, stride, store=dataset.store)
         self._rows = context // stride
