@@ -149,17 +149,27 @@ def evaluate(
     export: Export,
     data: Annotated[str, typer.Option(help="A dataset (folder or address) with a held-out split.")],
     batch_size: Annotated[int, typer.Option(help="Rows in one forward pass.", min=1)] = 16,
+    context: Annotated[
+        int | None,
+        typer.Option(help="Tokens in a row; without it, as many as in training.", min=1),
+    ] = None,
+    stride: Annotated[
+        int | None,
+        typer.Option(help="Tokens between rows: each has context - stride before it.", min=1),
+    ] = None,
 ) -> None:
     """Score an export on a held-out split, in bits per byte; every byte is scored once.
 
-    Example: hourglass evaluate exports/quickstart --data data/tinyshakespeare
+    Example: hourglass evaluate exports/quickstart --data data/tinyshakespeare --stride 32
     """
     from hourglass_dist.evaluate import evaluate_export
 
-    score = evaluate_export(export, data, batch_size)
+    found, context = evaluate_export(export, data, batch_size, context, stride)
+    score = found.whole
+    windows = f"; {context} tokens every {stride}" if stride else ""
     print(
         f"{export} on {data}: {score.bits_per_byte:.4f} bits/byte, {score.loss:.4f} nats/token "
-        f"({score.tokens:,} tokens, {score.bytes:,} bytes)"
+        f"({score.tokens:,} tokens, {score.bytes:,} bytes{windows})"
     )
 
 

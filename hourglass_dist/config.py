@@ -109,6 +109,17 @@ class EvalConfig(Section):
     """Optimizer steps between evaluations; the last step is always evaluated."""
     batch_size: PositiveInt
     """Rows in one forward pass of one rank."""
+    stride: PositiveInt | None = None
+    """Tokens between windows of a second score at the end of the run: every target then has at
+    least ``context - stride`` tokens before it. Takes context / stride times as long as the usual
+    one. Must divide the context and the block size of the shards. None: no second score."""
+    context: PositiveInt | None = None
+    """Tokens in a window of that second score. None: data.seq_len."""
+    samples: int = Field(default=0, ge=0)
+    """Short texts that the model writes at every evaluation. The main rank then holds all
+    weights, also at ZeRO-3."""
+    prompts: list[str] = Field(default_factory=list)
+    """What these continue, in turn. Empty: the first rows of the held-out text."""
 
 
 class CheckpointConfig(Section):
@@ -211,11 +222,35 @@ class Config(Section):
                 f"optim.level_lr: expected one number for each of {len(self.model.levels)} levels, "
                 f"given {len(scales)}"
             )
+        self._check_evaluation()
         if not self.model.causal:
             raise ValueError(
                 "model.causal: training and generation need a causal model, given false"
             )
         return self
+
+    def _check_evaluation(self) -> None:
+        if self.eval.prompts and not self.eval.samples:
+            raise ValueError("eval.prompts: goes with eval.samples, which is 0")
+        stride, longest = self.eval.stride, self.model.max_seq_len
+        if stride is None:
+            if self.eval.context is not None:
+                raise ValueError("eval.context: goes with eval.stride, which is not given")
+            return
+        if longest is not None and self.eval_context > longest:
+            raise ValueError(
+                f"eval.context: {self.eval_context} is longer than the position table, "
+                f"model.max_seq_len={longest}"
+            )
+        if self.eval_context % stride:
+            raise ValueError(
+                f"eval.stride: {stride} does not divide the context of {self.eval_context} tokens"
+            )
+
+    @property
+    def eval_context(self) -> int:
+        """Tokens in a window of the second held-out score."""
+        return self.eval.context or self.data.seq_len
 
     def accumulation_steps(self, world_size: int) -> int:
         """Forward passes that one rank makes for one optimizer step after the last phase.

@@ -21,6 +21,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as td
+from torch import Tensor
 from torch._C._distributed_c10d import HashStore
 
 T = TypeVar("T")
@@ -103,9 +104,14 @@ def sum_over_ranks(values: Sequence[float], device: torch.device) -> list[float]
 def gather_ints(values: Sequence[int], device: torch.device) -> list[list[int]]:
     """The equally long lists of whole numbers of all ranks, in rank order, on every rank."""
     mine = torch.tensor(values, dtype=torch.int64, device=device)
-    everyone = [torch.empty_like(mine) for _ in range(td.get_world_size())]
-    td.all_gather(everyone, mine)
-    return [other.tolist() for other in everyone]
+    return [other.tolist() for other in gather(mine)]
+
+
+def gather(tensor: Tensor) -> list[Tensor]:
+    """The tensors of all ranks, of one shape and type, in rank order, on every rank."""
+    everyone = [torch.empty_like(tensor) for _ in range(td.get_world_size())]
+    td.all_gather(everyone, tensor)
+    return everyone
 
 
 def require_agreement(values: Mapping[str, str], device: torch.device) -> None:

@@ -1,13 +1,14 @@
-"""The only importer of deepspeed: a model on this rank's device becomes an engine with four verbs.
+"""The only importer of deepspeed: a model on this rank's device becomes an engine with five verbs.
 
     step(rows, step)  ->  StepResult     one optimizer step on this rank's rows
-    eval_loss(rows)   ->  (nll, tokens)  no gradient, nothing changed
+    eval_loss(rows)   ->  nats (B, L)    of each target; no gradient, nothing changed
+    weights()         ->  (name, value)  of every weight, whole
     snapshot()        this rank's part of the whole training state, as it is now
     load(folder)      the state, whichever stage and world size wrote it
 
 Rows are a mapping of tensors that begin with B, the rows of this rank: the arguments of the model,
 which returns its loss: ``model(**rows) -> (nats summed over the targets that count, how many those
-are)``.
+are)``, or with ``each_target=True`` the nats (B, L), not summed.
 
 DeepSpeed 0.19.8 is used for what it is good at, sharding and communication. Batch sizes, clipping
 and precision are derived from our settings; the learning rate and the checkpoint files are ours,
@@ -166,11 +167,27 @@ class Engine:
         return norm
 
     @torch.no_grad()
-    def eval_loss(self, rows: Rows) -> tuple[float, int]:
-        """(nats summed, targets scored) of this rank's rows."""
+    def eval_loss(self, rows: Rows) -> Tensor:
+        """(B, L) the nats of each target of this rank's rows, 0 where there is none."""
         self._engine.eval()
-        nll, count = self._engine(**self._place(rows))
-        return nll.item(), int(count)
+        nats_BL: Tensor = self._engine(**self._place(rows), each_target=True)[0]
+        return nats_BL
+
+    @torch.no_grad()
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        """(name, value) of every weight as forward passes see it, whole, one after another.
+
+        Called by all ranks together, to the end. At stage 3 each is put together from the ranks'
+        parts when its turn comes; otherwise the values are those that are trained, no copies.
+        """
+        for name, parameter in self._module.named_parameters():
+            if self.stage < 3:
+                yield name, parameter.detach()
+            else:
+                partitioned: Any = parameter
+                part = partitioned.ds_tensor.detach().view(-1).to(self._world.device)
+                whole = torch.cat(dist.gather(part))[: partitioned.ds_numel]
+                yield name, whole.view(partitioned.ds_shape)
 
     def _micro_batches(self, rows: Rows) -> Iterator[dict[str, Tensor]]:
         size = self._config.train.micro_batch_size

@@ -2,14 +2,16 @@
 
     bits per byte = nats summed over all targets / ln 2 / bytes of the text those targets stand for
 
-Every token of the held-out split is a target exactly once (``data.stream.held_out_rows``); the
-first ones of each row see little context, as they do in training.
+Every token of the held-out split is a target exactly once (``data.held_out``). The nats of each
+target are added up by source, and by the place of its position in a bucket of the coarsest level.
+At place 0 the summary of a bucket is new, at place S-1 it is S-1 tokens old: a healthy model has
+nearly the same score at all places, one that lives on its summaries gets worse from place to place.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,10 +20,13 @@ import torch
 from torch import Tensor
 
 from hourglass_dist import dist
+from hourglass_dist.data.held_out import held_out_rows
 from hourglass_dist.data.mixture import open_dataset
-from hourglass_dist.data.stream import Batch, held_out_rows
+from hourglass_dist.data.stream import Batch
 from hourglass_dist.data.tokenizer import require_same
 from hourglass_dist.export import load_export
+from hourglass_dist.model.layout import places
+from hourglass_dist.model_config import ModelConfig
 
 Rows = Mapping[str, Tensor | None]
 """``Batch.rows``: the arguments of a model."""
@@ -34,6 +39,9 @@ class Score:
     nats: float
     tokens: int
     bytes: int
+
+    def __add__(self, other: Score) -> Score:
+        return Score(self.nats + other.nats, self.tokens + other.tokens, self.bytes + other.bytes)
 
     @property
     def loss(self) -> float:
@@ -52,42 +60,119 @@ def count_bytes(targets_BL: Tensor, byte_lengths_V: np.ndarray) -> int:
     return int(byte_lengths_V[targets[targets >= 0]].sum())
 
 
+@dataclass(frozen=True)
+class Evaluation:
+    """The scores of one pass over held-out text."""
+
+    sources: dict[str, Score]
+    """By source, those that have held-out text."""
+    places_S: tuple[Score, ...]
+    """By place in the bucket of the coarsest level (``t mod S``)."""
+
+    @property
+    def whole(self) -> Score:
+        """Over all sources."""
+        return sum(self.sources.values(), Score(0.0, 0, 0))
+
+    def by_place(self, stride: int) -> list[Score]:
+        """By ``t mod stride``, for a stride that divides the coarsest. A position of a document
+        counts from the document's begin where documents are kept apart, else from the row's."""
+        assert len(self.places_S) % stride == 0
+        return [sum(self.places_S[p::stride], Score(0.0, 0, 0)) for p in range(stride)]
+
+
+def fixed_strides(config: ModelConfig) -> list[int]:
+    """The tokens under a position of every level at which buckets begin after a fixed number of
+    them, outermost (1) first; buckets inside words begin anywhere."""
+    strides = []
+    for level, stride in zip(config.levels, config.strides, strict=True):
+        if level.pooling != "fixed":
+            break
+        strides.append(stride)
+    return strides
+
+
 def evaluate(
-    loss: Callable[[Rows], tuple[float, int]],
+    nats: Callable[[Rows], Tensor],
     batches: Iterable[Batch],
     byte_lengths_V: np.ndarray,
     world: dist.World,
-) -> Score:
-    """Score this rank's batches with ``loss(batch.rows) -> (nats, targets)`` and sum over ranks."""
-    nats, tokens, size = 0.0, 0, 0
+    names: Sequence[str] = ("data",),
+    stride: int = 1,
+) -> Evaluation:
+    """Score this rank's held-out batches with ``nats(batch.rows) -> (B, L)``, the nats of each
+    target, and sum over ranks.
+
+    ``names`` are those of the datasets that the batches count, ``stride`` is the coarsest.
+    """
+    sums = np.zeros((3, len(names), stride))
     rest = iter(batches)
     while batch := dist.together(lambda: next(rest, None), world.device):
-        batch_nats, batch_tokens = loss(batch.rows)
-        nats += batch_nats
-        tokens += batch_tokens
-        size += count_bytes(batch.targets_BL, byte_lengths_V)
-    total_nats, total_tokens, total_bytes = dist.sum_over_ranks([nats, tokens, size], world.device)
-    return Score(total_nats, int(total_tokens), int(total_bytes))
+        sums += _sums(batch, nats(batch.rows), byte_lengths_V, len(names), stride)
+    flat = dist.sum_over_ranks(sums.ravel().tolist(), world.device)
+    total = np.array(flat).reshape(sums.shape)
+    by_source, by_place = total.sum(axis=2).T.tolist(), total.sum(axis=1).T.tolist()
+    found = {name: _score(row) for name, row in zip(names, by_source, strict=True)}
+    sources = {name: score for name, score in found.items() if score.tokens}
+    return Evaluation(sources, tuple(map(_score, by_place)))
 
 
-def evaluate_export(folder: Path, where: str, batch_size: int) -> Score:
-    """Score an export on the held-out split of a dataset, in rows of the length it was trained on.
+def _score(sums: Sequence[float]) -> Score:
+    nats, tokens, size = sums
+    return Score(nats, int(tokens), int(size))
 
-    Raises ValueError when either is damaged or their tokenizers differ.
+
+def _sums(
+    batch: Batch, nats_BL: Tensor, byte_lengths_V: np.ndarray, names: int, stride: int
+) -> np.ndarray:
+    """(3, source, place): nats, targets and bytes."""
+    assert batch.sources_B is not None
+    targets_BL, documents_BL = batch.targets_BL.numpy(), batch.documents_BL
+    length = torch.arange(targets_BL.shape[1])[None]
+    place_BL = (length if documents_BL is None else places(documents_BL)).numpy()
+    cell_BL = batch.sources_B[:, None] * stride + place_BL % stride
+    real_BL = targets_BL >= 0
+    cells_N = np.broadcast_to(cell_BL, real_BL.shape)[real_BL]
+    nats_N = nats_BL.double().cpu().numpy()[real_BL]
+    columns = (nats_N, np.ones(len(cells_N)), byte_lengths_V[targets_BL[real_BL]])
+    size = names * stride
+    counted = [np.bincount(cells_N, weights=column, minlength=size) for column in columns]
+    return np.stack(counted).reshape(3, names, stride)
+
+
+def evaluate_export(
+    folder: Path,
+    where: str,
+    batch_size: int,
+    context: int | None = None,
+    stride: int | None = None,
+) -> tuple[Evaluation, int]:
+    """Score an export on the held-out split of a dataset, in windows of ``context`` tokens (None:
+    the rows it was trained on), ``stride`` apart (None: ``context``); returns the context, too.
+
+    Raises ValueError when either is damaged, their tokenizers differ, or the windows fit neither
+    the dataset nor a position table.
     """
     model, tokenizer, about = load_export(folder)
     dataset = open_dataset(where)
     require_same(tokenizer.fingerprint, dataset.manifest.tokenizer, str(folder), where)
+    context = context or int(about["trained"]["data"]["seq_len"])
+    if model.config.max_seq_len is not None and context > model.config.max_seq_len:
+        raise ValueError(
+            f"context: {context} is longer than the position table of {folder}, "
+            f"max_seq_len={model.config.max_seq_len}"
+        )
     world = dist.init()
     model.to(world.device)
 
     @torch.no_grad()
-    def loss(rows: Rows) -> tuple[float, int]:
+    def nats(rows: Rows) -> Tensor:
         there = {name: t.to(world.device) for name, t in rows.items() if t is not None}
-        nats, count = model(**there)
-        return float(nats), int(count)
+        nats_BL: Tensor = model(**there, each_target=True)[0]
+        return nats_BL
 
-    length = int(about["trained"]["data"]["seq_len"])
     isolates = bool(about["trained"]["isolate_documents"])
-    rows = held_out_rows([dataset], length, batch_size, world.rank, world.size, isolates)
-    return evaluate(loss, rows, tokenizer.byte_lengths(), world)
+    rows = held_out_rows(
+        [dataset], context, batch_size, world.rank, world.size, isolates, stride=stride
+    )
+    return evaluate(nats, rows, tokenizer.byte_lengths(), world), context

@@ -3,6 +3,9 @@
     {"step": 500, "train/loss": 1.93, "train/bits_per_byte": 2.78, ...}      every few steps
     {"step": 500, "heldout/loss": 1.95, "heldout/bits_per_byte": 2.81, ...}  at every evaluation
 
+``positions.jsonl`` has held-out scores by place in the bucket, ``samples.jsonl`` what the model
+writes.
+
 All three say the same. A resumed run first forgets what an interrupted one recorded past its
 checkpoint.
 """
@@ -13,9 +16,10 @@ import json
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from torch.utils.tensorboard import SummaryWriter
@@ -24,9 +28,10 @@ from hourglass_dist import dist
 from hourglass_dist.config import Config
 from hourglass_dist.data.stream import Batch
 from hourglass_dist.engine import StepResult
-from hourglass_dist.evaluate import Score, count_bytes
+from hourglass_dist.evaluate import Evaluation, count_bytes
 from hourglass_dist.files import replace
 from hourglass_dist.model.layout import missed_buckets
+from hourglass_dist.samples import Sample
 
 
 class Metrics:
@@ -45,8 +50,10 @@ class Metrics:
         self._world = world
         self._clock = Clock(config.train.steps, config.data.tokens, first_step)
         if world.is_main:
-            self._jsonl = folder / "metrics.jsonl"
-            forget_after(self._jsonl, first_step)
+            self._jsonl, self._positions = folder / "metrics.jsonl", folder / "positions.jsonl"
+            self._samples = folder / "samples.jsonl"
+            for path in (self._jsonl, self._positions, self._samples):
+                forget_after(path, first_step)
             self._events = SummaryWriter(str(folder), purge_step=first_step + 1)
 
     def record(
@@ -95,22 +102,53 @@ class Metrics:
         yield
         self._clock.pause(time.perf_counter() - begun)
 
-    def record_eval(self, step: int, score: Score) -> None:
-        """Note the held-out score after ``step``."""
+    def record_eval(self, step: int, found: Evaluation, kind: str, title: str) -> None:
+        """Note held-out scores after ``step`` under ``KIND/...``: the whole, and each source where
+        there are several."""
         if not self._world.is_main:
             return
-        self._write(
-            step,
-            {
-                "heldout/loss": score.loss,
-                "heldout/bits_per_byte": score.bits_per_byte,
-                "heldout/bytes": score.bytes,
-            },
-        )
+        whole = found.whole
+        values: dict[str, float] = {}
+        several = found.sources if len(found.sources) > 1 else {}
+        for prefix, score in [(kind, whole), *((f"{kind}/{n}", s) for n, s in several.items())]:
+            values |= {
+                f"{prefix}/loss": score.loss,
+                f"{prefix}/bits_per_byte": score.bits_per_byte,
+                f"{prefix}/bytes": score.bytes,
+            }
+        self._write(step, values)
+        each = ", ".join(f"{name} {score.bits_per_byte:.4f}" for name, score in several.items())
         self.say(
-            f"step {step}: held out: loss {score.loss:.4f} nats/token, "
-            f"{score.bits_per_byte:.4f} bits/byte over {score.bytes:,} bytes"
+            f"step {step}: {title}: loss {whole.loss:.4f} nats/token, "
+            f"{whole.bits_per_byte:.4f} bits/byte over {whole.bytes:,} bytes"
+            + (f" ({each})" if each else "")
         )
+
+    def record_places(self, step: int, found: Evaluation, strides: Sequence[int]) -> None:
+        """Note held-out bits per byte by place in the bucket, for buckets of these strides."""
+        if not self._world.is_main:
+            return
+        for stride in strides:
+            scores = found.by_place(stride)
+            bits = [score.bits_per_byte for score in scores]
+            if not all(map(math.isfinite, bits)):
+                continue
+            record = {"step": step, "stride": stride, "bits_per_byte": bits}
+            append(self._positions, record | {"bytes": [score.bytes for score in scores]})
+            self._events.add_histogram_raw(
+                f"heldout/place_of_{stride}",
+                *(0, stride, stride, sum(bits), sum(each**2 for each in bits)),
+                bucket_limits=[place + 1 for place in range(stride)],
+                bucket_counts=bits,
+                global_step=step,
+            )
+
+    def record_samples(self, step: int, samples: Sequence[Sample]) -> None:
+        """Note what the model wrote after ``step``. Called by the main rank."""
+        for number, (prompt, text) in enumerate(samples):
+            append(self._samples, {"step": step, "prompt": prompt, "text": text})
+            quoted = "".join(f"    {line}\n" for line in f"{prompt}▸{text}".splitlines())
+            self._events.add_text(f"samples/{number}", quoted, step)
 
     def say(self, line: str) -> None:
         """One lasting line on the console."""
@@ -123,8 +161,7 @@ class Metrics:
 
     def _write(self, step: int, values: Mapping[str, float]) -> None:
         values = {name: value for name, value in values.items() if math.isfinite(value)}
-        with self._jsonl.open("a") as file:
-            file.write(json.dumps({"step": step, **values}) + "\n")
+        append(self._jsonl, {"step": step, **values})
         for name, value in values.items():
             self._events.add_scalar(name, value, step)
 
@@ -190,8 +227,14 @@ def clock_time(seconds: float) -> str:
     return f"{hours}:{minute:02}:{second:02}" if hours else f"{minute}:{second:02}"
 
 
+def append(path: Path, record: Mapping[str, Any]) -> None:
+    """Add a line to a file of JSON lines."""
+    with path.open("a") as file:
+        file.write(json.dumps(record) + "\n")
+
+
 def forget_after(path: Path, step: int) -> None:
-    """Drop the records of ``metrics.jsonl`` past ``step`` and a last line that a killed process
+    """Drop the records of a file of JSON lines past ``step`` and a last line that a killed process
     left unfinished."""
     if not path.exists():
         return

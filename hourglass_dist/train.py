@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -23,10 +23,11 @@ from hourglass_dist import dist
 from hourglass_dist.checkpoint import Checkpoints, Progress, RunFolder
 from hourglass_dist.config import Config
 from hourglass_dist.data.mixture import Dataset, make_plan, open_mixture
-from hourglass_dist.data.stream import Batch, Stream, held_out_rows
+from hourglass_dist.data.stream import Stream
 from hourglass_dist.data.tokenizer import Tokenizer, require_same
 from hourglass_dist.engine import Engine, deepspeed_settings, making_weights
-from hourglass_dist.evaluate import Score, evaluate
+from hourglass_dist.evaluate import Score
+from hourglass_dist.evaluations import Evaluations, check_held_out
 from hourglass_dist.guards import LossSpikes, SkippedSteps, SpikeFound, Watchdog
 from hourglass_dist.metrics import Metrics, due
 from hourglass_dist.model.cost import choose_checkpointing
@@ -43,11 +44,11 @@ class Job:
     config: Config
     world: dist.World
     run: RunFolder
-    datasets: Sequence[Dataset]
     tokenizer: Tokenizer
     stream: Stream
     engine: Engine
     checkpoints: Checkpoints
+    evaluations: Evaluations
     requests: StopRequests
     metrics: Metrics
     skipped: SkippedSteps
@@ -111,8 +112,9 @@ def prepare(config: Config) -> Job | None:
     metrics = Metrics(run.path, config, tokenizer.byte_lengths(), step, world)
     skipped = SkippedSteps(run.path, config.train.max_skipped_steps, step, world)
     spikes = LossSpikes(config.train.spikes, guard)
+    evaluations = Evaluations(config, datasets, tokenizer, engine, world, watchdog.watching)
     return Job(
-        *(config, world, run, datasets, tokenizer, stream, engine, checkpoints),
+        *(config, world, run, tokenizer, stream, engine, checkpoints, evaluations),
         *(requests, metrics, skipped, spikes, watchdog, step),
     )
 
@@ -134,7 +136,8 @@ def run_steps(job: Job) -> None:
             job.spikes.look(step, result.loss)
             last = step == total
             stop = None if last else job.requests.reason()
-            score = held_out_score(job, step) if due(step, config.eval.every) or last else None
+            evaluate = due(step, config.eval.every) or last
+            score = job.evaluations.make(step, metrics) if evaluate else None
             if due(step, config.checkpoint.every) or last or stop:
                 save(job, step, score)
             if last or stop:
@@ -172,18 +175,6 @@ def go_back(job: Job, spike: SpikeFound) -> Job:
     )
 
 
-def held_out_score(job: Job, step: int) -> Score:
-    """Score the held-out split after ``step``, and note it."""
-    with job.metrics.pause():
-        rows = dist.together(
-            lambda: held_out(job.config, job.datasets, job.world), job.world.device
-        )
-        rows = job.watchdog.watching(rows)
-        score = evaluate(job.engine.eval_loss, rows, job.tokenizer.byte_lengths(), job.world)
-    job.metrics.record_eval(step, score)
-    return score
-
-
 def save(job: Job, step: int, score: Score | None) -> None:
     """Begin to save the state after ``step``."""
     dist.require_agreement(job.stream.identity(), job.world.device)
@@ -214,7 +205,7 @@ def open_data(config: Config) -> tuple[list[Dataset], Tokenizer]:
 def open_stream(config: Config, datasets: Sequence[Dataset], world: dist.World) -> Stream:
     """The training rows of this rank; its share of the shards, held-out ones too, is verified."""
     plan = make_plan(datasets, config.data, config.run.seed, config.train.steps)
-    held_out(config, datasets, world)
+    check_held_out(config, datasets, world)
     return Stream(
         *(datasets, plan, world.rank, world.size),
         isolate_documents=config.data.isolate_documents,
@@ -276,14 +267,6 @@ def rehearse(engine: Engine, config: Config, world: dist.World) -> None:
         if not re.search("out of memory|can't allocate memory", str(error)):
             raise
         raise ValueError(too_large(config, world.size)) from None
-
-
-def held_out(config: Config, datasets: Sequence[Dataset], world: dist.World) -> Iterator[Batch]:
-    """This rank's part of the held-out rows, every token once over all ranks."""
-    data, rows = config.data, config.eval.batch_size
-    return held_out_rows(
-        datasets, data.seq_len, rows, world.rank, world.size, data.isolate_documents
-    )
 
 
 def announce(config: Config, world: dist.World, step: int) -> None:

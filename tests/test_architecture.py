@@ -20,7 +20,7 @@ PACKAGES = ("hourglass_dist", "data_tools")
 ORDER = [
     *("sections", "data_config", "model_config", "config", "files", "dist"),
     *("data.tokenizer", "data.shards", "data.write", "data.plan", "data.order"),
-    *("data.remote", "data.mixture", "data.stream"),
+    *("data.remote", "data.mixture", "data.stream", "data.held_out"),
     *("model.layout", "model.attend", "model.linear", "model.norms", "model.layers"),
     *(
         "model.pool",
@@ -43,17 +43,12 @@ ORDER = [
         "checkpoint",
         "export",
         "evaluate",
+        "generate",
+        "samples",
     ),
-    *("plan", "checkpoint_tools", "metrics", "stop", "guards", "train", "generate"),
-    *(
-        "bench.shared",
-        "bench.model",
-        "bench.decode",
-        "bench.compare",
-        "bench.data",
-        "bench.save",
-        "bench.cli",
-    ),
+    *("plan", "checkpoint_tools", "metrics", "evaluations", "stop", "guards", "train"),
+    *("bench.shared", "bench.model", "bench.decode", "bench.compare", "bench.data", "bench.save"),
+    "bench.cli",
     "cli",
 ]
 FOR_DATA_TOOLS = ("data", "sections", "files")

@@ -60,6 +60,23 @@ def test_it_is_the_plain_cross_entropy(
         torch.testing.assert_close(one, other, rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.parametrize("chunk", [1, 5, 1000])
+def test_the_loss_of_every_target(monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
+    """Each where it belongs, zero where there is none; together they are the loss."""
+    monkeypatch.setattr(head, "CHUNK_LOGITS", chunk * 256)
+    model = make_model("modern, words", "by 2, 4")
+    tokens_BL, targets_BL = random_text(3, 40), random_text(3, 40, seed=1)
+    targets_BL[1, 5:33] = -100
+    nats_BL, count = model(tokens_BL, targets_BL=targets_BL, each_target=True)
+    logits_BVL = model(tokens_BL).transpose(1, 2)
+    expected_BL = F.cross_entropy(logits_BVL, targets_BL, reduction="none")
+    torch.testing.assert_close(nats_BL, expected_BL.detach())
+    summed, scored = model(tokens_BL, targets_BL=targets_BL)
+    torch.testing.assert_close(nats_BL.sum(), summed.detach())
+    assert count == scored == 3 * 40 - 28
+    assert not nats_BL.requires_grad
+
+
 def test_nothing_to_score_is_a_loss_of_zero() -> None:
     layer = Output(16, 37, True)
     nats, count = layer(torch.randn(2, 3, 16), torch.full((2, 3), -100))

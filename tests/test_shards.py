@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 from data_tools.inspect import documents
 from data_tools.runs import Run, gather, plan_runs, write_run
 from data_tools.tokenizer import train_tokenizer
+from hourglass_dist.data.held_out import held_out_rows
 from hourglass_dist.data.shards import (
     IGNORED,
     Manifest,
@@ -28,7 +29,6 @@ from hourglass_dist.data.shards import (
     Split,
     dtype_name,
 )
-from hourglass_dist.data.stream import held_out_rows
 from hourglass_dist.data.tokenizer import ByteTokenizer, load_tokenizer
 from hourglass_dist.data.write import cut_blocks
 

@@ -31,9 +31,10 @@ from pydantic import Field
 from hourglass_dist import dist
 from hourglass_dist.bench.shared import apart, show
 from hourglass_dist.config import OptimConfig
+from hourglass_dist.data.held_out import held_out_rows
 from hourglass_dist.data.mixture import open_dataset, simple_plan
 from hourglass_dist.data.shards import Manifest
-from hourglass_dist.data.stream import Stream, held_out_rows
+from hourglass_dist.data.stream import Stream
 from hourglass_dist.data.tokenizer import load_tokenizer
 from hourglass_dist.evaluate import Rows, Score, evaluate
 from hourglass_dist.files import replace
@@ -195,12 +196,12 @@ def train(job: Job) -> dict[str, float]:
     model.eval()
 
     @torch.no_grad()
-    def loss(rows: Rows) -> tuple[float, int]:
-        nats, count = model(**_on(world.device, rows))
-        return float(nats), int(count)
+    def nats_of(rows: Rows) -> torch.Tensor:
+        nats_BL: torch.Tensor = model(**_on(world.device, rows), each_target=True)[0]
+        return nats_BL
 
     held_out = held_out_rows([dataset], length, 4 * rows)
-    score = evaluate(loss, held_out, tokenizer.byte_lengths(), world)
+    score = evaluate(nats_of, held_out, tokenizer.byte_lengths(), world).whole
     return {"bits_per_byte": _finite(score), "seconds": time.perf_counter() - start}
 
 

@@ -171,7 +171,7 @@ def _attend_spelled_out(
     return scores_BHLL.softmax(dim=-1) @ v
 
 
-def _loss_of_all_logits(self: head.Output, x_BLD: Tensor, targets_BL: Tensor) -> Any:
+def _loss_of_all_logits(self: head.Output, x_BLD: Tensor, targets_BL: Tensor, _: bool) -> Any:
     logits_BLV = linear.Linear.forward(self, x_BLD)
     nats = F.cross_entropy(logits_BLV.flatten(0, 1).float(), targets_BL.flatten(), reduction="sum")
     return nats, targets_BL.numel()

@@ -1,4 +1,4 @@
-"""Batches of rows in the order of ``order.py``, and the rows of an evaluation.
+"""Batches of rows in the order of ``order.py``.
 
     plan, step  ->  ranks_cut  ->  locate_many  ->  ShardReader.fill  ->  Batch, read ahead
 
@@ -24,7 +24,7 @@ from torch import Tensor
 from hourglass_dist.data.mixture import Dataset
 from hourglass_dist.data.order import Int64s, Locations, epochs_read, locate_many, ranks_cut
 from hourglass_dist.data.plan import Plan
-from hourglass_dist.data.shards import IGNORED, ShardReader, Split, split_rows
+from hourglass_dist.data.shards import IGNORED, ShardReader, split_rows
 
 READ_AHEAD = 4
 """Batches that wait, read, at most."""
@@ -49,6 +49,8 @@ class Batch:
     where documents are not kept apart."""
     waited_s: float = 0.0
     """Seconds that whoever asked for it waited."""
+    sources_B: Int64s | None = None
+    """Held-out rows: the number of the dataset that each is of."""
 
     @property
     def rows(self) -> dict[str, Tensor | None]:
@@ -270,60 +272,6 @@ def require_known(skip: Collection[str], datasets: Sequence[Dataset]) -> None:
     for source, paths in known.items():
         if all(f"{source}/{path}" in skip for path in paths):
             raise ValueError(f"data.skip_shards: leaves nothing of source {source}")
-
-
-# --- evaluation ----------------------------------------------------------------------------------
-
-
-def held_out_rows(
-    datasets: Sequence[Dataset],
-    seq_len: int,
-    batch_size: int,
-    rank: int = 0,
-    world_size: int = 1,
-    isolate_documents: bool = False,
-) -> Iterator[Batch]:
-    """The held-out rows of all datasets that have some, once, in order: contiguous cuts to the
-    ranks, in batches.
-
-    All ranks get the same number of batches of the same shapes: a rank with a row fewer gets one of
-    -100 only. The last batch is smaller when the rows do not divide by ``batch_size``. This rank's
-    share of the shards is verified at the call. Raises ValueError as ``Stream`` does, and when no
-    dataset has held-out rows.
-    """
-    split: Split = "heldout"
-    with_some = [d for d in datasets if any(s.split == split for s in d.manifest.shards)]
-    readers = [
-        ShardReader(d.manifest, split, seq_len, store=d.store) for d in with_some or datasets
-    ]
-    for dataset in with_some:
-        dataset.store.check(split, (rank, world_size), ())
-    total = sum(sum(reader.rows_per_shard) for reader in readers)
-    begin, end = total * rank // world_size, total * (rank + 1) // world_size
-    ids = np.full(-(-total // world_size), -1, dtype=np.int64)
-    ids[: end - begin] = np.arange(begin, end)
-    return _held_out_batches(readers, ids, batch_size, isolate_documents)
-
-
-def _held_out_batches(
-    readers: Sequence[ShardReader], ids: Int64s, batch_size: int, isolate_documents: bool
-) -> Iterator[Batch]:
-    counts = np.concatenate([reader.rows_per_shard for reader in readers])
-    source = np.repeat(np.arange(len(readers)), [len(r.rows_per_shard) for r in readers])
-    shard = np.concatenate([np.arange(len(r.rows_per_shard)) for r in readers])
-    ends = np.cumsum(counts)
-    buffers = Buffers()
-    with ExitStack() as stack:
-        for reader in readers:
-            stack.enter_context(closing(reader))
-        for first in range(0, len(ids), batch_size):
-            some = ids[first : first + batch_size]
-            known = np.maximum(some, 0)
-            at = np.searchsorted(ends, known, side="right")
-            rows = known - (ends - counts)[at]
-            batch = _batch(readers, source[at], shard[at], rows, some, isolate_documents, buffers)
-            batch.targets_BL[torch.from_numpy(some < 0)] = IGNORED
-            yield batch
 
 
 def _batch(

@@ -35,9 +35,14 @@ class Head(nn.Module):
         self.norm = make_norm(config, dim)
         self.output = Output(dim, config.vocab_size, config.bias, config.z_loss)
 
-    def forward(self, x_BLD: Tensor, targets_BL: Tensor | None = None) -> Any:
-        """(B, L, D) to logits (B, L, V); with targets to (nats summed, how many targets count)."""
-        return self.output(self.norm(x_BLD), targets_BL)
+    def forward(
+        self, x_BLD: Tensor, targets_BL: Tensor | None = None, each_target: bool = False
+    ) -> Any:
+        """(B, L, D) to logits (B, L, V); with targets to (nats summed, how many targets count).
+
+        With ``each_target`` the nats are not summed: (B, L), 0 where there is none, no gradient.
+        """
+        return self.output(self.norm(x_BLD), targets_BL, each_target)
 
 
 class Output(Linear):
@@ -47,7 +52,9 @@ class Output(Linear):
         super().__init__(dim, vocab_size, bias)
         self.z_loss = z_loss
 
-    def forward(self, x_BLD: Tensor, targets_BL: Tensor | None = None) -> Any:
+    def forward(
+        self, x_BLD: Tensor, targets_BL: Tensor | None = None, each_target: bool = False
+    ) -> Any:
         """As ``Head.forward``. The loss is summed in fp32 over targets that are not -100.
 
         Its gradient, not its value, is also that of ``z_loss * log(Z)^2`` for each of them, Z the
@@ -60,6 +67,9 @@ class Output(Linear):
         needs = torch.is_grad_enabled() and (x_ND.requires_grad or self.weight.requires_grad)
         if x_ND.device.type != "meta" and torch.is_autocast_enabled(x_ND.device.type):
             x_ND = x_ND.to(torch.get_autocast_dtype(x_ND.device.type))
+        if each_target:
+            nats_N = _nats_of_each(x_ND, self.weight, self.bias, targets_N)
+            return nats_N.view_as(targets_BL), count
         return _loss(x_ND, self.weight, self.bias, targets_N, self.z_loss, needs), count
 
 
@@ -136,6 +146,21 @@ def _add_gradients(
     d_CV = d_CV.to(x_ND.dtype)
     for_x[part] = d_CV @ weight_VD
     for_weight += d_CV.t() @ x_ND[part]
+
+
+@torch.no_grad()
+def _nats_of_each(
+    x_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, targets_N: Tensor
+) -> Tensor:
+    """(N,) the loss of every target; only positions that have one are looked at."""
+    chunk = max(1, CHUNK_LOGITS // len(weight_VD))
+    weight = weight_VD.to(x_ND.dtype)
+    bias = None if bias_V is None else bias_V.to(x_ND.dtype)
+    nats_N = x_ND.new_zeros(len(x_ND), dtype=_wide(x_ND.dtype))
+    for places_C in torch.split((targets_N != IGNORED_TARGET).nonzero()[:, 0], chunk):
+        logits_CV = F.linear(x_ND[places_C], weight, bias).to(nats_N.dtype)
+        nats_N[places_C] = F.cross_entropy(logits_CV, targets_N[places_C], reduction="none")
+    return nats_N
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

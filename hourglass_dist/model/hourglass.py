@@ -121,8 +121,10 @@ class HourglassLM(nn.Module):
         mask_BL: Tensor | None = None,
         documents_BL: Tensor | None = None,
         targets_BL: Tensor | None = None,
+        each_target: bool = False,
     ) -> Any:
-        """int64 (B, L) to logits (B, L, V); with targets to (nats summed, targets that count).
+        """int64 (B, L) to logits (B, L, V); with targets to (nats summed, targets that count), with
+        ``each_target`` to (nats (B, L), targets that count) without gradient.
 
         ``mask_BL`` is True at real tokens: the others are as if they were not there, and the logits
         at their places mean nothing. ``documents_BL`` numbers the documents of packed rows: each
@@ -145,7 +147,7 @@ class HourglassLM(nn.Module):
         if order_BL is not None:
             back_BL = order_BL.argsort(dim=1)
             x_BLD = x_BLD.gather(1, back_BL.unsqueeze(-1).expand_as(x_BLD))
-        return self.head(x_BLD, targets_BL)
+        return self.head(x_BLD, targets_BL, each_target)
 
     def check(self, tokens_BL: Tensor, documents_BL: Tensor | None = None) -> None:
         """Raise ValueError for rows that the model cannot read."""

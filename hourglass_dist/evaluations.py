@@ -1,0 +1,122 @@
+"""What is done at every evaluation of a run: held-out scores, and samples of what it writes.
+
+Nothing of it changes the training: it draws no random number that a step would see.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+
+from hourglass_dist import dist
+from hourglass_dist.config import Config
+from hourglass_dist.data.held_out import held_out_rows
+from hourglass_dist.data.mixture import Dataset
+from hourglass_dist.data.stream import Batch
+from hourglass_dist.data.tokenizer import Tokenizer
+from hourglass_dist.engine import Engine
+from hourglass_dist.evaluate import Evaluation, Score, evaluate, fixed_strides
+from hourglass_dist.metrics import Metrics
+from hourglass_dist.samples import prompts_of_rows, prompts_of_text, write_samples
+
+
+class Evaluations:
+    """Those of one run. All ranks together."""
+
+    def __init__(
+        self,
+        config: Config,
+        datasets: Sequence[Dataset],
+        tokenizer: Tokenizer,
+        engine: Engine,
+        world: dist.World,
+        watching: Callable[[Iterator[Batch]], Iterator[Batch]],
+    ) -> None:
+        """``watching`` passes batches on and sees that something happens.
+
+        Raises ValueError, on all ranks, for a prompt that is not valid for the tokenizer.
+        """
+        self._config, self._datasets, self._tokenizer = config, datasets, tokenizer
+        self._engine, self._world, self._watching = engine, world, watching
+        self._strides = fixed_strides(config.model)
+        self._prompts: list[list[int]] = []
+        if config.eval.samples:
+            self._prompts = dist.together(self._find_prompts, world.device)
+
+    def make(self, step: int, metrics: Metrics) -> Score:
+        """Score the held-out text after ``step`` and note it; after the last step with sliding
+        windows, too, where ``eval.stride`` asks for them. Returns the usual score of all sources.
+
+        Raises ValueError, on all ranks, when held-out text can not be read any more.
+        """
+        with metrics.pause():
+            found = self._score(sliding=False)
+        metrics.record_eval(step, found, "heldout", "held out")
+        metrics.record_places(step, found, self._strides[1:])
+        stride = self._config.eval.stride
+        if stride and step == self._config.train.steps:
+            with metrics.pause():
+                last = self._score(sliding=True)
+            windows = f"held out, {self._config.eval_context} tokens every {stride}"
+            metrics.record_eval(step, last, "sliding", windows)
+        if self._config.eval.samples:
+            with metrics.pause():
+                self._write_samples(step, metrics)
+        return found.whole
+
+    def _find_prompts(self) -> list[list[int]]:
+        if given := self._config.eval.prompts:
+            return prompts_of_text(given, self._tokenizer)
+        rows = held_out(self._config, self._datasets, self._world)
+        return prompts_of_rows(rows, self._config.eval.samples) or [[self._tokenizer.eos_id]]
+
+    def _write_samples(self, step: int, metrics: Metrics) -> None:
+        weights = {n: w for n, w in self._engine.weights() if self._world.is_main}
+
+        def write() -> None:
+            if self._world.is_main:
+                model, run, settings = self._config.model, self._config.run, self._config.eval
+                samples = write_samples(
+                    model, weights, self._tokenizer, self._prompts, settings.samples, run.seed
+                )
+                metrics.record_samples(step, samples)
+
+        dist.together(write, self._world.device)
+
+    def _score(self, sliding: bool) -> Evaluation:
+        rows = dist.together(
+            partial(held_out, self._config, self._datasets, self._world, sliding),
+            self._world.device,
+        )
+        return evaluate(
+            self._engine.eval_loss,
+            self._watching(rows),
+            self._tokenizer.byte_lengths(),
+            self._world,
+            [dataset.name for dataset in self._datasets],
+            self._strides[-1],
+        )
+
+
+def held_out(
+    config: Config, datasets: Sequence[Dataset], world: dist.World, sliding: bool = False
+) -> Iterator[Batch]:
+    """This rank's part of the held-out rows, every token once over all ranks; ``sliding``: in the
+    windows of ``eval.context`` and ``eval.stride``. Raises ValueError as ``held_out_rows`` does."""
+    return held_out_rows(
+        datasets,
+        config.eval_context if sliding else config.data.seq_len,
+        config.eval.batch_size,
+        world.rank,
+        world.size,
+        config.data.isolate_documents,
+        stride=config.eval.stride if sliding else None,
+    )
+
+
+def check_held_out(config: Config, datasets: Sequence[Dataset], world: dist.World) -> None:
+    """Verify this rank's share of the held-out shards. Raises ValueError for what a later
+    evaluation would stumble over."""
+    held_out(config, datasets, world)
+    if config.eval.stride:
+        held_out(config, datasets, world, sliding=True)

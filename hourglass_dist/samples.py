@@ -1,0 +1,78 @@
+"""What a model writes while it is trained: short continuations, with randomness of their own.
+
+The main rank generates with a second model around the weights of the engine, so neither the modes
+nor the hooks of the one that is trained are touched. At ZeRO-3 it holds all weights for that time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import cycle, islice
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from hourglass_dist.data.stream import Batch
+from hourglass_dist.data.tokenizer import Tokenizer
+from hourglass_dist.generate import generate
+from hourglass_dist.model.hourglass import HourglassLM
+from hourglass_dist.model_config import ModelConfig
+
+PROMPT_TOKENS = 64
+"""Tokens of held-out text that are continued."""
+NEW_TOKENS = 128
+"""Tokens of a continuation, at most: the end of text ends it."""
+TEMPERATURE = 0.8
+
+
+class Sample(NamedTuple):
+    """A prompt and what the model made of it."""
+
+    prompt: str
+    text: str
+
+
+def prompts_of_text(texts: Sequence[str], tokenizer: Tokenizer) -> list[list[int]]:
+    """The ids of prompts that a person gave; training text begins with the end-of-text id.
+
+    Raises ValueError when one is not valid for the tokenizer.
+    """
+    return [[tokenizer.eos_id, *tokenizer.encode_prompt(text.encode())] for text in texts]
+
+
+def prompts_of_rows(batches: Iterable[Batch], count: int) -> list[list[int]]:
+    """The first tokens of the first ``count`` rows."""
+    rows = (row for b in batches for row, n in zip(b.tokens_BL, b.row_ids, strict=True) if n >= 0)
+    return [row[:PROMPT_TOKENS].tolist() for row in islice(rows, count)]
+
+
+def write_samples(
+    config: ModelConfig,
+    weights: Mapping[str, Tensor],
+    tokenizer: Tokenizer,
+    prompts: Sequence[Sequence[int]],
+    count: int,
+    seed: int,
+) -> list[Sample]:
+    """``count`` continuations of the prompts in turn; the same weights and seed give them again."""
+    levels = [
+        level.model_copy(update={"activation_checkpointing": "none"}) for level in config.levels
+    ]
+    with torch.device("meta"):
+        model = HourglassLM(config.model_copy(update={"levels": levels}))
+    model.load_state_dict(dict(weights), assign=True)
+    generator = torch.Generator().manual_seed(seed)
+    samples = []
+    for prompt in islice(cycle(prompts), count):
+        new = generate(
+            model,
+            prompt,
+            NEW_TOKENS,
+            eos_id=tokenizer.eos_id,
+            vocab_size=tokenizer.vocab_size,
+            temperature=TEMPERATURE,
+            generator=generator,
+        )
+        samples.append(Sample(tokenizer.decode(prompt), tokenizer.decode(list(new))))
+    return samples

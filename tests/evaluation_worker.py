@@ -1,0 +1,17 @@
+"""Run by torchrun from test_evaluations.py: trains several runs, one after another.
+
+evaluation_worker.py '[["CONFIG.yaml", "key=value", ...], ...]'
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+
+from hourglass_dist import config, train
+from hourglass_dist.stop import Interrupted
+
+for name, *overrides in json.loads(sys.argv[1]):
+    with contextlib.suppress(Interrupted):
+        train.train(config.load(name, overrides))
