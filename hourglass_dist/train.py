@@ -26,6 +26,7 @@ from hourglass_dist.data.tokenizer import Tokenizer, require_same
 from hourglass_dist.engine import Engine, deepspeed_settings
 from hourglass_dist.evaluate import evaluate
 from hourglass_dist.guards import SkippedSteps
+from hourglass_dist.history import History
 from hourglass_dist.metrics import Metrics, due
 from hourglass_dist.model.cost import choose_checkpointing
 from hourglass_dist.model.hourglass import HourglassLM
@@ -34,12 +35,18 @@ from hourglass_dist.stop import EXIT_CODE, Interrupted, StopRequests
 
 
 def train(config: Config) -> None:
-    """Run, or continue, the training that ``config`` describes.
+    """Run, or continue, the training that ``config`` describes, and note when and how it ended.
 
     Raises ValueError (on every rank, with the same one-line message) for anything the user can
     mend, FloatingPointError when loss or gradient stay no numbers, and Interrupted when the run was
     asked to stop: then it is saved.
     """
+    with History(Path(config.run.dir)) as history:
+        train_and_note(config, history)
+
+
+def train_and_note(config: Config, history: History) -> None:
+    """As ``train``; ``history`` learns when steps begin and how many are done."""
     world = dist.init()
     deepspeed_settings(config, world.size)  # refuses what does not fit, before anything is written
     datasets, tokenizer = dist.together(lambda: open_data(config), world.device)
@@ -61,20 +68,22 @@ def train(config: Config) -> None:
         engine.load(newest)
     announce(config, world, step)
 
+    history.start(step, world)
     lengths = tokenizer.byte_lengths()
-    metrics = Metrics(run.path, config, lengths, step, world)
+    metrics = Metrics(history, config, lengths, engine, world)
     skipped = SkippedSteps(run.path, config.train.max_skipped_steps, step, world)
     batches = stream.batches(start_step=step)
     while step < config.train.steps:
         batch = dist.together(lambda: next(batches), world.device)
-        result = engine.step(batch.rows, step)
+        with metrics.watch(step + 1):
+            result = engine.step(batch.rows, step)
         step += 1
         skipped.look(step, result, stream.rows_of(step - 1))
         metrics.record(step, result, batch, stream.epochs_read, skipped.total)
         last = step == config.train.steps
         stop = None if last else requests.reason()
         if due(step, config.eval.every) or last:
-            with metrics.pause():
+            with metrics.pause("evaluation"):
                 rows = dist.together(lambda: held_out(config, datasets, world), world.device)
                 score = evaluate(engine.eval_loss, rows, lengths, world)
             metrics.record_eval(step, score)
@@ -83,7 +92,7 @@ def train(config: Config) -> None:
             progress = Progress(
                 step, stream.state(step), asdict(tokenizer.fingerprint), engine.stage
             )
-            with metrics.pause():
+            with metrics.pause("checkpoint"):
                 path = checkpoints.save(engine.save, progress)
             metrics.say(f"step {step}: saved {path}")
         if stop:

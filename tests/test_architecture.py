@@ -35,6 +35,9 @@ ORDER = [
         "model.cost_parts",
         "model.cost",
         "model.interop",
+        "diagram",
+        "devices",
+        "plan",
         "optim",
         "fragments",
         "engine",
@@ -42,7 +45,7 @@ ORDER = [
         "export",
         "evaluate",
     ),
-    *("metrics", "stop", "guards", "train", "generate", "plan"),
+    *("history", "observe", "usage", "metrics", "stop", "guards", "train", "generate"),
     *("bench.shared", "bench.model", "bench.decode", "bench.compare", "bench.data", "bench.cli"),
     "cli",
 ]

@@ -43,6 +43,11 @@ class Head(nn.Module):
 class Output(Linear):
     """The output layer. It owns its loss: under ZeRO-3 its weights are there while it runs."""
 
+    watched = False
+    """Whether the loss notes ``largest_logit``."""
+    largest_logit: Tensor | None = None
+    """The largest absolute logit of the last rows that were scored."""
+
     def forward(self, x_BLD: Tensor, targets_BL: Tensor | None = None) -> Any:
         """As ``Head.forward``. The loss is summed in fp32 over targets that are not -100."""
         if targets_BL is None:
@@ -52,7 +57,10 @@ class Output(Linear):
         needs = torch.is_grad_enabled() and (x_ND.requires_grad or self.weight.requires_grad)
         if x_ND.device.type != "meta" and torch.is_autocast_enabled(x_ND.device.type):
             x_ND = x_ND.to(torch.get_autocast_dtype(x_ND.device.type))
-        return _loss(x_ND, self.weight, self.bias, targets_N, needs), count
+        nats, largest = _loss(x_ND, self.weight, self.bias, targets_N, needs, self.watched)
+        if self.watched:
+            self.largest_logit = largest
+        return nats, count
 
 
 class _ChunkedLoss(torch.autograd.Function):
@@ -64,9 +72,11 @@ class _ChunkedLoss(torch.autograd.Function):
         bias_V: Tensor | None,
         targets_N: Tensor,
         needs_gradients: bool,
-    ) -> Tensor:
+        watched: bool,
+    ) -> tuple[Tensor, Tensor]:
         chunk = max(1, CHUNK_LOGITS // len(weight_VD))
         nats = x_ND.new_zeros((), dtype=_wide(x_ND.dtype))
+        largest = torch.zeros_like(nats)
         weight = weight_VD.to(x_ND.dtype)
         grads = None
         if needs_gradients:
@@ -75,7 +85,11 @@ class _ChunkedLoss(torch.autograd.Function):
         for start in range(0, len(x_ND), chunk):
             part = slice(start, start + chunk)
             bias = None if bias_V is None else bias_V.to(x_ND.dtype)
-            log_p_CV = F.linear(x_ND[part], weight, bias).to(nats.dtype).log_softmax(dim=-1)
+            logits_CV = F.linear(x_ND[part], weight, bias)
+            if watched:
+                largest = torch.maximum(largest, logits_CV.abs().amax().to(nats.dtype))
+            log_p_CV = logits_CV.to(nats.dtype).log_softmax(dim=-1)
+            del logits_CV
             nats += F.nll_loss(
                 log_p_CV, targets_N[part], ignore_index=IGNORED_TARGET, reduction="sum"
             )
@@ -83,17 +97,19 @@ class _ChunkedLoss(torch.autograd.Function):
                 _add_gradients(grads, part, log_p_CV, x_ND, weight, targets_N[part])
         ctx.dtypes = weight_VD.dtype, None if bias_V is None else bias_V.dtype
         ctx.save_for_backward(*(grads or ()))
-        return nats
+        ctx.mark_non_differentiable(largest)
+        return nats, largest
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
         for_x, for_weight, for_bias = ctx.saved_tensors
         bias_type = ctx.dtypes[1]
         return (
             for_x * grad.to(for_x.dtype),
             (for_weight * grad).to(ctx.dtypes[0]),
             None if bias_type is None else (for_bias * grad).to(bias_type),
+            None,
             None,
             None,
         )
@@ -125,4 +141,4 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
     return dtype if dtype == torch.float64 else torch.float32
 
 
-_loss: Callable[..., Tensor] = _ChunkedLoss.apply
+_loss: Callable[..., tuple[Tensor, Tensor]] = _ChunkedLoss.apply
