@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from hourglass_dist import dist
+from hourglass_dist.stop import Interrupted
 
 HISTORY_FILE = "history.jsonl"
 PACKAGES = ("hourglass_dist", "torch", "deepspeed")
@@ -67,8 +68,13 @@ class History:
     ) -> None:
         if self._is_open:
             first_line = (str(error).splitlines() or [""])[0]
-            named = f"{kind.__name__}: {first_line}"[:500] if kind else "finished"
-            self._add("end", reason=named)
+            if kind is None:
+                reason = "finished"
+            elif issubclass(kind, Interrupted):
+                reason = first_line.partition(";")[0]
+            else:
+                reason = f"{kind.__name__}: {first_line}"[:500]
+            self._add("end", reason=reason)
 
 
 def about_this_code() -> dict[str, Any]:

@@ -45,7 +45,8 @@ ORDER = [
         "export",
         "evaluate",
     ),
-    *("history", "observe", "usage", "metrics", "stop", "guards", "train", "generate"),
+    *("stop", "history", "observe", "usage", "metrics", "guards", "train", "generate"),
+    *("charts", "report_style", "report"),
     *("bench.shared", "bench.model", "bench.decode", "bench.compare", "bench.data", "bench.cli"),
     "cli",
 ]
