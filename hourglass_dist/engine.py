@@ -140,6 +140,11 @@ class Engine:
         inner: torch.optim.Optimizer = getattr(outer, "optimizer", outer)
         return inner
 
+    @property
+    def deepspeed(self) -> Any:
+        """DeepSpeed's engine, for a profile to look at."""
+        return self._engine
+
     def held(self) -> Iterator[Fragment]:
         """Every range of trained weights whose master copy this rank holds."""
         return self._fragments()

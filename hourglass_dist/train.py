@@ -30,6 +30,7 @@ from hourglass_dist.history import History
 from hourglass_dist.metrics import Metrics, due
 from hourglass_dist.model.cost import choose_checkpointing
 from hourglass_dist.model.hourglass import HourglassLM
+from hourglass_dist.profiling import Profiler
 from hourglass_dist.sections import print_error
 from hourglass_dist.stop import EXIT_CODE, Interrupted, StopRequests
 
@@ -72,10 +73,11 @@ def train_and_note(config: Config, history: History) -> None:
     lengths = tokenizer.byte_lengths()
     metrics = Metrics(history, config, lengths, engine, world)
     skipped = SkippedSteps(run.path, config.train.max_skipped_steps, step, world)
-    batches = stream.batches(start_step=step)
+    profiler = Profiler(run.path, config.metrics.profiled, engine, world)
+    batches = profiler.data(stream.batches(start_step=step), step)
     while step < config.train.steps:
         batch = dist.together(lambda: next(batches), world.device)
-        with metrics.watch(step + 1):
+        with metrics.watch(step + 1), profiler.step(step + 1):
             result = engine.step(batch.rows, step)
         step += 1
         skipped.look(step, result, stream.rows_of(step - 1))
