@@ -14,6 +14,7 @@ PREFIX = "part: "
 STEP = "step"
 """The range around a whole step."""
 PASSES = ("forward", "backward", "recompute")
+ON_HOST = ("user_annotation", "cpu_op")
 GPU_WORK = ("kernel", "gpu_memcpy", "gpu_memset")
 COMMUNICATION = "communication"
 
@@ -38,7 +39,7 @@ def time_of_parts(events: Iterable[Mapping[str, Any]]) -> dict[str, float]:
     ranges = [
         _interval(event, str(event["name"]).removeprefix(PREFIX))
         for event in whole
-        if event.get("cat") == "user_annotation" and str(event["name"]).startswith(PREFIX)
+        if str(event["name"]).startswith(PREFIX) and event.get("cat") in ON_HOST
     ]
     steps = [each for each in ranges if each.part == STEP]
     kernels = [event for event in whole if event.get("cat") in GPU_WORK]
