@@ -48,14 +48,16 @@ class History:
         if not world.is_main:
             return
         known = read_history(self._path.parent)
-        self._add("start", ranks=world.size, device=device_name(world.device), **about_this_code())
+        device = device_name(world.device)
+        now = self._add("start", ranks=world.size, device=device, **about_this_code())
         self._is_open = True
-        self.first_start = min([entry["time"] for entry in known], default=self.first_start)
+        self.first_start = min(entry["time"] for entry in [*known, now])
 
-    def _add(self, event: str, **facts: Any) -> None:
-        entry = {"event": event, "time": time.time(), "step": self.step, **facts}
+    def _add(self, event: str, **facts: Any) -> dict[str, Any]:
+        entry: dict[str, Any] = {"event": event, "time": time.time(), "step": self.step, **facts}
         with self._path.open("a") as file:
             file.write(json.dumps(entry) + "\n")
+        return entry
 
     def __enter__(self) -> History:
         return self

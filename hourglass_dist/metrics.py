@@ -20,7 +20,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
-from torch.utils.tensorboard import SummaryWriter
 
 from hourglass_dist import dist
 from hourglass_dist.config import Config
@@ -35,6 +34,7 @@ from hourglass_dist.observe import Observer
 from hourglass_dist.plan import plan, render
 from hourglass_dist.sections import to_yaml
 from hourglass_dist.usage import Work, memory
+from hourglass_dist.writers import Writer, open_writers
 
 USEFUL = "time/useful_seconds"
 
@@ -57,9 +57,10 @@ class Metrics:
         self._work = Work(config, world)
         self._folder = Path(config.run.dir)
         self._jsonl = self._folder / "metrics.jsonl"
+        self._writers: list[Writer] = []
         self.go_back(history.step)
         if world.is_main:
-            self._show_settings(history.step)
+            self._write_settings(history.step)
 
     def go_back(self, step: int) -> None:
         """Continue after ``step`` and forget what was recorded past it."""
@@ -67,20 +68,22 @@ class Metrics:
         if self._world.is_main:
             known = forget_after(self._jsonl, step)
             forgotten = max((record.get(USEFUL, 0.0) for record in known), default=0.0)
-            self._events = SummaryWriter(str(self._folder), purge_step=step + 1)
+            self.close()
+            first = int(self._history.first_start)
+            name = f"{self._folder.resolve().name}-{first}"
+            self._writers = open_writers(self._config.metrics.writers, self._folder, name, step)
         steps, tokens = self._config.train.steps, self._config.data.tokens
         self._clock = Clock(steps, tokens, step, forgotten)
 
-    def _show_settings(self, step: int) -> None:
+    def _write_settings(self, step: int) -> None:
         """The first page of TensorBoard."""
-        pages = {
+        texts = {
             "model": as_text(self._config.model),
             "plan": render(plan(self._config, self._world.size)),
             "config": to_yaml(self._config),
         }
-        for name, text in pages.items():
-            indented = "".join(f"    {line}\n" for line in text.splitlines())
-            self._events.add_text(name, indented, step)
+        for writer in self._writers:
+            writer.texts(step, texts)
 
     def records(self, step: int) -> bool:
         """Whether completed step ``step`` is noted."""
@@ -196,13 +199,13 @@ class Metrics:
         values = {name: value for name, value in values.items() if math.isfinite(value)}
         with self._jsonl.open("a") as file:
             file.write(json.dumps({"step": step, **values}) + "\n")
-        for name, value in values.items():
-            self._events.add_scalar(name, value, step)
+        for writer in self._writers:
+            writer.scalars(step, values)
 
     def close(self) -> None:
-        """Flush the TensorBoard file."""
-        if self._world.is_main:
-            self._events.close()
+        """Close the writers."""
+        for writer in self._writers:
+            writer.close()
 
 
 class Clock:

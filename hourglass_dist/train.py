@@ -33,6 +33,7 @@ from hourglass_dist.model.hourglass import HourglassLM
 from hourglass_dist.profiling import Profiler
 from hourglass_dist.sections import print_error
 from hourglass_dist.stop import EXIT_CODE, Interrupted, StopRequests
+from hourglass_dist.writers import require_writers
 
 
 def train(config: Config) -> None:
@@ -50,6 +51,7 @@ def train_and_note(config: Config, history: History) -> None:
     """As ``train``; ``history`` learns when steps begin and how many are done."""
     world = dist.init()
     deepspeed_settings(config, world.size)  # refuses what does not fit, before anything is written
+    require_writers(config.metrics.writers)
     datasets, tokenizer = dist.together(lambda: open_data(config), world.device)
     stream = dist.together(lambda: open_stream(config, datasets, world), world.device)
     dist.require_agreement(stream.identity(), world.device)

@@ -50,6 +50,7 @@ ORDER = [
         "history",
         "observe",
         "usage",
+        "writers",
         "metrics",
         "guards",
         "profile_table",
