@@ -95,13 +95,13 @@ def page(run: Run) -> str:
         "Learning": curves(run, LEARNING),
         "Inside the model": curves(run, INSIDE),
         "Speed and memory": curves(run, SPEED),
-        "One profiled step": _pre(run.profile) if run.profile else "",
+        "Where the time goes": _pre(run.profile) if run.profile else "",
         "Starts": starts(run),
         "Skipped steps": skipped(run),
         "Samples": samples(run),
         "Held-out bits per byte by position": positions(run),
         "Plan": _pre(render(plan(run.config, _ranks(run)))),
-        "Settings": f"<details><summary>config.yaml</summary>{_pre(to_yaml(run.config))}</details>",
+        "Settings": f'<div class="settings">{_pre(to_yaml(run.config))}</div>',
     }
     body = "".join(
         f"<section>{f'<h2>{escape(name)}</h2>' if name else ''}{content}</section>"

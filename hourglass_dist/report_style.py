@@ -47,7 +47,8 @@ th{color:var(--faint);font-weight:500;white-space:nowrap}
 pre{font:12px/1.35 ui-monospace,SFMono-Regular,Menlo,Consolas,"DejaVu Sans Mono",monospace;margin:0}
 article{padding:12px 14px;margin:0 0 10px;break-inside:avoid}
 article p{margin:4px 0 0;white-space:pre-wrap;overflow-wrap:anywhere}
-summary{cursor:pointer;color:var(--faint)}
+.settings pre{columns:340px 3;column-gap:28px;white-space:pre-wrap;overflow-wrap:anywhere}
+@media screen and (max-width:640px){svg text{font-size:15px}}
 @media print{body{background:#fff;font-size:11px}main{max-width:none;padding:0}
 .charts{grid-template-columns:1fr 1fr}.wide{overflow:visible}pre{font-size:7.5px}
 h2{break-after:avoid}}

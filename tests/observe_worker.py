@@ -17,7 +17,7 @@ from hourglass_dist import dist
 from hourglass_dist.engine import Engine
 from hourglass_dist.observe import Observer
 
-STEPS = 4
+STEPS = 3
 
 
 def run(case: dict[str, Any], world: dist.World) -> dict[str, Any]:

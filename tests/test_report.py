@@ -7,10 +7,12 @@ import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 
+import pytest
 from ranks import hourglass
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from hourglass_dist.history import read_history
+from hourglass_dist.report import write_report
 
 VOID = {"meta", "rect", "path", "circle"}
 
@@ -76,9 +78,7 @@ def test_what_is_missing_is_left_out_and_what_is_there_is_escaped(
     (run / "positions.jsonl").write_text(json.dumps(position) + "\n")
     skipped = {"step": 3, "loss": evil, "rows": [16, 24]}
     (run / "skipped.jsonl").write_text(json.dumps(skipped) + "\n")
-    done = hourglass("report", run)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == str(run / "report.html")
+    write_report(run, run / "report.html")
     page = Page(run / "report.html")
     assert "a <b> & c" in page.text
     assert page.text.count(evil) == 3
@@ -88,11 +88,10 @@ def test_what_is_missing_is_left_out_and_what_is_there_is_escaped(
 
 
 def test_no_run_is_one_line(tmp_path: Path) -> None:
-    done = hourglass("report", tmp_path)
-    assert done.returncode == 2
-    assert done.stderr == (
-        f"error: {tmp_path}: no metrics.jsonl: expected the folder of a run that has begun\n"
-    )
+    with pytest.raises(ValueError, match=r"no metrics\.jsonl: expected") as error:
+        write_report(tmp_path, tmp_path / "page.html")
+    assert "\n" not in str(error.value)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_run_says_when_it_began_and_how_it_ended(run_folder: Path) -> None:
