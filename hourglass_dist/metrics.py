@@ -64,16 +64,17 @@ class Metrics:
 
     def go_back(self, step: int) -> None:
         """Continue after ``step`` and forget what was recorded past it."""
-        forgotten = 0.0
+        self._history.step = step
+        useful = 0.0
         if self._world.is_main:
             known = forget_after(self._jsonl, step)
-            forgotten = max((record.get(USEFUL, 0.0) for record in known), default=0.0)
+            useful = max((record.get(USEFUL, 0.0) for record in known), default=0.0)
             self.close()
             first = int(self._history.first_start)
             name = f"{self._folder.resolve().name}-{first}"
             self._writers = open_writers(self._config.metrics.writers, self._folder, name, step)
         steps, tokens = self._config.train.steps, self._config.data.tokens
-        self._clock = Clock(steps, tokens, step, forgotten)
+        self._clock = Clock(steps, tokens, step, useful)
 
     def _write_settings(self, step: int) -> None:
         """The first page of TensorBoard."""

@@ -7,7 +7,6 @@ must be there; ``history.jsonl``, ``skipped.jsonl``, ``samples.jsonl``, ``positi
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -99,7 +98,7 @@ def page(run: Run) -> str:
         "Starts": starts(run),
         "Skipped steps": skipped(run),
         "Samples": samples(run),
-        "Held-out bits per byte by position": positions(run),
+        "Held-out score by place in a bucket": positions(run),
         "Plan": _pre(render(plan(run.config, _ranks(run)))),
         "Settings": f'<div class="settings">{_pre(to_yaml(run.config))}</div>',
     }
@@ -316,20 +315,23 @@ def samples(run: Run) -> str:
 
 
 def positions(run: Run) -> str:
-    """How the score falls with the text before a byte: the first and the newest evaluation."""
-    if not run.positions:
-        return ""
-    chosen = {entry["step"]: entry for entry in (run.positions[0], run.positions[-1])}
-    series = {
-        f"step {step:,}": [
-            (index * entry["stride"], float(value))
-            for index, value in enumerate(entry["bits_per_byte"])
-            if value is not None and math.isfinite(value)
-        ]
-        for step, entry in chosen.items()
-    }
-    chart = line_chart("Bits per byte", series, note="by position in a row", of_x="token")
-    return f'<div class="charts">{chart}</div>'
+    """How the score depends on the place in a bucket: of each stride the first and the newest
+    evaluation."""
+    by_stride: dict[int, dict[int, Points]] = defaultdict(dict)
+    for entry in run.positions:
+        places = enumerate(entry["bits_per_byte"], start=1)
+        points = [(float(place), value) for place, value in places if value is not None]
+        by_stride[int(entry["stride"])][int(entry["step"])] = points
+    charts = [
+        line_chart(
+            f"Buckets of {stride}",
+            {f"step {step:,}": of_step[step] for step in sorted({min(of_step), max(of_step)})},
+            note="bits per byte",
+            of_x="place",
+        )
+        for stride, of_step in sorted(by_stride.items())
+    ]
+    return f'<div class="charts">{"".join(charts)}</div>' if charts else ""
 
 
 def _table(names: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -74,8 +74,8 @@ def test_what_is_missing_is_left_out_and_what_is_there_is_escaped(
     evil = "</p><script>alert(1)</script>"
     sample = {"step": 20, "prompt": evil, "text": evil + "\0\n" + evil}
     (run / "samples.jsonl").write_text(json.dumps(sample) + "\n")
-    position = {"step": 20, "stride": 16, "bits_per_byte": [8.0, 7.5, None, 7.0]}
-    (run / "positions.jsonl").write_text(json.dumps(position) + "\n")
+    places = [{"step": step, "stride": 4, "bits_per_byte": [8, 7.5, None, 7]} for step in (10, 20)]
+    (run / "positions.jsonl").write_text("".join(json.dumps(place) + "\n" for place in places))
     skipped = {"step": 3, "loss": evil, "rows": [16, 24]}
     (run / "skipped.jsonl").write_text(json.dumps(skipped) + "\n")
     write_report(run, run / "report.html")
@@ -84,6 +84,7 @@ def test_what_is_missing_is_left_out_and_what_is_there_is_escaped(
     assert page.text.count(evil) == 3
     assert "Held out, by source" in page.text
     assert "<i>x" in page.text
+    assert "Buckets of 4" in page.text
     assert "Starts" not in page.text
 
 
