@@ -26,7 +26,7 @@ import shutil
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -132,8 +132,16 @@ class Checkpoints:
     checkpoint when all have. No thread takes part in a collective. One save is under way at a time.
     """
 
-    def __init__(self, folder: Path, config: CheckpointConfig, world: dist.World) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        config: CheckpointConfig,
+        world: dist.World,
+        about: Mapping[str, Any] | None = None,
+    ) -> None:
+        """``about`` is written into every manifest: what code with which settings made it."""
         self.folder = folder
+        self._about = dict(about or {})
         self.passed_over: list[str] = []
         """What was wrong with the checkpoints that ``newest`` passed over."""
         self._config = config
@@ -237,7 +245,8 @@ class Checkpoints:
             if "error" in entry:
                 raise ValueError(f"rank {rank}: {entry['error']}")
         files = {fragments.file_name(rank): entry for rank, entry in enumerate(entries)}
-        manifest = {"format": FORMAT, "progress": asdict(progress), "files": files}
+        manifest: dict[str, Any] = {"format": FORMAT, "progress": asdict(progress), "files": files}
+        manifest["about"] = self._about
         manifest["crc32c"] = _own_checksum(manifest)
         replace(folder / "manifest.json", json.dumps(manifest, indent=1))
         target = self.folder / tag(progress.step)

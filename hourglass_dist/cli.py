@@ -122,6 +122,25 @@ def checkpoint_delete(
 
 
 @app.command()
+def report(
+    run: Annotated[Path, typer.Argument(help="A run folder, such as runs/quickstart.")],
+    out: Annotated[
+        Path | None, typer.Option(help="The page; RUN/report.html if not given.")
+    ] = None,
+) -> None:
+    """Make one HTML page of a run, finished or not, that can be mailed: curves, starts, samples,
+    plan and settings.
+
+    Example: hourglass report runs/quickstart --out report.html
+    """
+    from hourglass_dist.report import write_report
+
+    target = out or run / "report.html"
+    write_report(run, target)
+    print(target)
+
+
+@app.command()
 def export(
     run: Run,
     out: Annotated[Path, typer.Argument(help="The new folder.")],

@@ -142,7 +142,27 @@ class MetricsConfig(Section):
     """Looking at a run."""
 
     every: PositiveInt = 10
-    """Optimizer steps between console lines, TensorBoard points and metrics.jsonl records."""
+    """Optimizer steps between console lines and records."""
+    writers: list[Literal["tensorboard", "wandb", "mlflow"]] = Field(default=["tensorboard"])
+    """Where records go besides metrics.jsonl. ``wandb`` and ``mlflow`` must be installed, and take
+    project and server from their own environment variables."""
+    profile_steps: Annotated[list[PositiveInt], Field(min_length=2, max_length=2)] | None = None
+    """The first and the last optimizer step (1 is the first of a run) whose time is taken apart:
+    into ``profile/`` of the run folder go a trace and a table by level."""
+
+    @model_validator(mode="after")
+    def _in_order(self) -> MetricsConfig:
+        if self.profiled and self.profiled[0] > self.profiled[1]:
+            raise ValueError(
+                "metrics.profile_steps: expected the first and the last step, "
+                f"given {self.profile_steps}"
+            )
+        return self
+
+    @property
+    def profiled(self) -> tuple[int, int] | None:
+        """``profile_steps``, first and last."""
+        return (self.profile_steps[0], self.profile_steps[1]) if self.profile_steps else None
 
 
 class ZeroConfig(Section):

@@ -114,6 +114,14 @@ def gather(tensor: Tensor) -> list[Tensor]:
     return everyone
 
 
+def gather_floats(values: Sequence[float], device: torch.device) -> list[list[float]]:
+    """The equally long lists of float64 of all ranks, in rank order, on every rank."""
+    mine = torch.tensor(values, dtype=torch.float64, device=device)
+    everyone = [torch.empty_like(mine) for _ in range(td.get_world_size())]
+    td.all_gather(everyone, mine)
+    return [other.tolist() for other in everyone]
+
+
 def require_agreement(values: Mapping[str, str], device: torch.device) -> None:
     """Raise ValueError on every rank, naming the first of ``values`` that is not the same on all,
     and the ranks that differ from rank 0."""

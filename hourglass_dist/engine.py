@@ -67,7 +67,7 @@ class StepResult(NamedTuple):
         return self.nll / max(1, self.tokens)
 
 
-class _Fragment(NamedTuple):
+class Fragment(NamedTuple):
     """A range of a parameter whose master weights and moments live on this rank."""
 
     name: str
@@ -148,6 +148,27 @@ class Engine:
         for state in self._engine.optimizer.state.values():
             for tensor in state.values():
                 tensor.zero_()
+
+    @property
+    def module(self) -> nn.Module:
+        """The model, as DeepSpeed has wrapped it."""
+        return self._module
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer:
+        """Ours: the tensors that it steps are this rank's fp32 weights."""
+        outer = self._engine.optimizer
+        inner: torch.optim.Optimizer = getattr(outer, "optimizer", outer)
+        return inner
+
+    @property
+    def deepspeed(self) -> Any:
+        """DeepSpeed's engine, for a profile to look at."""
+        return self._engine
+
+    def held(self) -> Iterator[Fragment]:
+        """Every range of trained weights whose master copy this rank holds."""
+        return self._fragments()
 
     def _accumulate(self, micro_batches: int) -> None:
         """Make an optimizer step of so many forward passes: the batch may grow during a run."""
@@ -294,7 +315,7 @@ class Engine:
             for name, parameter in self._module.named_parameters()
         }
 
-    def _fragments(self) -> Iterator[_Fragment]:
+    def _fragments(self) -> Iterator[Fragment]:
         """Every range of trained weights that this rank holds, wherever this ZeRO stage keeps
         it."""
         optimizer, rank = self._engine.optimizer, self._world.rank
@@ -303,13 +324,13 @@ class Engine:
         if self.stage == 0:
             for index, p in enumerate(parameters):
                 mine = index % self._world.size == rank
-                yield _Fragment(names[id(p)], 0, p.numel(), p, 0, mine)
+                yield Fragment(names[id(p)], 0, p.numel(), p, 0, mine)
         elif self.stage < 3:
             for p in parameters:
                 if (mapping := getattr(p, "_hp_mapping", None)) is not None:
                     flat = self._flat_groups()[mapping.param_group_index]
                     start, where = mapping.lp_fragment_address, mapping.hp_fragment_address
-                    yield _Fragment(names[id(p)], start.start, start.numel, flat, where.start, True)
+                    yield Fragment(names[id(p)], start.start, start.numel, flat, where.start, True)
         else:
             for flat, group in zip(
                 optimizer.fp32_partitioned_groups_flat, optimizer.fp16_groups, strict=True
@@ -318,7 +339,7 @@ class Engine:
                 for p in group:
                     size = p.partition_numel()
                     numel = max(0, min(size, p.ds_numel - rank * size))
-                    yield _Fragment(names[id(p)], rank * size, numel, flat, offset, True)
+                    yield Fragment(names[id(p)], rank * size, numel, flat, offset, True)
                     offset += size
 
     def _flat_groups(self) -> list[Tensor]:

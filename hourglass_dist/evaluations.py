@@ -49,18 +49,18 @@ class Evaluations:
 
         Raises ValueError, on all ranks, when held-out text can not be read any more.
         """
-        with metrics.pause():
+        with metrics.pause("evaluation"):
             found = self._score(sliding=False)
         metrics.record_eval(step, found, "heldout", "held out")
         metrics.record_places(step, found, self._strides[1:])
         stride = self._config.eval.stride
         if stride and step == self._config.train.steps:
-            with metrics.pause():
+            with metrics.pause("evaluation"):
                 last = self._score(sliding=True)
             windows = f"held out, {self._config.eval_context} tokens every {stride}"
             metrics.record_eval(step, last, "sliding", windows)
         if self._config.eval.samples:
-            with metrics.pause():
+            with metrics.pause("evaluation"):
                 self._write_samples(step, metrics)
         return found.whole
 

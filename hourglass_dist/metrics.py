@@ -2,18 +2,20 @@
 
     {"step": 500, "train/loss": 1.93, "train/bits_per_byte": 2.78, ...}      every few steps
     {"step": 500, "heldout/loss": 1.95, "heldout/bits_per_byte": 2.81, ...}  at every evaluation
+    {"step": 500, "time/checkpoint_seconds": 0.4, ...}                       after every pause
 
 ``positions.jsonl`` has held-out scores by place in the bucket, ``samples.jsonl`` what the model
 writes.
 
 All three say the same. A resumed run first forgets what an interrupted one recorded past its
-checkpoint.
+checkpoint. docs/training.md explains every name.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,16 +24,24 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch.utils.tensorboard import SummaryWriter
 
 from hourglass_dist import dist
 from hourglass_dist.config import Config
 from hourglass_dist.data.stream import Batch
-from hourglass_dist.engine import StepResult
+from hourglass_dist.diagram import as_text
+from hourglass_dist.engine import Engine, StepResult
 from hourglass_dist.evaluate import Evaluation, count_bytes
 from hourglass_dist.files import replace
+from hourglass_dist.history import History, read_lines
 from hourglass_dist.model.layout import missed_buckets
+from hourglass_dist.observe import Observer
+from hourglass_dist.plan import plan, render
 from hourglass_dist.samples import Sample
+from hourglass_dist.sections import to_yaml
+from hourglass_dist.usage import Work, memory
+from hourglass_dist.writers import Writer, open_writers
+
+USEFUL = "time/useful_seconds"
 
 
 class Metrics:
@@ -39,22 +49,61 @@ class Metrics:
 
     def __init__(
         self,
-        folder: Path,
+        history: History,
         config: Config,
         byte_lengths_V: np.ndarray,
-        first_step: int,
+        engine: Engine,
         world: dist.World,
     ) -> None:
-        self._config = config
+        """Goes on after the steps that ``history`` says are done."""
+        self._config, self._world, self._history = config, world, history
         self._byte_lengths_V = byte_lengths_V
-        self._world = world
-        self._clock = Clock(config.train.steps, config.data.tokens, first_step)
+        self._observer = Observer(engine)
+        self._work = Work(config, world)
+        self._folder = Path(config.run.dir)
+        self._jsonl = self._folder / "metrics.jsonl"
+        self._positions = self._folder / "positions.jsonl"
+        self._samples = self._folder / "samples.jsonl"
+        self._writers: list[Writer] = []
+        self.go_back(history.step)
         if world.is_main:
-            self._jsonl, self._positions = folder / "metrics.jsonl", folder / "positions.jsonl"
-            self._samples = folder / "samples.jsonl"
-            for path in (self._jsonl, self._positions, self._samples):
-                forget_after(path, first_step)
-            self._events = SummaryWriter(str(folder), purge_step=first_step + 1)
+            self._write_settings(history.step)
+
+    def go_back(self, step: int) -> None:
+        """Continue after ``step`` and forget what was recorded past it."""
+        self._history.step = step
+        useful = 0.0
+        if self._world.is_main:
+            known = forget_after(self._jsonl, step)
+            forget_after(self._positions, step)
+            forget_after(self._samples, step)
+            useful = max((record.get(USEFUL, 0.0) for record in known), default=0.0)
+            self.close()
+            first = int(self._history.first_start)
+            name = f"{self._folder.resolve().name}-{first}"
+            self._writers = open_writers(self._config.metrics.writers, self._folder, name, step)
+        steps, tokens = self._config.train.steps, self._config.data.tokens
+        self._clock = Clock(steps, tokens, step, useful)
+
+    def _write_settings(self, step: int) -> None:
+        """The first page of TensorBoard."""
+        texts = {
+            "model": as_text(self._config.model),
+            "plan": render(plan(self._config, self._world.size)),
+            "config": to_yaml(self._config),
+        }
+        for writer in self._writers:
+            writer.texts(step, texts)
+
+    def records(self, step: int) -> bool:
+        """Whether completed step ``step`` is noted."""
+        return due(step, self._config.metrics.every) or step in (1, self._config.train.steps)
+
+    @contextmanager
+    def watch(self, step: int) -> Iterator[None]:
+        """Around the step that will be completed step ``step``: looks into it if it is noted."""
+        with self._observer.watching(self.records(step)):
+            yield
 
     def record(
         self,
@@ -67,40 +116,68 @@ class Metrics:
         """Note completed step ``step`` (1 is the first). Called by all ranks, each with its rows of
         the batch; ``epochs(step)`` is how often each source has been read, ``skipped`` how many
         steps of the run changed nothing."""
-        self._clock.tick(step, batch.waited_s)
-        total = self._config.train.steps
-        if not (due(step, self._config.metrics.every) or step in (1, total)):
+        own = self._observer.own_seconds()
+        self._clock.tick(step, batch.waited_s, own, result.applied)
+        self._history.step = step
+        if not self.records(step):
             return
-        mine = count_bytes(batch.targets_BL, self._byte_lengths_V)
-        buckets = missed_buckets(self._config.model, batch.tokens_BL, batch.documents_BL)
-        size, missed, wanted = dist.sum_over_ranks([mine, *buckets], self._world.device)
+        size = count_bytes(batch.targets_BL, self._byte_lengths_V)
+        missed, wanted = missed_buckets(self._config.model, batch.tokens_BL, batch.documents_BL)
+        share, own_mean = self._clock.shares()
+        used = memory(self._world.device)
+        mine = [size, missed, wanted, own_mean, *used.values(), *self._observer.found()]
+        everyone = dist.gather_floats(mine, self._world.device)
+        if not self._world.is_main:
+            return
+        sizes, missed_each, wanted_each, seconds, *_ = zip(*everyone, strict=True)
         values = {
             "train/loss": result.loss,
-            "train/bits_per_byte": result.nll / math.log(2) / max(1.0, size),
+            "train/bits_per_byte": result.nll / math.log(2) / max(1.0, sum(sizes)),
             "train/lr": result.lr,
             "train/grad_norm": result.grad_norm,
-            "train/tokens_per_second": self._clock.tokens_per_second,
-            "train/data_wait": self._clock.share_waited(),
+            "train/data_wait": share,
             "train/skipped_steps": skipped,
         }
         values |= {f"data/{name}/epochs": read for name, read in epochs(step).items()}
-        if wanted:  # buckets begin at words or documents: how many of those had no room
-            values["train/missed_buckets"] = missed / wanted
-        if self._world.is_main:
-            self._write(step, values)
-            self._show(
-                f"step {step:>{len(str(total))}}/{total}  loss {result.loss:.4f}  "
-                f"bits/byte {values['train/bits_per_byte']:.4f}  lr {result.lr:.1e}  "
-                f"grad {result.grad_norm:.2f}  {self._clock.tokens_per_second:,.0f} tokens/s  "
-                f"{clock_time(self._clock.seconds_left)} left"
-            )
+        if any(wanted_each):  # buckets begin at words or documents: how many had no room
+            values["train/missed_buckets"] = sum(missed_each) / sum(wanted_each)
+        speed = self._clock.tokens_per_second
+        bytes_per_token = sum(sizes) / max(1, result.tokens)
+        values |= self._work.speed(speed, bytes_per_token, batch.tokens_BL.shape[1])
+        values |= self._times() | spread(seconds)
+        start = 4 + len(used)
+        for index, name in enumerate(used, start=4):
+            values[f"memory/{name}"] = max(rank[index] for rank in everyone)
+        inside = [rank[start:] for rank in everyone]
+        values |= self._observer.summary(inside, result.grad_norm)
+        self._write(step, values)
+        self._show(self._line(step, values))
+
+    def _times(self) -> dict[str, float]:
+        useful, age = self._clock.useful_seconds, time.time() - self._history.first_start
+        return {USEFUL: useful, "train/goodput": useful / max(age, useful, 1e-9)}
+
+    def _line(self, step: int, values: Mapping[str, float]) -> str:
+        total = self._config.train.steps
+        mfu = f"mfu {values['train/mfu']:.1%}  " if "train/mfu" in values else ""
+        return (
+            f"step {step:>{len(str(total))}}/{total}  loss {values['train/loss']:.4f}  "
+            f"bits/byte {values['train/bits_per_byte']:.4f}  lr {values['train/lr']:.1e}  "
+            f"grad {values['train/grad_norm']:.2f}  "
+            f"{values['train/tokens_per_second']:,.0f} tokens/s  {mfu}"
+            f"{clock_time(self._clock.seconds_left)} left"
+        )
 
     @contextmanager
-    def pause(self) -> Iterator[None]:
-        """Time spent inside is not spent on steps and does not count in their speed."""
+    def pause(self, name: str | None = None) -> Iterator[None]:
+        """Time spent inside is not spent on steps and does not count in their speed; with a
+        ``name`` it is noted as ``time/NAME_seconds``."""
         begun = time.perf_counter()
         yield
-        self._clock.pause(time.perf_counter() - begun)
+        seconds = time.perf_counter() - begun
+        self._clock.pause(seconds)
+        if name and self._world.is_main:
+            self._write(self._history.step, {f"time/{name}_seconds": seconds, **self._times()})
 
     def record_eval(self, step: int, found: Evaluation, kind: str, title: str) -> None:
         """Note held-out scores after ``step`` under ``KIND/...``: the whole, and each source where
@@ -135,20 +212,15 @@ class Metrics:
                 continue
             record = {"step": step, "stride": stride, "bits_per_byte": bits}
             append(self._positions, record | {"bytes": [score.bytes for score in scores]})
-            self._events.add_histogram_raw(
-                f"heldout/place_of_{stride}",
-                *(0, stride, stride, sum(bits), sum(each**2 for each in bits)),
-                bucket_limits=[place + 1 for place in range(stride)],
-                bucket_counts=bits,
-                global_step=step,
-            )
+            for writer in self._writers:
+                writer.histogram(step, f"heldout/place_of_{stride}", bits)
 
     def record_samples(self, step: int, samples: Sequence[Sample]) -> None:
         """Note what the model wrote after ``step``. Called by the main rank."""
         for number, (prompt, text) in enumerate(samples):
             append(self._samples, {"step": step, "prompt": prompt, "text": text})
-            quoted = "".join(f"    {line}\n" for line in f"{prompt}▸{text}".splitlines())
-            self._events.add_text(f"samples/{number}", quoted, step)
+            for writer in self._writers:
+                writer.texts(step, {f"samples/{number}": f"{prompt}▸{text}"})
 
     def say(self, line: str) -> None:
         """One lasting line on the console."""
@@ -162,46 +234,58 @@ class Metrics:
     def _write(self, step: int, values: Mapping[str, float]) -> None:
         values = {name: value for name, value in values.items() if math.isfinite(value)}
         append(self._jsonl, {"step": step, **values})
-        for name, value in values.items():
-            self._events.add_scalar(name, value, step)
+        for writer in self._writers:
+            writer.scalars(step, values)
 
     def close(self) -> None:
-        """Flush the TensorBoard file."""
-        if self._world.is_main:
-            self._events.close()
+        """Close the writers."""
+        for writer in self._writers:
+            writer.close()
 
 
 class Clock:
     """Speed and time left, from the time that training steps took."""
 
-    def __init__(self, steps: int, tokens: Callable[[int], int], step: int) -> None:
-        """Starts now, after ``step`` completed steps of ``steps``; ``tokens(step)`` are read before
-        a step."""
+    def __init__(
+        self, steps: int, tokens: Callable[[int], int], step: int, useful_seconds: float = 0.0
+    ) -> None:
+        """Starts now, after ``step`` completed steps of ``steps``, which took ``useful_seconds``;
+        ``tokens(step)`` are read before a step."""
         self._steps = steps
         self._tokens = tokens
         self._step = step
         self._last = time.perf_counter()
         self._smooth = 0.0
-        self._waited = self._spent = 0.0
+        self._waited = self._own = self._spent = 0.0
+        self._ticks = 0
+        self.useful_seconds = useful_seconds
+        """Time of the steps that count: those taken again after a restart once, skipped ones not
+        at all."""
 
-    def tick(self, step: int, waited: float) -> None:
-        """A step is completed, ``waited`` seconds of it for data; the average forgets with a
-        horizon of 20 steps."""
+    def tick(self, step: int, waited: float, own: float, counts: bool) -> None:
+        """A step is completed, ``waited`` seconds of it for data and ``own`` in this rank's
+        forward passes; the average forgets with a horizon of 20 steps."""
         now = time.perf_counter()
         seconds, self._last, self._step = now - self._last, now, step
         self._smooth = 0.95 * self._smooth + 0.05 * seconds if self._smooth else seconds
         self._waited += waited
+        self._own += waited + own
         self._spent += seconds
+        self._ticks += 1
+        self.useful_seconds += seconds if counts else 0.0
 
     def pause(self, seconds: float) -> None:
         """Take out time that was not spent on steps."""
         self._last += seconds
 
-    def share_waited(self) -> float:
-        """The share of the time since the last call that this rank waited for data."""
+    def shares(self) -> tuple[float, float]:
+        """Since the last call: the share of the time that this rank waited for data, and the mean
+        seconds of a step that it needed for itself, for data and forward passes."""
         share = self._waited / self._spent if self._spent else 0.0
-        self._waited = self._spent = 0.0
-        return share
+        own = self._own / max(1, self._ticks)
+        self._waited = self._own = self._spent = 0.0
+        self._ticks = 0
+        return share, own
 
     @property
     def tokens_per_second(self) -> float:
@@ -233,17 +317,23 @@ def append(path: Path, record: Mapping[str, Any]) -> None:
         file.write(json.dumps(record) + "\n")
 
 
-def forget_after(path: Path, step: int) -> None:
+def spread(seconds: Sequence[float]) -> dict[str, float]:
+    """How differently long ranks need for themselves, and which one needs the longest; nothing to
+    say of a single rank."""
+    if len(seconds) == 1:
+        return {}
+    return {
+        "ranks/seconds_min": min(seconds),
+        "ranks/seconds_median": statistics.median(seconds),
+        "ranks/seconds_max": max(seconds),
+        "train/slowest_rank": seconds.index(max(seconds)),
+    }
+
+
+def forget_after(path: Path, step: int) -> list[dict[str, float]]:
     """Drop the records of a file of JSON lines past ``step`` and a last line that a killed process
-    left unfinished."""
-    if not path.exists():
-        return
-    kept = []
-    for line in path.read_text().splitlines():
-        try:
-            record = json.loads(line)
-        except ValueError:
-            continue
-        if record["step"] <= step:
-            kept.append(line + "\n")
-    replace(path, "".join(kept))
+    left unfinished. Returns the others."""
+    kept = [record for record in read_lines(path) if record["step"] <= step]
+    if path.exists():
+        replace(path, "".join(json.dumps(record) + "\n" for record in kept))
+    return kept

@@ -29,12 +29,15 @@ from hourglass_dist.engine import Engine, deepspeed_settings, making_weights
 from hourglass_dist.evaluate import Score
 from hourglass_dist.evaluations import Evaluations, check_held_out
 from hourglass_dist.guards import LossSpikes, SkippedSteps, SpikeFound, Watchdog
+from hourglass_dist.history import History, about_this_code
 from hourglass_dist.metrics import Metrics, due
 from hourglass_dist.model.cost import choose_checkpointing
 from hourglass_dist.model.hourglass import HourglassLM
 from hourglass_dist.plan import too_large
-from hourglass_dist.sections import print_error
+from hourglass_dist.profiling import Profiler
+from hourglass_dist.sections import print_error, to_yaml
 from hourglass_dist.stop import EXIT_CODE, Interrupted, StopRequests
+from hourglass_dist.writers import require_writers
 
 
 @dataclass(frozen=True)
@@ -48,26 +51,32 @@ class Job:
     stream: Stream
     engine: Engine
     checkpoints: Checkpoints
-    evaluations: Evaluations
     requests: StopRequests
-    metrics: Metrics
-    skipped: SkippedSteps
-    spikes: LossSpikes
     watchdog: Watchdog
     step: int
     """Steps that are done already."""
+    evaluations: Evaluations
+    metrics: Metrics
+    profiler: Profiler
+    skipped: SkippedSteps
+    spikes: LossSpikes
 
 
 def train(config: Config) -> None:
-    """Run, or continue, the training that ``config`` describes.
+    """Run, or continue, the training that ``config`` describes, and note when and how it ended.
 
     Raises ValueError (on every rank, with the same one-line message) for anything the user can
     mend, FloatingPointError when loss or gradient stay no numbers, and Interrupted when the run was
     asked to stop: then it is saved.
     """
-    job = prepare(config)
-    if job is None:
-        return None
+    with History(Path(config.run.dir)) as history:
+        job = prepare(config, history)
+        if job:
+            run_to_the_end(job)
+
+
+def run_to_the_end(job: Job) -> None:
+    """All steps, from before a spike again where there was one."""
     try:
         while True:
             try:
@@ -83,17 +92,19 @@ def train(config: Config) -> None:
         job.run.close()
 
 
-def prepare(config: Config) -> Job | None:
+def prepare(config: Config, history: History) -> Job | None:
     """Data, run folder, engine, the state to continue from; None when all steps are done."""
     world = dist.init()
     deepspeed_settings(config, world.size)  # refuses what does not fit, before anything is written
+    require_writers(config.metrics.writers)
     datasets, tokenizer = dist.together(lambda: open_data(config), world.device)
     stream = dist.together(lambda: open_stream(config, datasets, world), world.device)
     dist.require_agreement(stream.identity(), world.device)
     run = RunFolder(Path(config.run.dir))
     dist.together(lambda: run.open(config) if world.is_main else None, world.device)
     requests = StopRequests(run.path, config.run.time_limit_hours, world)
-    checkpoints = Checkpoints(run.checkpoints, config.checkpoint, world)
+    about = about_this_code() | {"config": to_yaml(config)}
+    checkpoints = Checkpoints(run.checkpoints, config.checkpoint, world, about)
 
     found = find_state(checkpoints, stream, tokenizer, world)
     path, progress = found or (None, None)
@@ -109,13 +120,14 @@ def prepare(config: Config) -> Job | None:
     if path:
         engine.load(path)
     announce(config, world, step)
-    metrics = Metrics(run.path, config, tokenizer.byte_lengths(), step, world)
-    skipped = SkippedSteps(run.path, config.train.max_skipped_steps, step, world)
-    spikes = LossSpikes(config.train.spikes, guard)
-    evaluations = Evaluations(config, datasets, tokenizer, engine, world, watchdog.watching)
+    history.start(step, world)
     return Job(
-        *(config, world, run, tokenizer, stream, engine, checkpoints, evaluations),
-        *(requests, metrics, skipped, spikes, watchdog, step),
+        *(config, world, run, tokenizer, stream, engine, checkpoints, requests, watchdog, step),
+        evaluations=Evaluations(config, datasets, tokenizer, engine, world, watchdog.watching),
+        metrics=Metrics(history, config, tokenizer.byte_lengths(), engine, world),
+        profiler=Profiler(run.path, config.metrics.profiled, engine, world),
+        skipped=SkippedSteps(run.path, config.train.max_skipped_steps, step, world),
+        spikes=LossSpikes(config.train.spikes, guard),
     )
 
 
@@ -124,10 +136,12 @@ def run_steps(job: Job) -> None:
     SpikeFound when it wants to go back."""
     config, metrics, stream = job.config, job.metrics, job.stream
     step, total = job.step, config.train.steps
-    with closing(stream.batches(start_step=job.spikes.data_step(step))) as batches:
+    with closing(stream.batches(start_step=job.spikes.data_step(step))) as stored:
+        batches = job.profiler.data(stored, step)
         while step < total:
             batch = dist.together(lambda: next(batches), job.world.device)
-            result = job.engine.step(batch.rows, step)
+            with metrics.watch(step + 1), job.profiler.step(step + 1):
+                result = job.engine.step(batch.rows, step)
             rows = stream.rows_of(job.spikes.data_step(step))
             step += 1
             job.watchdog.beat()
@@ -162,17 +176,10 @@ def go_back(job: Job, spike: SpikeFound) -> Job:
     spikes = job.spikes.back_at(progress.step, progress.guard, spike.data_step)
     after, steps = spikes.left_out[-1]
     job.metrics.say(f"{spike}: back after step {after}, the data of {steps} steps is left out")
-    job.metrics.close()
-    lengths = job.tokenizer.byte_lengths()
-    return replace(
-        job,
-        step=progress.step,
-        spikes=spikes,
-        metrics=Metrics(job.run.path, job.config, lengths, progress.step, job.world),
-        skipped=SkippedSteps(
-            job.run.path, job.config.train.max_skipped_steps, progress.step, job.world
-        ),
-    )
+    job.metrics.go_back(progress.step)
+    most = job.config.train.max_skipped_steps
+    skipped = SkippedSteps(job.run.path, most, progress.step, job.world)
+    return replace(job, step=progress.step, spikes=spikes, skipped=skipped)
 
 
 def save(job: Job, step: int, score: Score | None) -> None:
@@ -186,7 +193,7 @@ def save(job: Job, step: int, score: Score | None) -> None:
         score=score.bits_per_byte if score else None,
         guard=job.spikes.state(),
     )
-    with job.metrics.pause():
+    with job.metrics.pause("checkpoint"):
         job.checkpoints.save(job.engine.snapshot, progress)
 
 

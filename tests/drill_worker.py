@@ -21,7 +21,12 @@ class Recorder(metrics.Metrics):
     """Metrics that append a line a step to a file of this process."""
 
     def record(
-        self, step: int, result: StepResult, batch: Batch, epochs: Callable[[int], dict[str, float]]
+        self,
+        step: int,
+        result: StepResult,
+        batch: Batch,
+        epochs: Callable[[int], dict[str, float]],
+        skipped: int,
     ) -> None:
         """Note the rows of this rank and a checksum of what they held."""
         if not hasattr(self, "_file"):
@@ -33,7 +38,7 @@ class Recorder(metrics.Metrics):
         }
         self._file.write(json.dumps(line) + "\n")
         self._file.flush()
-        super().record(step, result, batch, epochs)
+        super().record(step, result, batch, epochs, skipped)
 
 
 if __name__ == "__main__":

@@ -99,6 +99,19 @@ def test_settings_that_do_not_fit_the_data(dataset: Path, refused: Callable[...,
     assert "model.vocab_size: the tokenizer of" in line
 
 
+def test_a_writer_that_is_not_installed(refused: Callable[..., str]) -> None:
+    assert refused("metrics.writers=[tensorboard,mlflow]") == (
+        "error: metrics.writers: the package mlflow is not installed: pip install mlflow, or leave "
+        "it out"
+    )
+
+
+def test_profiled_steps_in_the_wrong_order(refused: Callable[..., str]) -> None:
+    assert "metrics.profile_steps: expected the first and the last" in refused(
+        "metrics.profile_steps=[5,4]"
+    )
+
+
 def test_another_run_in_the_same_folder(
     tiny_config: Path,
     dataset: Path,

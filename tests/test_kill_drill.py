@@ -18,6 +18,8 @@ from pathlib import Path
 from datasets import make, words
 from ranks import TESTS, environment, kill_tree, torchrun_command
 
+from hourglass_dist.history import read_history
+
 WORLDS = (1, 2, 3, 4)
 
 SETTINGS = """
@@ -137,6 +139,9 @@ def drill(folder: Path, kills: int, steps: int, seed: int) -> str:
             break
         worlds.append(world)
     drill.finish(2, "killed")
+    events = [entry["event"] for entry in read_history(folder / "killed")]
+    assert events.count("end") == 1, "a killed process says nothing"
+    assert events[-2:] == ["start", "end"]
     found, again = drill.rows("killed")
     assert found == expected
     rows = [row for step in sorted(found) for row, _ in found[step]]

@@ -11,6 +11,8 @@ import psutil
 from ranks import kill_tree, start_torchrun, torchrun, wait_for_step
 from test_resume import losses
 
+from hourglass_dist.history import read_history
+
 STEPS = 60
 
 
@@ -71,3 +73,8 @@ def test_asked_to_stop_in_every_way(tiny_config: Path, dataset: Path, tmp_path: 
     assert not (run / "INTERRUPTED").exists()
     assert losses(run) == losses(whole)
     assert len(losses(whole)) == STEPS
+    entries = read_history(run)
+    assert [entry["event"] for entry in entries] == ["start", "end"] * 5
+    assert entries[1]["reason"] == "stopped by the file STOP after step 1, which is saved"
+    assert entries[-1]["reason"] == "finished"
+    assert [end["step"] for end in entries[1:-1:2]] == [start["step"] for start in entries[2::2]]

@@ -48,6 +48,11 @@ class Head(nn.Module):
 class Output(Linear):
     """The output layer. It owns its loss: under ZeRO-3 its weights are there while it runs."""
 
+    watched = False
+    """Whether the loss notes ``largest_logit``."""
+    largest_logit: Tensor | None = None
+    """The largest absolute logit of the last rows that were scored."""
+
     def __init__(self, dim: int, vocab_size: int, bias: bool, z_loss: float = 0.0) -> None:
         super().__init__(dim, vocab_size, bias)
         self.z_loss = z_loss
@@ -70,7 +75,12 @@ class Output(Linear):
         if each_target:
             nats_N = _nats_of_each(x_ND, self.weight, self.bias, targets_N)
             return nats_N.view_as(targets_BL), count
-        return _loss(x_ND, self.weight, self.bias, targets_N, self.z_loss, needs), count
+        nats, largest = _loss(
+            x_ND, self.weight, self.bias, targets_N, self.z_loss, needs, self.watched
+        )
+        if self.watched:
+            self.largest_logit = largest
+        return nats, count
 
 
 class _ChunkedLoss(torch.autograd.Function):
@@ -83,9 +93,11 @@ class _ChunkedLoss(torch.autograd.Function):
         targets_N: Tensor,
         z_loss: float,
         needs_gradients: bool,
-    ) -> Tensor:
+        watched: bool,
+    ) -> tuple[Tensor, Tensor]:
         chunk = max(1, CHUNK_LOGITS // len(weight_VD))
         nats = x_ND.new_zeros((), dtype=_wide(x_ND.dtype))
+        largest = torch.zeros_like(nats)
         weight = weight_VD.to(x_ND.dtype)
         grads = None
         if needs_gradients:
@@ -94,7 +106,10 @@ class _ChunkedLoss(torch.autograd.Function):
         for start in range(0, len(x_ND), chunk):
             part = slice(start, start + chunk)
             bias = None if bias_V is None else bias_V.to(x_ND.dtype)
-            logits_CV = F.linear(x_ND[part], weight, bias).to(nats.dtype)
+            logits_CV = F.linear(x_ND[part], weight, bias)
+            if watched:
+                largest = torch.maximum(largest, logits_CV.abs().amax().to(nats.dtype))
+            logits_CV = logits_CV.to(nats.dtype)
             log_p_CV = logits_CV.log_softmax(dim=-1)
             nats += F.nll_loss(
                 log_p_CV, targets_N[part], ignore_index=IGNORED_TARGET, reduction="sum"
@@ -106,11 +121,12 @@ class _ChunkedLoss(torch.autograd.Function):
             del logits_CV
         ctx.dtypes = weight_VD.dtype, None if bias_V is None else bias_V.dtype
         ctx.save_for_backward(*(grads or ()))
-        return nats
+        ctx.mark_non_differentiable(largest)
+        return nats, largest
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
         for_x, for_weight, for_bias = ctx.saved_tensors
         bias_type = ctx.dtypes[1]
         return (
@@ -167,4 +183,4 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
     return dtype if dtype == torch.float64 else torch.float32
 
 
-_loss: Callable[..., Tensor] = _ChunkedLoss.apply
+_loss: Callable[..., tuple[Tensor, Tensor]] = _ChunkedLoss.apply

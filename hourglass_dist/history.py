@@ -1,0 +1,130 @@
+"""When a run was started and how each start ended: ``RUN/history.jsonl``.
+
+    {"event": "start", "time": 1770000000.0, "step": 500, "ranks": 8, "device": "NVIDIA H100 ...",
+     "host": "node0", "versions": {"torch": "2.13.0", ...}, "revision": "c688d1e"}
+    {"event": "end", "time": 1770003600.0, "step": 1000, "reason": "finished"}
+
+``time`` is in seconds since 1970, ``step`` how many steps were done. A killed process leaves no
+end: a start that follows a start says so.
+"""
+
+from __future__ import annotations
+
+import json
+import socket
+import subprocess
+import time
+from importlib.metadata import version
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+
+from hourglass_dist import dist
+from hourglass_dist.stop import Interrupted
+
+HISTORY_FILE = "history.jsonl"
+PACKAGES = ("hourglass_dist", "torch", "deepspeed")
+
+
+class History:
+    """Notes the start and the end of this process's part of a run, on the main rank.
+
+    A context: leaving it notes how it ended, if it had begun.
+    """
+
+    def __init__(self, run: Path) -> None:
+        self._path = run / HISTORY_FILE
+        self._is_open = False
+        self.step = 0
+        """Steps done so far; whoever counts them keeps it."""
+        self.first_start = time.time()
+        """When the run was started for the first time, in seconds since 1970."""
+
+    def start(self, step: int, world: dist.World) -> None:
+        """This process goes on after ``step`` steps."""
+        self.step = step
+        if not world.is_main:
+            return
+        known = read_history(self._path.parent)
+        device = device_name(world.device)
+        now = self._add("start", ranks=world.size, device=device, **about_this_code())
+        self._is_open = True
+        self.first_start = min(entry["time"] for entry in [*known, now])
+
+    def _add(self, event: str, **facts: Any) -> dict[str, Any]:
+        entry: dict[str, Any] = {"event": event, "time": time.time(), "step": self.step, **facts}
+        with self._path.open("a") as file:
+            file.write(json.dumps(entry) + "\n")
+        return entry
+
+    def __enter__(self) -> History:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if self._is_open:
+            first_line = (str(error).splitlines() or [""])[0]
+            if kind is None:
+                reason = "finished"
+            elif issubclass(kind, Interrupted):
+                reason = first_line.partition(";")[0]
+            else:
+                reason = f"{kind.__name__}: {first_line}"[:500]
+            self._add("end", reason=reason)
+
+
+def about_this_code() -> dict[str, Any]:
+    """Where this process runs which code."""
+    return {
+        "host": socket.gethostname(),
+        "versions": {name: version(name) for name in PACKAGES},
+        "revision": revision(),
+    }
+
+
+def device_name(device: torch.device) -> str:
+    """The accelerator's name, or ``cpu``."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def revision() -> str | None:
+    """The commit of the checkout that this code lies in; None where it is installed."""
+    root = Path(__file__).parent.parent
+    if not (root / ".git").exists():
+        return None
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(root), "rev-parse", "--short", "HEAD"],
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=False,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None
+
+
+def read_history(run: Path) -> list[dict[str, Any]]:
+    """The entries of a run's history, oldest first; a line that was cut off is left out."""
+    return read_lines(run / HISTORY_FILE)
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The records of a .jsonl file, without a line that a killed process left unfinished; none when
+    there is no file."""
+    found = []
+    for line in path.read_text().splitlines() if path.exists() else ():
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(record, dict):
+            found.append(record)
+    return found

@@ -1,0 +1,139 @@
+"""Where the numbers of a run go besides ``metrics.jsonl``: TensorBoard, Weights & Biases, MLflow.
+
+The last two are not installed with this package. Project, server and keys are taken from their own
+environment variables (``WANDB_PROJECT``, ``MLFLOW_TRACKING_URI``, ...), so none is in a settings
+file. A resumed run goes on in the same place.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from torch.utils.tensorboard import SummaryWriter
+
+from hourglass_dist.files import replace
+from hourglass_dist.sections import ConfigError
+
+
+class Writer(Protocol):
+    """Takes numbers and texts."""
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        """Numbers by name, of completed step ``step``."""
+
+    def texts(self, step: int, texts: Mapping[str, str]) -> None:
+        """Texts by name."""
+
+    def histogram(self, step: int, name: str, heights: Sequence[float]) -> None:
+        """Numbers over 0, 1, 2, ..."""
+
+    def close(self) -> None:
+        """Nothing more comes."""
+
+
+class TensorBoard:
+    """Event files in the run folder."""
+
+    def __init__(self, run: Path, name: str, step: int) -> None:
+        self._events = SummaryWriter(str(run), purge_step=step + 1)
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        """See Writer."""
+        for name, value in values.items():
+            self._events.add_scalar(name, value, step)
+
+    def texts(self, step: int, texts: Mapping[str, str]) -> None:
+        """See Writer; in Markdown, lines that are indented stand as they are."""
+        for name, text in texts.items():
+            self._events.add_text(name, "".join(f"    {x}\n" for x in text.splitlines()), step)
+
+    def histogram(self, step: int, name: str, heights: Sequence[float]) -> None:
+        """See Writer."""
+        count = len(heights)
+        self._events.add_histogram_raw(
+            name,
+            *(0, count, count, sum(heights), sum(each**2 for each in heights)),
+            bucket_limits=[place + 1 for place in range(count)],
+            bucket_counts=list(heights),
+            global_step=step,
+        )
+
+    def close(self) -> None:
+        """See Writer."""
+        self._events.close()
+
+
+class Wandb:
+    """A run of Weights & Biases, known by the run folder's name and its first start."""
+
+    def __init__(self, run: Path, name: str, step: int) -> None:
+        wandb: Any = importlib.import_module("wandb")
+        self._run = wandb.init(dir=str(run), id=name, name=run.resolve().name, resume="allow")
+        self._run.define_metric("*", step_metric="step")  # steps may be taken again
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        """See Writer."""
+        self._run.log({"step": step, **values})
+
+    def texts(self, step: int, texts: Mapping[str, str]) -> None:
+        """See Writer."""
+        self._run.config.update(dict(texts), allow_val_change=True)
+
+    def histogram(self, step: int, name: str, heights: Sequence[float]) -> None:
+        """See Writer; a number for each place."""
+        self.scalars(step, {f"{name}/{place}": each for place, each in enumerate(heights)})
+
+    def close(self) -> None:
+        """See Writer."""
+        self._run.finish()
+
+
+class MLflow:
+    """A run of MLflow; its id is kept in the run folder."""
+
+    def __init__(self, run: Path, name: str, step: int) -> None:
+        self._mlflow: Any = importlib.import_module("mlflow")
+        known = run / "mlflow_run_id"
+        run_id = known.read_text().strip() if known.exists() else None
+        started = self._mlflow.start_run(run_id=run_id, run_name=None if run_id else name)
+        replace(known, f"{started.info.run_id}\n")
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        """See Writer."""
+        self._mlflow.log_metrics(dict(values), step=step, synchronous=False)
+
+    def texts(self, step: int, texts: Mapping[str, str]) -> None:
+        """See Writer."""
+        for name, text in texts.items():
+            self._mlflow.log_text(text, f"{name}.txt")
+
+    def histogram(self, step: int, name: str, heights: Sequence[float]) -> None:
+        """See Writer; a number for each place."""
+        self.scalars(step, {f"{name}/{place}": each for place, each in enumerate(heights)})
+
+    def close(self) -> None:
+        """See Writer."""
+        self._mlflow.end_run()
+
+
+WRITERS: dict[str, type[Any]] = {"tensorboard": TensorBoard, "wandb": Wandb, "mlflow": MLflow}
+
+
+def require_writers(names: Sequence[str]) -> None:
+    """Raise ConfigError when the package of one of ``names`` is not installed."""
+    for name in names:
+        if importlib.util.find_spec(name) is None:
+            raise ConfigError(
+                f"metrics.writers: the package {name} is not installed: pip install {name}, or "
+                "leave it out"
+            )
+
+
+def open_writers(names: Sequence[str], run: Path, name: str, step: int) -> list[Writer]:
+    """The writers of a run folder that go on after ``step`` steps; ``name`` is the run's own,
+    always the same."""
+    return [WRITERS[each](run, name, step) for each in dict.fromkeys(names)]
