@@ -43,7 +43,8 @@ ORDER = [
         "evaluate",
     ),
     *("metrics", "stop", "guards", "train", "generate", "plan"),
-    *("bench.shared", "bench.model", "bench.decode", "bench.compare", "bench.data", "bench.cli"),
+    *("bench.shared", "bench.model", "bench.decode", "bench.compare", "bench.data"),
+    *("bench.zero_worker", "bench.zero", "bench.cli"),
     "cli",
 ]
 FOR_DATA_TOOLS = ("data", "sections", "files")
