@@ -71,9 +71,7 @@ def test_memory_on_two_ranks_is_what_was_measured(stage: int, precision: str) ->
 def test_live_ranks_hold_and_send_what_is_planned() -> None:
     """Two ranks, a small model, steps of one and two micro batches: 3 % of memory, 2 % of
     traffic."""
-    rows = bench_zero([2], [1, 3], ["bf16"], [1, 2], layers=30)
-    rows += bench_zero([2], [2], ["fp32"], [1, 2], layers=30)
-    for row in rows:
+    for row in bench_zero([2], [1, 2, 3], ["bf16"], [1, 2], layers=10):
         for name in ("weights", "gradients", "master", "moments"):
             assert abs(difference(row, name)) < HELD_WITHIN, (name, row)
         for name in ("sent 1", "sent 2"):
