@@ -93,6 +93,14 @@ class Plan:
     memory: RankMemory
     traffic: int
     """Bytes that one rank sends in one optimizer step."""
+    gathered_after: int
+    """How many of these when it has changed its part of the weights, so that all have all."""
+
+    @property
+    def checkpoint_bytes(self) -> int:
+        """Of one checkpoint, all ranks together: fp32 weights and moments, frozen weights."""
+        trained = self.cost.trained_parameters
+        return (MASTER_BYTES + MOMENT_BYTES) * trained + 4 * (self.cost.parameters - trained)
 
     @property
     def tokens_per_step(self) -> int:
@@ -133,6 +141,7 @@ def plan(config: Config, world_size: int) -> Plan:
         cost=cost,
         memory=_memory(config, cost, world_size, micro_batches),
         traffic=_traffic(config, cost.trained_parameters, world_size, micro_batches),
+        gathered_after=_gathered_after(config, cost.trained_parameters, world_size),
     )
 
 
@@ -201,6 +210,11 @@ def _traffic(config: Config, trained: int, world_size: int, micro_batches: int) 
     # In units of (W - 1) / W times all bytes: an all-reduce is 2, the other two are 1.
     units = {0: 2, 1: 2 + 1, 2: 2 * micro_batches + 1, 3: (gathers + 1) * micro_batches}[stage]
     return units * sent * (world_size - 1) // world_size
+
+
+def _gathered_after(config: Config, trained: int, world_size: int) -> int:
+    sent = _weight_bytes(config) * trained if config.deepspeed.stage in (1, 2) else 0
+    return sent * (world_size - 1) // world_size
 
 
 def _max_live(config: Config) -> int:

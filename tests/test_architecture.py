@@ -42,7 +42,7 @@ ORDER = [
         "export",
         "evaluate",
     ),
-    *("metrics", "stop", "guards", "train", "generate", "plan"),
+    *("metrics", "stop", "guards", "train", "generate", "plan", "devices", "forecast"),
     *("bench.shared", "bench.model", "bench.decode", "bench.compare", "bench.data"),
     *("bench.zero_worker", "bench.zero", "bench.cli"),
     "cli",
