@@ -44,7 +44,7 @@ ORDER = [
     ),
     *("metrics", "stop", "guards", "train", "generate", "plan", "devices", "forecast"),
     *("bench.shared", "bench.model", "bench.decode", "bench.compare", "bench.data"),
-    *("bench.zero_worker", "bench.zero", "bench.cli"),
+    *("bench.zero_worker", "bench.zero", "bench.loop_worker", "bench.loop", "bench.cli"),
     "cli",
 ]
 FOR_DATA_TOOLS = ("data", "sections", "files")

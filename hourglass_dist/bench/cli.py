@@ -130,6 +130,28 @@ def zero(
     write(json_file, machine(prepare("cpu", 1)), rows)
 
 
+@app.command("loop")
+def loop(
+    config: Annotated[Path, typer.Argument(help="Settings with a dataset that is there.")] = Path(
+        "configs/quickstart.yaml"
+    ),
+    overrides: Annotated[list[str] | None, typer.Argument(help="Settings to change.")] = None,
+    ranks: Annotated[str, typer.Option(help="Numbers of ranks, with commas.")] = "1,2",
+    steps: Annotated[int, typer.Option(help="Steps that count.", min=1)] = 100,
+    json_file: Json = None,
+) -> None:
+    """A step of training, with stream, checks and metrics, beside a step of a bare loop of the same
+    model: DeepSpeed's engine alone, and on one rank PyTorch alone.
+
+    Example: hourglass bench loop configs/quickstart.yaml --steps 50
+    """
+    from hourglass_dist.bench.loop import bench_loop
+    from hourglass_dist.bench.shared import machine, prepare, write
+
+    rows = bench_loop(config, overrides or (), numbers("--ranks", ranks, 1, 64), steps)
+    write(json_file, machine(prepare("cpu", 1)), rows)
+
+
 def numbers(option: str, text: str, least: int, most: int) -> list[int]:
     """Whole numbers between two, written with commas. Raises ValueError for anything else."""
     return [int(n) for n in words(option, text, [str(n) for n in range(least, most + 1)])]

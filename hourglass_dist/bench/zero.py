@@ -6,16 +6,11 @@ One torchrun for each number of ranks; ``zero_worker.py`` is what the ranks run.
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-import tempfile
 from collections.abc import Mapping, Sequence
 from itertools import product
-from pathlib import Path
 from typing import Any
 
-from hourglass_dist.bench.shared import show
+from hourglass_dist.bench.shared import on_ranks, show
 
 LAYERS = 94
 """Of width 64 at the inner level: 4.8 M parameters."""
@@ -40,25 +35,10 @@ def bench_zero(
 
 
 def _measure(ranks: int, cases: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder) / "out.json"
-        done = subprocess.run(
-            [
-                *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
-                *("--local-addr", "127.0.0.1", f"--nproc-per-node={ranks}"),
-                *("-m", "hourglass_dist.bench.zero_worker", str(out), json.dumps(cases)),
-            ],
-            env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-            check=False,
-        )
-        if done.returncode:
-            sys.stderr.write(done.stderr)
-            raise ValueError(f"--ranks: measuring on {ranks} ranks failed: see above")
-        rows: list[dict[str, Any]] = json.loads(out.read_text())
-        return rows
+    rows: list[dict[str, Any]] = on_ranks(
+        ranks, "hourglass_dist.bench.zero_worker", json.dumps(cases)
+    )
+    return rows
 
 
 def difference(row: Mapping[str, Any], name: str) -> float:
@@ -81,7 +61,7 @@ def table(rows: Sequence[Mapping[str, Any]], accumulation: Sequence[int]) -> Non
         shown.append({"where": where, "worst": worst, **cells})
     columns = {"stage, ranks": "{where}"} | {name: f"{{{name}}}" for name in held}
     columns |= {name: f"{{{name}}}" for name in sent}
-    columns |= {"at most on top": "{moment}", "worst": "{worst:+.2%}"}
+    columns |= {"on top": "{moment}", "worst": "{worst:+.2%}"}
     show(
         "Bytes of a parameter on one rank, measured/planned, sent in steps of "
         f"{' and '.join(map(str, sorted(accumulation)))} micro batches; "
