@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable
 from json import dumps
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -35,20 +36,38 @@ class Interleaved:
     def __init__(self, others: dict[str, Callable[[], object]]) -> None:
         self._others = others
         self.seconds: dict[str, list[float]] = {name: [] for name in ("training", *others)}
+        self.outside: list[float] = []
+        """Of each step of the training: what was not spent in DeepSpeed's engine."""
         self._began: float | None = None
+        self._inside = 0.0
+
+    def watch(self, engine_class: Any) -> None:
+        """Take the time of passes and updates of every engine."""
+        for name in ("forward", "backward", "step"):
+            setattr(engine_class, name, self._timed(getattr(engine_class, name)))
+
+    def _timed(self, method: Callable[..., Any]) -> Callable[..., Any]:
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            begun = time.perf_counter()
+            result = method(*args, **kwargs)
+            self._inside += time.perf_counter() - begun
+            return result
+
+        return timed
 
     def after_step(self) -> None:
         """The training has ended a step and looked for stop requests."""
         now = time.perf_counter()
         if self._began is not None:
             self.seconds["training"].append(now - self._began)
+            self.outside.append(now - self._began - self._inside)
             for name, other in self._others.items():
                 dist.barrier()
                 begun = time.perf_counter()
                 other()
                 self.seconds[name].append(time.perf_counter() - begun)
         dist.barrier()
-        self._began = time.perf_counter()
+        self._began, self._inside = time.perf_counter(), 0.0
 
 
 def main() -> None:
@@ -60,12 +79,12 @@ def main() -> None:
     changes += [f"eval.every={NEVER}", f"checkpoint.every={NEVER}"]
     config = load(file, [*overrides, *changes])
     micro_batches = bare_batch(config, world)
-    others: dict[str, Callable[[], object]] = {
-        "bare engine": engine_loop(config, world, micro_batches)
-    }
+    bare = Engine(train.make_model(config, world), config, world)._engine
+    others: dict[str, Callable[[], object]] = {"bare engine": engine_loop(bare, micro_batches)}
     if world.size == 1:
         others["plain PyTorch"] = plain_loop(config, world, micro_batches)
     times = Interleaved(others)
+    times.watch(type(bare))
     look = StopRequests.reason
 
     def look_and_compare(requests: StopRequests) -> str | None:
@@ -76,7 +95,7 @@ def main() -> None:
     StopRequests.reason = look_and_compare  # type: ignore[method-assign,assignment]
     train.train(config)
     if world.is_main:
-        replace(Path(out), dumps({"ranks": world.size, "seconds": times.seconds}))
+        replace(Path(out), dumps({"seconds": times.seconds, "outside": times.outside}))
 
 
 def bare_batch(config: Config, world: dist.World) -> list[dict[str, Tensor]]:
@@ -89,11 +108,8 @@ def bare_batch(config: Config, world: dist.World) -> list[dict[str, Tensor]]:
     return found
 
 
-def engine_loop(
-    config: Config, world: dist.World, micro_batches: list[dict[str, Tensor]]
-) -> Callable[[], None]:
+def engine_loop(engine: Any, micro_batches: list[dict[str, Tensor]]) -> Callable[[], None]:
     """A step of DeepSpeed's engine with the same settings and none of our parts around it."""
-    engine = Engine(train.make_model(config, world), config, world)._engine
 
     def step() -> None:
         for rows in micro_batches:
