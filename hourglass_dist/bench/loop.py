@@ -19,7 +19,10 @@ def bench_loop(
     config: Path, overrides: Sequence[str], ranks: Sequence[int], steps: int
 ) -> list[dict[str, Any]]:
     """Measure, print and return the rows: the time of a step, and how much of a training step is
-    not spent in DeepSpeed's engine, which says more than a ratio on a busy machine. Raises ValueError when the settings or ranks fail."""
+    not spent in DeepSpeed's engine, which says more than a ratio on a busy machine.
+
+    Raises ValueError when the settings or ranks fail.
+    """
     rows = []
     for count in ranks:
         flops = plan(load(config, overrides), count)
