@@ -64,16 +64,32 @@ def plan(
     config: ConfigFile,
     overrides: Overrides = None,
     world_size: Annotated[int, typer.Option(help="Ranks that would train.", min=1)] = 1,
+    gpu: Annotated[
+        str | None, typer.Option(help="Forecast time and cost on these, such as h100.")
+    ] = None,
+    nodes: Annotated[int, typer.Option(help="With --gpu: machines.", min=1)] = 1,
+    gpus_per_node: Annotated[int, typer.Option(help="With --gpu: in each.", min=1)] = 8,
+    price: Annotated[
+        float | None, typer.Option(help="With --gpu: dollars an hour of one, not the listed.")
+    ] = None,
 ) -> None:
     """Say what a run will cost before it is started: parameters, FLOPs, memory and traffic of a
-    rank.
+    rank; with --gpu also whether it fits, how long it takes, what it costs, and what is faster.
 
-    Example: hourglass plan configs/large_zero3.yaml --world-size 64
+    Example: hourglass plan configs/large_zero3.yaml --gpu h100 --nodes 8
     """
+    from hourglass_dist import forecast
     from hourglass_dist.plan import plan as make_plan
     from hourglass_dist.plan import render
 
-    print(render(make_plan(settings.load(config, overrides or ()), world_size)), end="")
+    loaded = settings.load(config, overrides or ())
+    if gpu is None:
+        print(render(make_plan(loaded, world_size)), end="")
+        return
+    machines = forecast.cluster(gpu, nodes, gpus_per_node, price)
+    found = forecast.forecast(loaded, machines)
+    print(render(found.plan), end="")
+    print(forecast.render(found, *forecast.suggest(loaded, machines)), end="")
 
 
 Run = Annotated[Path, typer.Argument(help="A run folder, such as runs/quickstart.")]

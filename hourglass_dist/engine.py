@@ -368,6 +368,24 @@ class Engine:
                 numel = max(0, min(size, partitioned.ds_numel - start))
                 yield name, start, partitioned.ds_tensor.detach().view(-1)[:numel], True
 
+    def tensors(self) -> dict[str, list[Tensor]]:
+        """What this rank keeps, by kind: weights (at stage 3 its part), gathered weights, fp32
+        master weights, moments, and the buffers in which gradients wait. Gradients are elsewhere at
+        every stage and moment, and are not listed."""
+        optimizer = self._engine.optimizer
+        parameters: list[Any] = list(self._module.parameters())
+        split = self.stage == 3
+        known = [p for group in optimizer.param_groups for p in group["params"]]
+        buckets = getattr(optimizer, "ipg_buckets", {}).values()
+        buffers = [bucket.buffer for bucket in buckets if bucket.buffer is not None]
+        return {
+            "weights": [p.ds_tensor if split else p for p in parameters],
+            "gathered": parameters if split else [],
+            "master": optimizer.fp32_partitioned_groups_flat if split else known,
+            "moments": [t for s in optimizer.state.values() for k, t in s.items() if k != "step"],
+            "buffer": [t for b in buffers for t in ([b] if isinstance(b, Tensor) else b)],
+        }
+
     @torch.no_grad()
     def _refresh_weights(self) -> None:
         """Make the weights that the forward pass uses equal to the master weights."""

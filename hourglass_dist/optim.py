@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections import defaultdict
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -65,7 +66,7 @@ def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict[str, An
             shape = getattr(parameter, "ds_shape", parameter.shape)
             decays = len(shape) >= 2 and id(parameter) not in embeddings
             scale = config.level_lr[level_of(name)] if config.level_lr else 1.0
-            groups[not decays, is_muons(name, shape, decays, config), scale].append(parameter)
+            groups[not decays, is_muons(name, shape, config), scale].append(parameter)
     return [
         {
             "params": parameters,
@@ -77,10 +78,10 @@ def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict[str, An
     ]
 
 
-def is_muons(name: str, shape: tuple[int, ...], decays: bool, config: OptimConfig) -> bool:
-    """Whether Muon takes this parameter."""
+def is_muons(name: str, shape: Sequence[int], config: OptimConfig) -> bool:
+    """Whether Muon takes this parameter, if it is trained."""
     hidden = name.startswith("hourglass.") and len(shape) == 2 and min(shape) > 1
-    return config.name == "muon" and decays and hidden
+    return config.name == "muon" and hidden
 
 
 def make_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:

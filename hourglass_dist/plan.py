@@ -1,8 +1,7 @@
 """What a run will cost before it is started: memory, operations and traffic of one rank.
 
-In names: P trained parameters, W ranks. Bytes of P as DeepSpeed 0.19.8 keeps them: weights,
-masters, moments and the sizes of the collectives were seen on two ranks with a small model;
-gradients within a step, the buffers and stage 3's second gather follow from its source.
+In names: P trained parameters, W ranks. Bytes of P as DeepSpeed 0.19.8 keeps them, between the
+passes of a step; ``hourglass bench zero`` measures them, and what a rank sends:
 
     stage  precision  weights  gradients    master    moments
     0      both       4 P      4 P          -         8 P
@@ -13,8 +12,16 @@ gradients within a step, the buffers and stage 3's second gather follow from its
     3      fp32       4 P / W  4 P / W      4 P / W   8 P / W
     3      bf16       2 P / W  4 P / W      4 P / W   8 P / W
 
-Stages 2 and 3 add a buffer of ``reduce_bucket_size`` elements, stage 3 also gathers up to
-``stage3_max_live_parameters`` weights at a time. A rank sends, with rings:
+On top, at most, while gradients are reduced (R is ``reduce_bucket_size``, b bytes of a weight):
+
+    0        both   a flat copy of the gradients, 4 P, of 500 M elements at most
+    1        bf16   a copy in fp32 and one in bf16, 6 P, of as many
+    1        fp32   R b, and this rank's 4 P / W beside the whole gradients
+    2        both   R b (twice with ``overlap_comm``) and a copy of that; in fp32 a second 4 P / W
+                    where micro batches are summed
+    3        both   the same buffers, and ``stage3_max_live_parameters`` gathered weights at a time
+
+A rank sends, with rings:
 
     0, 1   one all-reduce of the gradients a step;  1 also one all-gather of the weights
     2      one all-reduce a micro batch, one all-gather of the weights a step
@@ -27,22 +34,27 @@ from __future__ import annotations
 import io
 from dataclasses import dataclass
 
+import torch
 from rich.console import Console
 from rich.table import Table
 
 from hourglass_dist.config import Config
 from hourglass_dist.model.cost import LevelCost, ModelCost, choose_checkpointing, model_cost
+from hourglass_dist.model.hourglass import HourglassLM
 from hourglass_dist.model_config import ModelConfig
+from hourglass_dist.optim import is_muons
 
 MASTER_BYTES, MOMENT_BYTES, SUM_BYTES = 4, 8, 4
 """Of one parameter: the fp32 weight, AdamW's two moments in fp32, the fp32 sum of its gradients."""
 REDUCE_BUCKET, MAX_LIVE_PARAMETERS = 500_000_000, 1_000_000_000
 """DeepSpeed's defaults, in elements."""
+FLAT_COPY = 500_000_000
+"""Elements that stage 0, and stage 1 in bf16, reduce at a time: a constant of DeepSpeed's."""
 
 
 @dataclass(frozen=True)
 class RankMemory:
-    """Bytes of one rank at the end of a backward pass."""
+    """Bytes of one rank in a training step."""
 
     weights: int
     gradients: int
@@ -52,7 +64,7 @@ class RankMemory:
     gathered: int
     """At most: weights of other ranks that are here for the moment."""
     buffer: int
-    """Where gradients wait for their reduction."""
+    """At most: where gradients wait for their reduction, and copies of them."""
     activations: int
     """Of one micro batch."""
 
@@ -84,6 +96,14 @@ class Plan:
     memory: RankMemory
     traffic: int
     """Bytes that one rank sends in one optimizer step."""
+    gathered_after: int
+    """How many of these when it has changed its part of the weights, so that all have all."""
+
+    @property
+    def checkpoint_bytes(self) -> int:
+        """Of one checkpoint, all ranks together: fp32 weights and moments, frozen weights."""
+        trained = self.cost.trained_parameters
+        return (MASTER_BYTES + MOMENT_BYTES) * trained + 4 * (self.cost.parameters - trained)
 
     @property
     def tokens_per_step(self) -> int:
@@ -122,8 +142,9 @@ def plan(config: Config, world_size: int) -> Plan:
         world_size=world_size,
         micro_batches=micro_batches,
         cost=cost,
-        memory=_memory(config, cost, world_size),
+        memory=_memory(config, cost, world_size, micro_batches),
         traffic=_traffic(config, cost.trained_parameters, world_size, micro_batches),
+        gathered_after=_gathered_after(config, cost.trained_parameters, world_size),
     )
 
 
@@ -176,26 +197,48 @@ def _weight_bytes(config: Config) -> int:
     return 2 if config.train.precision == "bf16" and config.deepspeed.stage > 0 else 4
 
 
-def _memory(config: Config, cost: ModelCost, world_size: int) -> RankMemory:
+def _memory(config: Config, cost: ModelCost, world_size: int, micro_batches: int) -> RankMemory:
     stage, weight_bytes = config.deepspeed.stage, _weight_bytes(config)
     trained = cost.trained_parameters
     share = -(-trained // world_size)
     summed_apart = stage == 1 and weight_bytes < SUM_BYTES
-    zero = config.deepspeed.zero_optimization
-    bucket = (zero.reduce_bucket_size or REDUCE_BUCKET) if stage >= 2 else 0
-    if stage == 2 and zero.overlap_comm:
-        bucket *= 2  # one is filled while the other is reduced
     return RankMemory(
         weights=weight_bytes
         * (-(-cost.parameters // world_size) if stage == 3 else cost.parameters),
         gradients=SUM_BYTES * (share if stage >= 2 else trained)
         + (weight_bytes * trained if summed_apart else 0),
         master=MASTER_BYTES * share if stage > 0 else 0,
-        moments=MOMENT_BYTES * (share if stage > 0 else trained),
+        moments=_moments(config, cost) // (world_size if stage > 0 else 1),
         gathered=weight_bytes * min(_max_live(config), cost.parameters) if stage == 3 else 0,
-        buffer=bucket * weight_bytes if zero.contiguous_gradients is not False else 0,
+        buffer=_reduction_bytes(config, trained, share, micro_batches),
         activations=cost.activation_bytes,
     )
+
+
+def _moments(config: Config, cost: ModelCost) -> int:
+    """Of all trained parameters; Muon keeps one number of a parameter, not two."""
+    muons = 0
+    if config.optim.name == "muon":
+        with torch.device("meta"):
+            named = HourglassLM(settle_checkpointing(config)).named_parameters()
+        muons = sum(p.numel() for name, p in named if is_muons(name, p.shape, config.optim))
+    return MOMENT_BYTES * cost.trained_parameters - (MOMENT_BYTES // 2) * muons
+
+
+def _reduction_bytes(config: Config, trained: int, share: int, micro_batches: int) -> int:
+    stage, weight_bytes = config.deepspeed.stage, _weight_bytes(config)
+    zero = config.deepspeed.zero_optimization
+    if stage == 0:
+        return SUM_BYTES * min(trained, FLAT_COPY)
+    if stage == 1 and weight_bytes < SUM_BYTES:
+        return (SUM_BYTES + weight_bytes) * min(trained, FLAT_COPY)
+    bucket = zero.reduce_bucket_size or REDUCE_BUCKET
+    if stage == 1:  # gradients move into the bucket
+        return bucket * weight_bytes + SUM_BYTES * share
+    filling = 2 if zero.overlap_comm else 1  # one is filled while the other is reduced
+    waiting = bucket * filling if zero.contiguous_gradients is not False else 0
+    summed_beside = stage == 2 and weight_bytes == SUM_BYTES and micro_batches > 1
+    return (waiting + min(bucket, trained)) * weight_bytes + SUM_BYTES * share * summed_beside
 
 
 def _traffic(config: Config, trained: int, world_size: int, micro_batches: int) -> int:
@@ -204,6 +247,11 @@ def _traffic(config: Config, trained: int, world_size: int, micro_batches: int) 
     # In units of (W - 1) / W times all bytes: an all-reduce is 2, the other two are 1.
     units = {0: 2, 1: 2 + 1, 2: 2 * micro_batches + 1, 3: (gathers + 1) * micro_batches}[stage]
     return units * sent * (world_size - 1) // world_size
+
+
+def _gathered_after(config: Config, trained: int, world_size: int) -> int:
+    sent = _weight_bytes(config) * trained if config.deepspeed.stage in (1, 2) else 0
+    return sent * (world_size - 1) // world_size
 
 
 def _max_live(config: Config) -> int:

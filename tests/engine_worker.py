@@ -3,7 +3,8 @@
     engine_worker.py OUT.json '[{"stage": 1, "precision": "fp32", "steps": 20, "save": DIR, "load":
     DIR}, ...]'
 
-Each entry is one engine, built anew; "world" 1 .. the number of ranks is that of torchrun.
+Each entry is one engine, built anew, or with "plain" the oracle on these ranks; the number of ranks
+is that of torchrun.
 """
 
 from __future__ import annotations
@@ -14,14 +15,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from toy import make_batch, make_config, make_model
+from toy import make_batch, make_config, make_model, plain_pytorch
 
 from hourglass_dist import dist, fragments
 from hourglass_dist.engine import Engine
 
 
 def run(case: dict[str, Any], world: dist.World) -> dict[str, Any]:
-    config = make_config(case["stage"], case.get("precision", "fp32"), **case.get("optim", {}))
+    if "plain" in case:
+        losses = plain_pytorch(case["steps"], "fp32", case["steps"], world.rank, world.size)
+        return {"losses": losses}
+    more = {key: case[key] for key in ("micro_batch_size", "checkpointing") if key in case}
+    total = case.get("total_steps", 20)
+    config = make_config(
+        case["stage"], case.get("precision", "fp32"), steps=total, **more, **case.get("optim", {})
+    )
     engine = Engine(make_model(config), config, world)
     if case.get("rehearse"):
         tokens = torch.zeros(config.train.micro_batch_size, config.data.seq_len, dtype=torch.int64)

@@ -7,11 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from ranks import run_worker
-from toy import make_batch, make_config, make_model
+from toy import make_config, plain_pytorch
 
-from hourglass_dist import optim
 from hourglass_dist.sections import ConfigError
 
 
@@ -20,31 +18,6 @@ def run_cases(tmp_path: Path, ranks: int, cases: list[dict[str, Any]]) -> list[d
     run_worker(ranks, "engine_worker.py", out, json.dumps(cases))
     results: list[dict[str, Any]] = json.loads(out.read_text())
     return results
-
-
-def plain_pytorch(steps: int) -> list[float]:
-    """The oracle: one process, no engine, the whole batch at once."""
-    config = make_config(0)
-    model = make_model(config)
-    optimizer = torch.optim.AdamW(
-        optim.parameter_groups(model, config.optim),
-        betas=(config.optim.beta1, config.optim.beta2),
-        eps=config.optim.eps,
-    )
-    losses = []
-    for step in range(steps):
-        tokens, targets = make_batch(step, config)
-        for group in optimizer.param_groups:
-            group["lr"] = optim.learning_rate(step, config.optim, config.train.steps)
-        nll, count = model(tokens, targets_BL=targets)
-        (nll / targets.numel()).backward()
-        torch.nn.utils.clip_grad_norm_(
-            [p for p in model.parameters() if p.requires_grad], config.optim.clip_grad_norm
-        )
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(nll.item() / int(count))
-    return losses
 
 
 def test_every_stage_agrees_with_plain_pytorch(tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ def plain_pytorch() -> list[dict[str, float]]:
     those of the rows that the two ranks have in their last micro batch."""
     config = make_config(0)
     model = make_model(config)
-    groups = optim.parameter_groups(model, config.optim.weight_decay)
+    groups = optim.parameter_groups(model, config.optim)
     adam = (config.optim.beta1, config.optim.beta2)
     optimizer = torch.optim.AdamW(groups, betas=adam, eps=config.optim.eps)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}

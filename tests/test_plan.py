@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from hourglass_dist.bench.zero import HELD_WITHIN, SENT_WITHIN, bench_zero, difference
 from hourglass_dist.config import Config, load
 from hourglass_dist.model.cost import model_cost
 from hourglass_dist.plan import plan, render, show_bytes, show_count
@@ -30,8 +31,8 @@ def quickstart(stage: int, precision: str = "fp32", *more: str) -> Config:
     )
 
 
-# Bytes of a trained parameter on one of two ranks, as measured: weights, gradients, master,
-# moments.
+# Bytes of a trained parameter on one of two ranks, as ``hourglass bench zero`` measures them:
+# weights, gradients, master, moments.
 MEASURED = {
     (0, "fp32"): (4, 4, 0, 8),
     (0, "bf16"): (4, 4, 0, 8),
@@ -53,10 +54,28 @@ def test_memory_on_two_ranks_is_what_was_measured(stage: int, precision: str) ->
     assert tuple(part / trained for part in parts) == pytest.approx(MEASURED[stage, precision][1:])
     assert memory.weights / made.cost.parameters == pytest.approx(MEASURED[stage, precision][0])
     width = 2 if precision == "bf16" else 4
-    assert memory.buffer == (1000 * width if stage >= 2 else 0)
+    bucket = 1000 * width
+    copies = {
+        (0, "fp32"): 4 * trained,
+        (0, "bf16"): 4 * trained,
+        (1, "fp32"): bucket + 4 * trained / 2,
+        (1, "bf16"): 6 * trained,
+        (2, "fp32"): 2 * bucket + 4 * trained / 2,
+    }
+    assert memory.buffer == copies.get((stage, precision), 2 * bucket)
     assert memory.gathered == (width * made.cost.parameters if stage == 3 else 0)
     rest = memory.gathered + memory.buffer + memory.activations
     assert memory.total == memory.weights + sum(parts) + rest
+
+
+def test_live_ranks_hold_and_send_what_is_planned() -> None:
+    """Two ranks, a small model, steps of one and two micro batches: 3 % of memory, 2 % of
+    traffic."""
+    for row in bench_zero([2], [1, 2, 3], ["bf16"], [1, 2], layers=10):
+        for name in ("weights", "gradients", "master", "moments"):
+            assert abs(difference(row, name)) < HELD_WITHIN, (name, row)
+        for name in ("sent 1", "sent 2"):
+            assert abs(difference(row, name)) < SENT_WITHIN, (name, row)
 
 
 @pytest.mark.parametrize(

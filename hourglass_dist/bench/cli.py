@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -123,3 +124,64 @@ def save(
 
     facts, rows = bench_save(folder, millions, repeats)
     write(json_file, facts, rows)
+
+
+@app.command("zero")
+def zero(
+    ranks: Annotated[str, typer.Option(help="Numbers of ranks, with commas.")] = "1,2,4",
+    stages: Annotated[str, typer.Option(help="ZeRO stages, with commas.")] = "0,1,2,3",
+    precisions: Annotated[str, typer.Option(help="fp32, bf16 or both.")] = "fp32,bf16",
+    accumulation: Annotated[str, typer.Option(help="Forward passes of a step.")] = "1,4",
+    json_file: Json = None,
+) -> None:
+    """Memory of a rank and what it sends, as measured on CPU ranks beside 'hourglass plan'.
+
+    Example: hourglass bench zero --ranks 2 --stages 2,3
+    """
+    from hourglass_dist.bench.shared import machine, prepare, write
+    from hourglass_dist.bench.zero import bench_zero
+
+    rows = bench_zero(
+        numbers("--ranks", ranks, 1, 64),
+        numbers("--stages", stages, 0, 3),
+        words("--precisions", precisions, ("fp32", "bf16")),
+        numbers("--accumulation", accumulation, 1, 64),
+    )
+    write(json_file, machine(prepare("cpu", 1)), rows)
+
+
+@app.command("loop")
+def loop(
+    config: Annotated[Path, typer.Argument(help="Settings with a dataset that is there.")] = Path(
+        "configs/quickstart.yaml"
+    ),
+    overrides: Annotated[list[str] | None, typer.Argument(help="Settings to change.")] = None,
+    ranks: Annotated[str, typer.Option(help="Numbers of ranks, with commas.")] = "1,2",
+    steps: Annotated[int, typer.Option(help="Steps that count.", min=1)] = 100,
+    json_file: Json = None,
+) -> None:
+    """A step of training, with stream, checks and metrics, beside a step of a bare loop of the same
+    model: DeepSpeed's engine alone, and on one rank PyTorch alone.
+
+    Example: hourglass bench loop configs/quickstart.yaml --steps 50
+    """
+    from hourglass_dist.bench.loop import bench_loop
+    from hourglass_dist.bench.shared import machine, prepare, write
+
+    rows = bench_loop(config, overrides or (), numbers("--ranks", ranks, 1, 64), steps)
+    write(json_file, machine(prepare("cpu", 1)), rows)
+
+
+def numbers(option: str, text: str, least: int, most: int) -> list[int]:
+    """Whole numbers between two, written with commas. Raises ValueError for anything else."""
+    return [int(n) for n in words(option, text, [str(n) for n in range(least, most + 1)])]
+
+
+def words(option: str, text: str, known: Sequence[str]) -> list[str]:
+    """Some of ``known``, written with commas. Raises ValueError for anything else."""
+    given = [word.strip() for word in text.split(",")]
+    for word in given:
+        if word not in known:
+            expected = f"{known[0]} to {known[-1]}" if len(known) > 4 else ", ".join(known)
+            raise ValueError(f"{option}: expected {expected}, with commas, given {text!r}")
+    return given

@@ -133,9 +133,7 @@ class _ChunkedLoss(torch.autograd.Function):
             for_x * grad.to(for_x.dtype),
             (for_weight * grad).to(ctx.dtypes[0]),
             None if bias_type is None else (for_bias * grad).to(bias_type),
-            None,
-            None,
-            None,
+            *(None, None, None, None),
         )
 
 

@@ -1,0 +1,273 @@
+"""What a run takes on given machines: memory, time, money; and which settings would be fastest.
+
+A forecast is arithmetic on the plan and on data sheets, with these assumptions, all of them stated
+in what is printed:
+
+    memory        the plan's, and 5 % of it for fragments, and 1 GiB for the GPU's own context
+    products      at 40 % of the peak (published: 33 to 48 % on H100, llm-foundry, Megatron-LM and
+                  torchtitan), with selective checkpointing 3 % longer (docs/benchmarks/cpu.md)
+    collectives   rings over all links of a node at 70 % of their bandwidth; between nodes every
+                  GPU uses its own network card
+    files         2 GB/s to the file system that takes checkpoints, all ranks together
+    a step        with ``overlap_comm`` (stages 2 and 3) the longer of both, else their sum; then
+                  the optimizer, which moves its state through memory once each way, and at stages
+                  1 and 2 the gathering of the new weights
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from hourglass_dist.config import Config
+from hourglass_dist.devices import Device, Node, planned_device
+from hourglass_dist.model_config import ModelConfig
+from hourglass_dist.plan import Plan, plan, show_bytes, show_count
+from hourglass_dist.sections import ConfigError
+
+CONTEXT, FRAGMENTS = 2**30, 0.05
+PRODUCTS, LINKS, SELECTIVE = 0.40, 0.70, 1.03
+EXACT = 0.05
+WRITES = 2e9
+"""Bytes a second of the file system that takes checkpoints, all ranks together."""
+POLICIES = ("none", "selective", "full")
+MOST_MICRO_BATCHES = 12
+"""Sizes of a micro batch that are looked at, the largest ones left out."""
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """Equal nodes of equal accelerators."""
+
+    device: Device
+    node: Node
+    nodes: int
+    gpus_per_node: int
+    price: float | None
+    """Dollars an hour of one accelerator."""
+
+    @property
+    def gpus(self) -> int:
+        """Of all nodes."""
+        return self.nodes * self.gpus_per_node
+
+    @property
+    def bandwidth(self) -> float:
+        """Bytes a second that one accelerator sends in a collective over all of them."""
+        inside, outside = self.node.inside, self.node.outside * self.gpus_per_node
+        return LINKS * (min(inside, outside) if self.nodes > 1 else inside)
+
+
+def cluster(gpu: str, nodes: int, gpus_per_node: int, price: float | None = None) -> Cluster:
+    """Machines by the name of their accelerator; ``price`` instead of the listed one.
+
+    Raises ValueError for a name that is not known.
+    """
+    device, node = planned_device(gpu)
+    return Cluster(device, node, nodes, gpus_per_node, node.price if price is None else price)
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """A plan on machines."""
+
+    plan: Plan
+    cluster: Cluster
+
+    @property
+    def memory(self) -> float:
+        """Bytes of one accelerator."""
+        return self.plan.memory.total * (1 + FRAGMENTS) + CONTEXT
+
+    @property
+    def fits(self) -> bool:
+        """Whether the accelerator has that much."""
+        return self.memory <= self.cluster.node.memory
+
+    @property
+    def products_s(self) -> float:
+        """Seconds of matrix products in a step."""
+        fp32 = self.plan.config.train.precision == "fp32"
+        device, node = self.cluster.device, self.cluster.node
+        peak = node.fp32_flops if fp32 else device.bf16_flops
+        again = SELECTIVE if "selective" in _policies(self.plan.model) else 1.0
+        operations = self.plan.tokens_per_step * self.plan.cost.hardware_flops_per_token
+        return again * operations / self.cluster.gpus / (PRODUCTS * peak)
+
+    @property
+    def collectives_s(self) -> float:
+        """Seconds of collectives during the passes of a step."""
+        return (self.plan.traffic - self.plan.gathered_after) / self.cluster.bandwidth
+
+    @property
+    def optimizer_s(self) -> float:
+        """Seconds from the last gradient to weights that are the same everywhere."""
+        memory = self.plan.memory
+        weights = memory.moments / 2  # in fp32, of this rank
+        moved = 2 * (memory.moments + weights) + weights  # read and written; gradients are read
+        gathering = self.plan.gathered_after / self.cluster.bandwidth
+        return moved / self.cluster.node.memory_bandwidth + gathering
+
+    @property
+    def overlaps(self) -> bool:
+        """Whether gradients travel while others are computed; DeepSpeed's default at stage 3."""
+        zero = self.plan.config.deepspeed.zero_optimization
+        default = zero.stage == 3
+        return zero.stage >= 2 and (default if zero.overlap_comm is None else zero.overlap_comm)
+
+    @property
+    def step_s(self) -> float:
+        """Seconds of a step after the last phase."""
+        join = max if self.overlaps else lambda *both: sum(both)
+        return float(join(self.products_s, self.collectives_s)) + self.optimizer_s
+
+    @property
+    def tokens_per_day(self) -> float:
+        """Over all accelerators."""
+        return self.plan.tokens_per_step / self.step_s * 86400
+
+    @property
+    def gpu_hours(self) -> float:
+        """To the end of the run, evaluations and checkpoints left out."""
+        return self.plan.tokens / self.tokens_per_day * 24 * self.cluster.gpus
+
+
+def forecast(config: Config, machines: Cluster) -> Forecast:
+    """Raises ConfigError when the batch cannot be dealt to that many accelerators, ValueError when
+    activations do not fit ``train.activation_memory``."""
+    return Forecast(plan(config, machines.gpus), machines)
+
+
+def candidates(config: Config, machines: Cluster) -> Iterator[Forecast]:
+    """ZeRO stages x micro batches x checkpointing at all levels, also that of the settings."""
+    rows = min(portion.batch_size for portion in config.data.portions) // machines.gpus
+    sizes = [n for n in range(1, rows + 1) if rows % n == 0][:MOST_MICRO_BATCHES]
+    models = [] if "auto" in _policies(config.model) else [config.model]
+    for policy in POLICIES:
+        levels = [
+            level.model_copy(update={"activation_checkpointing": policy})
+            for level in config.model.levels
+        ]
+        models.append(config.model.model_copy(update={"levels": levels}))
+    for size in sizes:
+        train = config.train.model_copy(update={"micro_batch_size": size})
+        for stage in range(4):
+            zero = config.deepspeed.zero_optimization.model_copy(update={"stage": stage})
+            engine = config.deepspeed.model_copy(update={"zero_optimization": zero})
+            for model in models:
+                changed = {"train": train, "deepspeed": engine, "model": model}
+                try:
+                    yield forecast(config.model_copy(update=changed), machines)
+                except ConfigError:  # another phase has rows that these do not divide
+                    break
+
+
+def suggest(config: Config, machines: Cluster) -> tuple[Forecast | None, Forecast | None]:
+    """What to take, and what needs the least memory; None where nothing fits, or the batch has no
+    row for every accelerator.
+
+    Of all that fits and is within 5 % of the fastest (a forecast is not more exact than that) it is
+    the lowest stage, and of these the fastest with the largest micro batch.
+    """
+    found = list(candidates(config, machines))
+    fitting = [each for each in found if each.fits]
+    fastest = min((each.step_s for each in fitting), default=0.0)
+    close = [each for each in fitting if each.step_s <= (1 + EXACT) * fastest]
+    return (
+        min(close, key=_order, default=None),
+        min(found, key=lambda each: each.memory, default=None),
+    )
+
+
+def _order(found: Forecast) -> tuple[int, float, int]:
+    config = found.plan.config
+    return (
+        config.deepspeed.stage,
+        float(f"{found.step_s:.3g}"),
+        -config.train.micro_batch_size,
+    )
+
+
+def _policies(model: ModelConfig) -> list[str]:
+    return [level.activation_checkpointing for level in model.levels]
+
+
+# --- telling -------------------------------------------------------------------------------------
+
+
+def render(found: Forecast, best: Forecast | None, least: Forecast | None) -> str:
+    """The forecast of the settings, and of what would be better, as text."""
+    lines = [_machines(found.cluster), _memory(found), *_time(found), *_assumptions(found)]
+    if best is None and least is not None:
+        needed = show_bytes(round(least.memory))
+        lines.append(f"Nothing fits: the least is {needed} with {_settings(least)}; more nodes?")
+    elif best is not None and _settings(best) == _settings(found):
+        lines.append("Suggested: these settings.")
+    elif best is not None:
+        gain = found.step_s / best.step_s
+        than = f"{gain:.2f} x as fast" if found.fits else f"{best.step_s:.3g} s a step"
+        lines.append(
+            f"Suggested: {_settings(best)}: {show_bytes(round(best.memory))}, {than}.",
+        )
+    return "\n".join(lines) + "\n"
+
+
+def _machines(machines: Cluster) -> str:
+    return f"On {machines.nodes} x {machines.gpus_per_node} {machines.device.name}:"
+
+
+def _memory(found: Forecast) -> str:
+    memory, has = found.plan.memory, show_bytes(round(found.cluster.node.memory))
+    needs = f"{show_bytes(round(found.memory))} of {has}"
+    if found.fits:
+        return f"  fits: {needs} on each"
+    parts = {
+        "weights": memory.weights + memory.gathered,
+        "gradients and their buffers": memory.gradients + memory.buffer,
+        "optimizer": memory.master + memory.moments,
+        "activations": memory.activations,
+    }
+    largest = max(parts, key=parts.__getitem__)
+    return f"  does not fit: {needs} on each, {show_bytes(parts[largest])} of it {largest}"
+
+
+def _time(found: Forecast) -> Iterator[str]:
+    made, join = found.plan, "or" if found.overlaps else "+"
+    yield (
+        f"  a step: {found.step_s:.3g} s (products {found.products_s:.3g} {join} collectives "
+        f"{found.collectives_s:.3g}, then the optimizer {found.optimizer_s:.3g})"
+    )
+    hours = found.gpu_hours / found.cluster.gpus
+    lasts = f"{hours / 24:,.1f} days" if hours > 48 else f"{hours:,.1f} hours"
+    yield (
+        f"  the run: {show_count(found.tokens_per_day)} tokens a day, {lasts}, "
+        f"{found.gpu_hours:,.0f} GPU-hours{_cost(found)}"
+    )
+    seconds = made.checkpoint_bytes / WRITES
+    yield f"  a checkpoint: {show_bytes(made.checkpoint_bytes)}, {seconds:,.1f} s to write"
+
+
+def _cost(found: Forecast) -> str:
+    price = found.cluster.price
+    if price is None:
+        return " (no listed price: give --price)"
+    return f", ${found.gpu_hours * price:,.0f} at ${price:.2f} an hour"
+
+
+def _assumptions(found: Forecast) -> Iterator[str]:
+    how = "the longer of both" if found.overlaps else "their sum"
+    yield (
+        f"  assumed: products at {PRODUCTS:.0%} of the peak, links at {LINKS:.0%}, {how}; files at "
+        f"{WRITES / 1e9:.0f} GB/s;"
+    )
+    yield f"  {FRAGMENTS:.0%} of memory and {show_bytes(CONTEXT)} go to fragments and the context"
+
+
+def _settings(found: Forecast) -> str:
+    config = found.plan.config
+    policies = _policies(found.plan.model)
+    shown = policies[0] if len(set(policies)) == 1 else ", ".join(policies)
+    return (
+        f"ZeRO stage {config.deepspeed.stage}, micro batches of {config.train.micro_batch_size}, "
+        f"checkpointing {shown}"
+    )
