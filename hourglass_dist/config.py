@@ -92,6 +92,8 @@ class TrainConfig(Section):
     the world size."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """``bf16``: bf16 weights with fp32 master weights at ZeRO stages 1-3, autocast at stage 0."""
+    init_from: str | None = None
+    """An export whose weights a new run begins with; its model and tokenizer must be the run's."""
     max_skipped_steps: PositiveInt = 8
     """A step whose loss or gradient is no number changes nothing. The run stops after so many of
     them in a row."""
@@ -188,6 +190,10 @@ class ZeroConfig(Section):
     """Weights with fewer elements are kept whole on every rank."""
     stage3_max_live_parameters: PositiveInt | None = None
     """Elements that are gathered at a time, at most."""
+    offload_optimizer: Literal["cpu"] | None = None
+    """Keep master weights and moments in the host's memory, and step there (stages 1 to 3)."""
+    offload_param: Literal["cpu"] | None = None
+    """Keep this rank's part of the weights in the host's memory (stage 3)."""
 
 
 class DeepSpeedConfig(Section):
@@ -243,6 +249,7 @@ class Config(Section):
                 f"given {len(scales)}"
             )
         self._check_evaluation()
+        self._check_offload()
         if not self.model.causal:
             raise ValueError(
                 "model.causal: training and generation need a causal model, given false"
@@ -271,6 +278,18 @@ class Config(Section):
     def eval_context(self) -> int:
         """Tokens in a window of the second held-out score."""
         return self.eval.context or self.data.seq_len
+
+    def _check_offload(self) -> None:
+        zero = self.deepspeed.zero_optimization
+        if zero.offload_optimizer and (zero.stage == 0 or self.optim.name == "muon"):
+            raise ValueError(
+                "deepspeed.zero_optimization.offload_optimizer: expected stage 1, 2 or 3 and "
+                f"optim.name adamw, given stage {zero.stage} and {self.optim.name}"
+            )
+        if zero.offload_param and zero.stage < 3:
+            raise ValueError(
+                f"deepspeed.zero_optimization.offload_param: expected stage 3, given {zero.stage}"
+            )
 
     def accumulation_steps(self, world_size: int) -> int:
         """Forward passes that one rank makes for one optimizer step after the last phase.

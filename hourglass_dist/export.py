@@ -20,7 +20,7 @@ from typing import Any, Literal
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from hourglass_dist import checkpoint, fragments
 from hourglass_dist import config as settings
@@ -123,6 +123,32 @@ def load_export(folder: Path) -> tuple[HourglassLM, Tokenizer, dict[str, Any]]:
     tokenizer = load_tokenizer(folder)
     require_same(saved, tokenizer.fingerprint, f"{folder}/config.json", f"{folder}'s tokenizer")
     return _fill(config, weights, folder), tokenizer, about
+
+
+class WarmStart:
+    """The weights of an export for a model that is made module by module."""
+
+    def __init__(self, folder: Path, config: ModelConfig) -> None:
+        """Raises ValueError for what ``load_export`` refuses, or when it is of another model than
+        ``config``."""
+        model, tokenizer, _ = load_export(folder)
+        self.fingerprint = tokenizer.fingerprint
+        self._folder, self._weights = folder, model.state_dict()
+        with torch.device("meta"):
+            wanted = {n: tuple(p.shape) for n, p in HourglassLM(config).named_parameters()}
+        have = {name: tuple(weight.shape) for name, weight in self._weights.items()}
+        for name in sorted(wanted.keys() | have.keys()):
+            if wanted.get(name) != have.get(name):
+                raise ValueError(
+                    f"train.init_from: {folder}: {name}: the run's model has shape "
+                    f"{wanted.get(name)}, the export {have.get(name)}"
+                )
+
+    @torch.no_grad()
+    def fill(self, name: str, module: nn.Module) -> None:
+        """Overwrite the weights that are ``module``'s own; ``name`` is its name in the model."""
+        for short, parameter in module.named_parameters(recurse=False):
+            parameter.copy_(self._weights[f"{name}.{short}"])
 
 
 def _fill(config: ModelConfig, weights: dict[str, Tensor], source: Path) -> HourglassLM:

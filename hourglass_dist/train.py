@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Sequence
-from contextlib import closing
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from hourglass_dist import config as settings
 from hourglass_dist import dist
@@ -25,9 +26,11 @@ from hourglass_dist.config import Config
 from hourglass_dist.data.mixture import Dataset, make_plan, open_mixture
 from hourglass_dist.data.stream import Stream
 from hourglass_dist.data.tokenizer import Tokenizer, require_same
-from hourglass_dist.engine import Engine, deepspeed_settings, making_weights
+from hourglass_dist.deepspeed_settings import deepspeed_settings
+from hourglass_dist.engine import Engine, making_weights
 from hourglass_dist.evaluate import Score
 from hourglass_dist.evaluations import Evaluations, check_held_out
+from hourglass_dist.export import WarmStart
 from hourglass_dist.guards import LossSpikes, SkippedSteps, SpikeFound, Watchdog
 from hourglass_dist.history import History, about_this_code
 from hourglass_dist.metrics import Metrics, due
@@ -115,7 +118,8 @@ def prepare(config: Config, history: History) -> Job | None:
         return None
     dist.together(lambda: run.record(config, tokenizer) if world.is_main else None, world.device)
     watchdog = Watchdog(run.path, config.run.hang_minutes, world)
-    engine = Engine(make_model(config, world), config, world)
+    warm = None if path else dist.together(lambda: warm_start(config, tokenizer), world.device)
+    engine = Engine(make_model(config, world, warm), config, world)
     rehearse(engine, config, world)
     if path:
         engine.load(path)
@@ -240,7 +244,7 @@ def find_state(
     return found
 
 
-def make_model(config: Config, world: dist.World) -> HourglassLM:
+def make_model(config: Config, world: dist.World, warm: WarmStart | None = None) -> HourglassLM:
     """The model on this rank's device, the same weights on every rank; at ZeRO stage 3 this rank's
     part of them, which never were here all at once."""
     settled = choose_checkpointing(
@@ -253,8 +257,31 @@ def make_model(config: Config, world: dist.World) -> HourglassLM:
     )
     with torch.device("meta"):
         model = HourglassLM(settled)
-    model.init_weights(config.run.seed, made=making_weights(config, world))
+    making = making_weights(config, world)
+    names = {module: name for name, module in model.named_modules()}
+
+    @contextmanager
+    def made(module: nn.Module) -> Iterator[None]:
+        with making(module):
+            yield
+            if warm:
+                warm.fill(names[module], module)
+
+    model.init_weights(config.run.seed, made)
     return model
+
+
+def warm_start(config: Config, tokenizer: Tokenizer) -> WarmStart | None:
+    """The weights to begin with, where they are not drawn.
+
+    Raises ValueError when they are of another model or tokenizer.
+    """
+    if config.train.init_from is None:
+        return None
+    warm = WarmStart(Path(config.train.init_from), config.model)
+    where = f"train.init_from: {config.train.init_from}"
+    require_same(warm.fingerprint, tokenizer.fingerprint, where, "the dataset's tokenizer")
+    return warm
 
 
 def rehearse(engine: Engine, config: Config, world: dist.World) -> None:

@@ -25,7 +25,9 @@ def run(case: dict[str, Any], world: dist.World) -> dict[str, Any]:
     if "plain" in case:
         losses = plain_pytorch(case["steps"], "fp32", case["steps"], world.rank, world.size)
         return {"losses": losses}
-    more = {key: case[key] for key in ("micro_batch_size", "checkpointing") if key in case}
+    more = {
+        key: case[key] for key in ("micro_batch_size", "checkpointing", "offload") if key in case
+    }
     total = case.get("total_steps", 20)
     config = make_config(
         case["stage"], case.get("precision", "fp32"), steps=total, **more, **case.get("optim", {})

@@ -40,6 +40,7 @@ ORDER = [
         "diagram",
         "devices",
         "plan",
+        "deepspeed_settings",
         "fragments",
         "engine",
         "mirror",

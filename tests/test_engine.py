@@ -24,8 +24,12 @@ def test_every_stage_agrees_with_plain_pytorch(tmp_path: Path) -> None:
     """Two ranks, accumulation 2, clipping on, 20 steps: losses within 1e-5 at every step."""
     expected = plain_pytorch(20)
     cases: list[dict[str, Any]] = [{"stage": stage, "steps": 20} for stage in range(4)]
-    found = run_cases(tmp_path, 2, [*cases, *(case | {"rehearse": True} for case in cases)])
-    results, rehearsed = found[:4], found[4:]
+    more = [case | {"rehearse": True} for case in cases]
+    more += [case | {"offload": True} for case in cases[1:]]
+    found = run_cases(tmp_path, 2, [*cases, *more])
+    results, rehearsed, offloaded = found[:4], found[4:8], found[8:]
+    for result in offloaded:
+        assert result["losses"] == pytest.approx(expected, abs=1e-5)
     assert rehearsed == results, "a rehearsal changes nothing, bit for bit"
     print("\nstage  largest difference of the loss from plain PyTorch")
     for stage, result in enumerate(results):

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import json
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 import torch
 from hourglass_transformer_pytorch import HourglassTransformerLM
-from ranks import hourglass
+from ranks import hourglass, torchrun
 from safetensors import safe_open
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from test_resume import losses
 
+from hourglass_dist.config import load
+from hourglass_dist.data.mixture import make_plan, open_dataset
+from hourglass_dist.data.plan import Plan
+from hourglass_dist.data.stream import Stream
 from hourglass_dist.export import export, load_export
 
 
@@ -90,3 +96,41 @@ def test_generation_streams_and_repeats(exported: Path) -> None:
 def test_any_bytes_are_a_prompt_for_a_byte_model(exported: Path) -> None:
     done = hourglass("generate", exported, "--max-new-tokens", 5, stdin=b"\xc3\x28\xf0")
     assert done.returncode == 0, done.stderr
+
+
+def test_a_run_begins_with_the_weights_of_an_export(
+    exported: Path, tiny_config: Path, dataset: Path, tmp_path: Path
+) -> None:
+    """At stage 1 and 3 the first loss is that of the finished run, not of new weights."""
+    first = []
+    for stage in (1, 3):
+        run = tmp_path / str(stage)
+        arguments = [f"data.dataset={dataset}", f"run.dir={run}", f"train.init_from={exported}"]
+        arguments += ["train.steps=1", f"deepspeed.zero_optimization.stage={stage}"]
+        done = torchrun(2, "-m", "hourglass_dist.train", str(tiny_config), *arguments)
+        assert done.returncode == 0, done.stderr[-3000:]
+        first.append(losses(run)[1])
+    assert first[0] == pytest.approx(first[1], abs=1e-5)
+    model, _, _ = load_export(exported)
+    stream = Stream([open_dataset(str(dataset))], make_plan_of(tiny_config, dataset))
+    with closing(stream.batches()) as batches, torch.no_grad():
+        batch = next(batches)
+        nats, count = model(batch.tokens_BL, targets_BL=batch.targets_BL)
+    assert first[0] == pytest.approx(float(nats / count), abs=1e-5)
+
+
+def make_plan_of(config: Path, dataset: Path) -> Plan:
+    settings = load(config, [f"data.dataset={dataset}"])
+    return make_plan([open_dataset(str(dataset))], settings.data, settings.run.seed, 1)
+
+
+def test_weights_of_another_model_are_refused(
+    exported: Path, tiny_config: Path, dataset: Path, tmp_path: Path
+) -> None:
+    done = hourglass(
+        *("train", tiny_config, f"data.dataset={dataset}", f"run.dir={tmp_path / 'run'}"),
+        *(f"train.init_from={exported}", "model.levels.1.layers=1"),
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"error: train.init_from: {exported}: hourglass.inner.pre.1.")
+    assert "the run's model has shape None, the export (32,)" in done.stderr

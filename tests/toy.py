@@ -31,11 +31,15 @@ def make_config(
     micro_batch_size: int = 4,
     checkpointing: str | None = None,
     steps: int = 20,
+    offload: bool = False,
     **optim: Any,
 ) -> Config:
     """16 rows a step; ``checkpointing`` is that of all levels, or else full at the outer one."""
     outer, inner = checkpointing or "full", checkpointing or "none"
     zero: dict[str, object] = {"stage": stage}
+    if offload:
+        zero["offload_optimizer"] = "cpu"
+        zero |= {"offload_param": "cpu"} if stage == 3 else {}
     if stage == 3:
         zero["stage3_param_persistence_threshold"] = 0  # or a model this small is not partitioned
     settings = {

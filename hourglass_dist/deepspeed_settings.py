@@ -1,0 +1,40 @@
+"""DeepSpeed's configuration, derived from ours: one fact, one place."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from hourglass_dist.config import Config
+
+
+def deepspeed_settings(config: Config, world_size: int) -> dict[str, Any]:
+    """DeepSpeed's configuration for a run.
+
+    Raises ConfigError when ``world_size`` ranks cannot share the batch.
+    """
+    zero = config.deepspeed.zero_optimization.model_dump(exclude_none=True)
+    for name in zero.keys() & {"offload_optimizer", "offload_param"}:
+        zero[name] = {"device": zero[name], "pin_memory": torch.cuda.is_available()}
+    if config.deepspeed.stage == 3:
+        # DeepSpeed's own linear adds its bias in place on a tensor that checkpointing may keep.
+        zero["memory_efficient_linear"] = False
+    settings: dict[str, Any] = {
+        "train_batch_size": config.data.batch_size,
+        "train_micro_batch_size_per_gpu": config.train.micro_batch_size,
+        "gradient_accumulation_steps": config.accumulation_steps(world_size),
+        # Without clipping DeepSpeed does not look whether gradients are numbers.
+        "gradient_clipping": (config.optim.clip_grad_norm or 1e30) if config.deepspeed.stage else 0,
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,  # torch's fused AdamW steps on the host as well
+        "steps_per_print": 2**62,
+    }
+    if config.train.precision == "bf16" and config.deepspeed.stage > 0:
+        settings["bf16"] = {"enabled": True, "check_grad_overflow": True}
+        settings["data_types"] = {"grad_accum_dtype": "fp32"}
+    elif config.train.precision == "bf16":
+        # DeepSpeed's own bf16 takes a hidden optimizer step at stage 0; autocast is right.
+        settings["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
+    return settings
