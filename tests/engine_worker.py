@@ -3,8 +3,8 @@
     engine_worker.py OUT.json '[{"stage": 1, "precision": "fp32", "steps": 20, "save": DIR, "load":
     DIR}, ...]'
 
-Each entry is one engine, built anew, or with "plain" the oracle on these ranks; the number of ranks
-is that of torchrun.
+Each entry is one engine, built anew, or with "plain": KIND the oracle on these ranks; the number of
+ranks is that of torchrun.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from hourglass_dist.engine import Engine
 
 def run(case: dict[str, Any], world: dist.World) -> dict[str, Any]:
     if "plain" in case:
-        losses = plain_pytorch(case["steps"], "fp32", case["steps"], world.rank, world.size)
+        losses = plain_pytorch(case["steps"], case["plain"], case["steps"], world.rank, world.size)
         return {"losses": losses}
     more = {
         key: case[key] for key in ("micro_batch_size", "checkpointing", "offload") if key in case

@@ -93,6 +93,8 @@ def plain_pytorch(
     config = make_config(0, steps=total_steps)
     master = make_model(config).to(torch.float64 if kind == "fp64" else torch.float32)
     model = copy.deepcopy(master).bfloat16() if kind == "bf16" else master
+    if kind == "bf16":
+        master = copy.deepcopy(model).float()  # DeepSpeed's masters begin with rounded weights
     optimizer = torch.optim.AdamW(
         optim.parameter_groups(master, config.optim),
         betas=(config.optim.beta1, config.optim.beta2),

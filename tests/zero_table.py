@@ -46,13 +46,17 @@ def main() -> None:
     plain = {
         kind: plain_pytorch(STEPS, kind, STEPS) for kind in ("fp64", "fp32", "autocast", "bf16")
     }
-    (two_ranks,) = run([{"plain": True, "steps": STEPS}])
+    kinds = ("fp32", "autocast", "bf16")
+    found = run([{"plain": kind, "steps": STEPS} for kind in kinds])
+    split = {kind: result["losses"] for kind, result in zip(kinds, found, strict=True)}
     print(f"{STEPS} steps, {RANKS} ranks: largest relative difference of the loss at any step\n")
-    print(f"plain fp32, 1 process,  from plain fp64: {apart(plain['fp32'], plain['fp64']):.1e}")
-    print(f"plain fp32, {RANKS} ranks,    from plain fp64: ", end="")
-    print(f"{apart(two_ranks['losses'], plain['fp64']):.1e}")
-    print(f"plain fp32, {RANKS} ranks,    from 1 process:  ", end="")
-    print(f"{apart(two_ranks['losses'], plain['fp32']):.1e}\n")
+    print(f"plain fp32, 1 process from plain fp64: {apart(plain['fp32'], plain['fp64']):.1e}")
+    print(f"plain fp32, {RANKS} ranks from plain fp64: {apart(split['fp32'], plain['fp64']):.1e}")
+    for kind in kinds:
+        print(f"plain {kind}, {RANKS} ranks from 1 process: {apart(split[kind], plain[kind]):.1e}")
+    for kind in kinds[1:]:
+        print(f"plain {kind} from plain fp32: {apart(plain[kind], plain['fp32']):.1e}")
+    print()
     print(
         "| stage | precision | passes | checkpointing | from fp32 | from fp64 | from plain bf16 |"
     )
@@ -73,8 +77,6 @@ def main() -> None:
                 same = f"{apart(losses, plain[kind]):.1e}"
             shown = " | ".join(f"{cell:.1e}" for cell in cells)
             print(f"| {stage} | {precision} | {passes} | {policy} | {shown} | {same} |", flush=True)
-    print(f"\nplain autocast from plain fp32: {apart(plain['autocast'], plain['fp32']):.1e}")
-    print(f"plain bf16     from plain fp32: {apart(plain['bf16'], plain['fp32']):.1e}")
 
 
 if __name__ == "__main__":
