@@ -139,7 +139,8 @@ def forecast(config: Config, machines: Cluster) -> Forecast:
 
 
 def candidates(config: Config, machines: Cluster) -> Iterator[Forecast]:
-    """ZeRO stages x micro batches x checkpointing at all levels, also that of the settings."""
+    """ZeRO stages x micro batches x checkpointing at all levels, also that of the settings; all of
+    it on the device."""
     rows = min(portion.batch_size for portion in config.data.portions) // machines.gpus
     sizes = [n for n in range(1, rows + 1) if rows % n == 0][:MOST_MICRO_BATCHES]
     models = [] if "auto" in _policies(config.model) else [config.model]
@@ -152,7 +153,9 @@ def candidates(config: Config, machines: Cluster) -> Iterator[Forecast]:
     for size in sizes:
         train = config.train.model_copy(update={"micro_batch_size": size})
         for stage in range(4):
-            zero = config.deepspeed.zero_optimization.model_copy(update={"stage": stage})
+            zero = config.deepspeed.zero_optimization.model_copy(
+                update={"stage": stage, "offload_optimizer": None, "offload_param": None}
+            )
             engine = config.deepspeed.model_copy(update={"zero_optimization": zero})
             for model in models:
                 changed = {"train": train, "deepspeed": engine, "model": model}
@@ -260,6 +263,8 @@ def _assumptions(found: Forecast) -> Iterator[str]:
         f"  assumed: products at {PRODUCTS:.0%} of the peak, links at {LINKS:.0%}, {how}; files at "
         f"{WRITES / 1e9:.0f} GB/s;"
     )
+    if found.plan.memory.host:
+        yield "  not counted: what goes to the host's memory and back, and the optimizer there"
     yield f"  {FRAGMENTS:.0%} of memory and {show_bytes(CONTEXT)} go to fragments and the context"
 
 

@@ -32,7 +32,7 @@ A rank sends, with rings:
 from __future__ import annotations
 
 import io
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from rich.console import Console
@@ -67,10 +67,12 @@ class RankMemory:
     """At most: where gradients wait for their reduction, and copies of them."""
     activations: int
     """Of one micro batch."""
+    host: int = 0
+    """How much of this lies in the host's memory, where the settings say so."""
 
     @property
     def total(self) -> int:
-        """All of it."""
+        """All of it on the device."""
         return (
             self.weights
             + self.gradients
@@ -79,6 +81,7 @@ class RankMemory:
             + self.gathered
             + self.buffer
             + self.activations
+            - self.host
         )
 
 
@@ -198,6 +201,17 @@ def _weight_bytes(config: Config) -> int:
 
 
 def _memory(config: Config, cost: ModelCost, world_size: int, micro_batches: int) -> RankMemory:
+    zero = config.deepspeed.zero_optimization
+    memory = _memory_anywhere(config, cost, world_size, micro_batches)
+    host = memory.weights if zero.offload_param else 0
+    if zero.offload_optimizer:  # the gradients wait there for the step, too
+        host += memory.master + memory.moments + (memory.gradients if zero.stage >= 2 else 0)
+    return replace(memory, host=host)
+
+
+def _memory_anywhere(
+    config: Config, cost: ModelCost, world_size: int, micro_batches: int
+) -> RankMemory:
     stage, weight_bytes = config.deepspeed.stage, _weight_bytes(config)
     trained = cost.trained_parameters
     share = -(-trained // world_size)
@@ -333,7 +347,9 @@ def _rank_table(plan: Plan) -> Table:
     for name, value in rows.items():
         table.add_row(name, show_bytes(value))
     table.add_section()
-    table.add_row("in all", show_bytes(memory.total))
+    if memory.host:
+        table.add_row("in the host's memory", show_bytes(memory.host))
+    table.add_row("in all, on the device" if memory.host else "in all", show_bytes(memory.total))
     return table
 
 
