@@ -38,6 +38,8 @@ def run(case: dict[str, Any], world: dist.World) -> dict[str, Any]:
         engine.rehearse({"tokens_BL": tokens, "targets_BL": tokens})
     if "load" in case:
         engine.load(Path(case["load"]))
+    if "resave" in case:
+        write(engine, Path(case["resave"]), world)
     losses, norms = [], []
     size = config.data.batch_size // world.size
     for step in range(case.get("first", 0), case["steps"]):
@@ -48,13 +50,16 @@ def run(case: dict[str, Any], world: dist.World) -> dict[str, Any]:
         losses.append(result.loss)
         norms.append(result.grad_norm)
     if "save" in case:
-        folder = Path(case["save"])
-        folder.mkdir(parents=True, exist_ok=True)
-        engine.snapshot().write(folder / fragments.file_name(world.rank))
-        dist.barrier()
+        write(engine, Path(case["save"]), world)
     tokens, targets = make_batch(10_000, config)
     nats = engine.eval_loss({"tokens_BL": tokens, "targets_BL": targets})
     return {"losses": losses, "norms": norms, "eval": float(nats.sum() / (targets >= 0).sum())}
+
+
+def write(engine: Engine, folder: Path, world: dist.World) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    engine.snapshot().write(folder / fragments.file_name(world.rank))
+    dist.barrier()
 
 
 def main() -> None:
