@@ -42,6 +42,7 @@ from hourglass_dist.muon import Exchange, MuonAdamW, Piece
 
 deepspeed.utils.logger.setLevel(logging.WARNING)
 warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
+deepspeed.runtime.bf16_optimizer.see_memory_usage = lambda *_, **__: None  # 18 lines at a start
 # The shared-memory collectives compile for about a minute at start and serve inference only.
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 

@@ -13,6 +13,7 @@ import math
 import statistics
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -178,3 +179,5 @@ class Watchdog:
         faulthandler.cancel_dump_traceback_later()
         self._file.close()
         self._path.unlink(missing_ok=True)
+        with suppress(OSError):  # other ranks have theirs there
+            self._path.parent.rmdir()
