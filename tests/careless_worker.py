@@ -4,7 +4,7 @@ import shutil
 import sys
 import time
 
-from hourglass_dist import checkpoint, train
+from hourglass_dist import checkpoint, dist, train
 from hourglass_dist.checkpoint import Checkpoints
 from hourglass_dist.files import replace
 
@@ -26,4 +26,4 @@ def careless(self, folder, progress):
 
 Checkpoints._complete = careless
 assert checkpoint.Checkpoints is Checkpoints
-sys.exit(train.main(sys.argv[1:]))
+dist.leave(train.main(sys.argv[1:]))

@@ -51,21 +51,20 @@ def plain_muon(steps: int) -> list[float]:
 
 
 def test_every_stage_agrees_with_whole_matrices(tmp_path: Path) -> None:
-    """And the state moves: from two ranks at stage 2 to 1 and 4 at stages 1 and 3."""
-    expected = plain_muon(15)
+    """And the state moves: from two ranks at stage 2 to four at stages 1 and 3."""
+    expected = plain_muon(9)
     folder = str(tmp_path / "state")
-    cases: list[dict[str, Any]] = [{"stage": s, "steps": 15, "optim": MUON} for s in range(4)]
-    cases += [{"stage": 1, "steps": 15, "optim": MUON, "precision": "bf16"}]
-    cases += [{"stage": 2, "steps": 10, "optim": MUON, "save": folder}]
+    cases: list[dict[str, Any]] = [{"stage": s, "steps": 9, "optim": MUON} for s in range(4)]
+    cases += [{"stage": 1, "steps": 9, "optim": MUON, "precision": "bf16"}]
+    cases += [{"stage": 2, "steps": 6, "optim": MUON, "save": folder}]
     *exact, bf16, saved = run_cases(tmp_path, 2, cases)
     for result in exact:
         assert result["losses"] == pytest.approx(expected, abs=1e-5)
     assert bf16["losses"] == pytest.approx(expected, abs=0.05)
-    assert saved["losses"] == exact[2]["losses"][:10]
-    moved = [{"stage": s, "first": 10, "steps": 15, "optim": MUON, "load": folder} for s in (1, 3)]
-    for ranks in (1, 4):
-        for result in run_cases(tmp_path, ranks, moved):
-            assert result["losses"] == pytest.approx(expected[10:], abs=1e-5)
+    assert saved["losses"] == exact[2]["losses"][:6]
+    moved = [{"stage": s, "first": 6, "steps": 9, "optim": MUON, "load": folder} for s in (1, 3)]
+    for result in run_cases(tmp_path, 4, moved):
+        assert result["losses"] == pytest.approx(expected[6:], abs=1e-5)
 
 
 @pytest.mark.parametrize("shape", [(24, 24), (8, 50), (50, 8)])
