@@ -60,7 +60,7 @@ class Evaluations:
             windows = f"held out, {self._config.eval_context} tokens every {stride}"
             metrics.record_eval(step, last, "sliding", windows)
         if self._config.eval.samples:
-            with metrics.pause("evaluation"):
+            with metrics.pause("samples"):
                 self._write_samples(step, metrics)
         return found.whole
 

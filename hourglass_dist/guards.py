@@ -55,7 +55,7 @@ class SkippedSteps:
         about = f"step {step}: loss {result.loss}, gradient norm {result.grad_norm}"
         if self._world.is_main:
             entry = {"step": step, "loss": str(result.loss), "rows": [rows.start, rows.stop]}
-            with self._path.open("a") as file:
+            with suppress(OSError), self._path.open("a") as file:  # it is said below, too
                 file.write(json.dumps(entry) + "\n")
             print(f"{about}: skipped; rows {rows.start} to {rows.stop - 1}", flush=True)
         if self._in_a_row >= self._most:

@@ -14,6 +14,7 @@ import json
 import socket
 import subprocess
 import time
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 from types import TracebackType
@@ -55,7 +56,7 @@ class History:
 
     def _add(self, event: str, **facts: Any) -> dict[str, Any]:
         entry: dict[str, Any] = {"event": event, "time": time.time(), "step": self.step, **facts}
-        with self._path.open("a") as file:
+        with suppress(OSError), self._path.open("a") as file:  # no reason to end a run
             file.write(json.dumps(entry) + "\n")
         return entry
 

@@ -19,7 +19,8 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,7 @@ class Metrics:
         self._positions = self._folder / "positions.jsonl"
         self._samples = self._folder / "samples.jsonl"
         self._writers: list[Writer] = []
+        self._losing = False
         self.go_back(history.step)
         if world.is_main:
             self._write_settings(history.step)
@@ -211,16 +213,16 @@ class Metrics:
             if not all(map(math.isfinite, bits)):
                 continue
             record = {"step": step, "stride": stride, "bits_per_byte": bits}
-            append(self._positions, record | {"bytes": [score.bytes for score in scores]})
-            for writer in self._writers:
-                writer.histogram(step, f"heldout/place_of_{stride}", bits)
+            record |= {"bytes": [score.bytes for score in scores]}
+            name = f"heldout/place_of_{stride}"
+            self._note(self._positions, record, partial(histogram, step, name, bits))
 
     def record_samples(self, step: int, samples: Sequence[Sample]) -> None:
         """Note what the model wrote after ``step``. Called by the main rank."""
         for number, (prompt, text) in enumerate(samples):
-            append(self._samples, {"step": step, "prompt": prompt, "text": text})
-            for writer in self._writers:
-                writer.texts(step, {f"samples/{number}": f"{prompt}▸{text}"})
+            record = {"step": step, "prompt": prompt, "text": text}
+            told = {f"samples/{number}": f"{prompt}▸{text}"}
+            self._note(self._samples, record, partial(texts, step, told))
 
     def say(self, line: str) -> None:
         """One lasting line on the console."""
@@ -233,14 +235,41 @@ class Metrics:
 
     def _write(self, step: int, values: Mapping[str, float]) -> None:
         values = {name: value for name, value in values.items() if math.isfinite(value)}
-        append(self._jsonl, {"step": step, **values})
-        for writer in self._writers:
-            writer.scalars(step, values)
+        self._note(self._jsonl, {"step": step, **values}, partial(scalars, step, values))
+
+    def _note(self, path: Path, record: Mapping[str, Any], tell: Callable[[Writer], None]) -> None:
+        """A line in a file, and the writers. A full disk, or a server that is gone, costs the
+        record, not the run."""
+        try:
+            append(path, record)
+            for writer in self._writers:
+                tell(writer)
+            self._losing = False
+        except Exception as error:  # of whichever library
+            if not self._losing:
+                self.say(f"numbers of step {record['step']} are lost, training goes on: {error}")
+            self._losing = True
 
     def close(self) -> None:
         """Close the writers."""
         for writer in self._writers:
-            writer.close()
+            with suppress(Exception):  # the numbers are in metrics.jsonl
+                writer.close()
+
+
+def scalars(step: int, values: Mapping[str, float], writer: Writer) -> None:
+    """To one writer."""
+    writer.scalars(step, values)
+
+
+def texts(step: int, told: Mapping[str, str], writer: Writer) -> None:
+    """To one writer."""
+    writer.texts(step, told)
+
+
+def histogram(step: int, name: str, heights: Sequence[float], writer: Writer) -> None:
+    """To one writer."""
+    writer.histogram(step, name, heights)
 
 
 class Clock:

@@ -210,8 +210,9 @@ SPEED = (
     Chart("Waiting for data", ("train/data_wait",), "share of the time", from_zero=True),
     Chart("Own time of ranks", ("ranks/*",), "seconds a step, data and forward", from_zero=True),
     Chart("Memory", ("memory/*",), "bytes, of the rank that takes most", from_zero=True),
-    Chart("Pauses", ("time/checkpoint_seconds", "time/evaluation_seconds"), "seconds",
-          from_zero=True),
+    Chart("Pauses",
+          ("time/checkpoint_seconds", "time/evaluation_seconds", "time/samples_seconds"),
+          "seconds", from_zero=True),
     Chart("Goodput", ("train/goodput",), "time of steps that count / time since the first start",
           from_zero=True),
 )  # fmt: skip

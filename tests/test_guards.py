@@ -132,6 +132,39 @@ def test_a_hung_rank_leaves_stacks_and_ends_the_run(
     assert "engine.py" in stacks or "dist.py" in stacks
 
 
+def test_a_full_disk_costs_records_and_checkpoints_but_not_the_run(
+    tiny_config: Path, dataset: Path, tmp_path: Path
+) -> None:
+    """Files may not grow past a few kilobytes after the start: saves and records fail, loudly, and
+    steps go on to the last one, whose save is needed."""
+    script = (
+        "import resource, signal, sys\n"
+        "from hourglass_dist import train\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "steps = train.run_steps\n"
+        "def full(job):\n"
+        "    resource.setrlimit(resource.RLIMIT_FSIZE, (3000, resource.RLIM_INFINITY))\n"
+        "    steps(job)\n"
+        "train.run_steps = full\n"
+        "sys.exit(train.main(sys.argv[1:]))"
+    )
+    arguments = settings(tiny_config, dataset, tmp_path / "run", 1, steps=20)
+    done = subprocess.run(
+        [sys.executable, "-c", script, *arguments],
+        capture_output=True,
+        text=True,
+        env=environment(),
+        timeout=200,
+        check=False,
+    )
+    assert done.returncode == 2, done.stderr[-3000:]
+    assert "step 5: could not be saved: rank 0: " in done.stdout
+    assert done.stdout.count("are lost, training goes on: ") == 1
+    assert "step 20/20" in done.stdout
+    [line] = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert "rank_00000.safetensors: cannot be written" in line
+
+
 def test_too_little_memory_is_said_before_the_first_step(
     tiny_config: Path, dataset: Path, tmp_path: Path
 ) -> None:
