@@ -349,7 +349,7 @@ def _rank_table(plan: Plan) -> Table:
     table.add_section()
     if memory.host:
         table.add_row("in the host's memory", show_bytes(memory.host))
-    table.add_row("in all, on the device" if memory.host else "in all", show_bytes(memory.total))
+    table.add_row("in all on the device" if memory.host else "in all", show_bytes(memory.total))
     return table
 
 
