@@ -82,6 +82,9 @@ def shutdown() -> None:
     """Leave the process group, if there is one."""
     if td.is_initialized():
         td.destroy_process_group()
+        # Threads of gloo let go of the last tensors late, and need Python for it: one that comes
+        # when Python has ended aborts the process ("terminate called without an active exception").
+        time.sleep(0.3)
 
 
 def leave(code: int) -> NoReturn:
