@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from hourglass_dist.engine import Engine
 from hourglass_dist.model.head import Output
 from hourglass_dist.model.hourglass import Hourglass
+from hourglass_dist.optim import level_of
 
 ENDS = "ends"
 """Embeddings, final norm and output layer, as ``model.cost`` calls them."""
@@ -35,11 +36,8 @@ def part_of(parameter: str) -> str:
 
     As in ``model.cost``, both ways between two levels belong to the outer one.
     """
-    path = parameter.split(".")
-    if "hourglass" not in path:
-        return ENDS
-    inside = path[path.index("hourglass") + 1 :]
-    return f"level_{next(depth for depth, name in enumerate(inside) if name != 'inner')}"
+    inside = parameter.find("hourglass.")
+    return ENDS if inside < 0 else f"level_{level_of(parameter[inside:])}"
 
 
 class Observer:

@@ -34,9 +34,8 @@ from hourglass_dist.export import WarmStart
 from hourglass_dist.guards import LossSpikes, SkippedSteps, SpikeFound, Watchdog
 from hourglass_dist.history import History, about_this_code
 from hourglass_dist.metrics import Metrics, due
-from hourglass_dist.model.cost import choose_checkpointing
 from hourglass_dist.model.hourglass import HourglassLM
-from hourglass_dist.plan import too_large
+from hourglass_dist.plan import settle_checkpointing, too_large
 from hourglass_dist.profiling import Profiler
 from hourglass_dist.sections import print_error, to_yaml
 from hourglass_dist.stop import EXIT_CODE, Interrupted, StopRequests
@@ -247,14 +246,7 @@ def find_state(
 def make_model(config: Config, world: dist.World, warm: WarmStart | None = None) -> HourglassLM:
     """The model on this rank's device, the same weights on every rank; at ZeRO stage 3 this rank's
     part of them, which never were here all at once."""
-    settled = choose_checkpointing(
-        config.model,
-        config.data.longest,
-        rows=config.train.micro_batch_size,
-        bytes_per_number=2 if config.train.precision == "bf16" else 4,
-        packed=config.data.isolate_documents,
-        budget=int((config.train.activation_memory or 0) * 2**30),
-    )
+    settled = settle_checkpointing(config)
     with torch.device("meta"):
         model = HourglassLM(settled)
     making = making_weights(config, world)
