@@ -90,8 +90,9 @@ class TrainConfig(Section):
     micro_batch_size: PositiveInt
     """Rows in one forward pass of one rank. The accumulation steps follow from data.batch_size and
     the world size."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """``bf16``: bf16 weights with fp32 master weights at ZeRO stages 1-3, autocast at stage 0."""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """``bf16``: bf16 weights with fp32 master weights at ZeRO stages 1-3, autocast at stage 0.
+    ``fp16``: the same in fp16 with a dynamic loss scale, at stages 1-3, for GPUs without bf16."""
     init_from: str | None = None
     """An export whose weights a new run begins with; its model and tokenizer must be the run's."""
     max_skipped_steps: PositiveInt = 8
@@ -249,7 +250,7 @@ class Config(Section):
                 f"given {len(scales)}"
             )
         self._check_evaluation()
-        self._check_offload()
+        self._check_zero()
         if not self.model.causal:
             raise ValueError(
                 "model.causal: training and generation need a causal model, given false"
@@ -279,8 +280,12 @@ class Config(Section):
         """Tokens in a window of the second held-out score."""
         return self.eval.context or self.data.seq_len
 
-    def _check_offload(self) -> None:
+    def _check_zero(self) -> None:
         zero = self.deepspeed.zero_optimization
+        if self.train.precision == "fp16" and zero.stage == 0:
+            raise ValueError(
+                "train.precision: fp16 needs deepspeed.zero_optimization.stage 1, 2 or 3, given 0"
+            )
         if zero.offload_optimizer and (zero.stage == 0 or self.optim.name == "muon"):
             raise ValueError(
                 "deepspeed.zero_optimization.offload_optimizer: expected stage 1, 2 or 3 and "

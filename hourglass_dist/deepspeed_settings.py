@@ -34,6 +34,9 @@ def deepspeed_settings(config: Config, world_size: int) -> dict[str, Any]:
     if config.train.precision == "bf16" and config.deepspeed.stage > 0:
         settings["bf16"] = {"enabled": True, "check_grad_overflow": True}
         settings["data_types"] = {"grad_accum_dtype": "fp32"}
+    elif config.train.precision == "fp16":
+        settings["fp16"] = {"enabled": True, "hysteresis": 1}  # the scale halves at each overflow
+        settings["data_types"] = {"grad_accum_dtype": "fp32"}
     elif config.train.precision == "bf16":
         # DeepSpeed's own bf16 takes a hidden optimizer step at stage 0; autocast is right.
         settings["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}

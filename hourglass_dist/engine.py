@@ -34,7 +34,7 @@ os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else
 
 import deepspeed
 
-from hourglass_dist import dist, fragments, optim
+from hourglass_dist import dist, fragments, loss_scale, optim
 from hourglass_dist.config import Config
 from hourglass_dist.deepspeed_settings import deepspeed_settings
 from hourglass_dist.fragments import Key
@@ -46,6 +46,7 @@ deepspeed.runtime.bf16_optimizer.see_memory_usage = lambda *_, **__: None  # 18 
 # The shared-memory collectives compile for about a minute at start and serve inference only.
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 Rows = Mapping[str, Tensor | None]
 """Arguments of the model: ``targets_BL`` and whatever it reads."""
 
@@ -101,6 +102,7 @@ class Engine:
         self._engine, *_ = deepspeed.initialize(
             model=model, optimizer=optimizer, config=settings, dist_init_required=False
         )
+        loss_scale.stay_above_zero(self._engine.optimizer)
         self._module: nn.Module = self._engine.module
         if isinstance(optimizer, MuonAdamW):
             optimizer.exchanges = self._exchanges()
@@ -145,8 +147,9 @@ class Engine:
         self._accumulate(1)
         micro = self._place(rows)
         nats, _ = self._engine(**micro)
-        self._engine.backward(nats / micro["targets_BL"].numel())
-        self._engine.step()
+        with loss_scale.kept(self._engine.optimizer):
+            self._engine.backward(nats / micro["targets_BL"].numel())
+            self._engine.step()
         for state in self._engine.optimizer.state.values():
             for tensor in state.values():
                 tensor.zero_()
@@ -230,19 +233,20 @@ class Engine:
 
     def snapshot(self) -> fragments.Snapshot:
         """A copy of this rank's part of the state; the next one overwrites it."""
-        state = self._engine.optimizer.state
         pieces: dict[Key, Tensor] = {}
         steps = 0
         for part in self._fragments():
-            steps = int(state[part.flat]["step"])
+            state = self._state(part)
+            steps = int(state["step"])
             if part.mine and part.numel:
                 pieces[Key("fp32", part.name, part.start)] = part.view(part.flat)
                 for kind in self._moments(part.name):
-                    pieces[Key(kind, part.name, part.start)] = part.view(state[part.flat][kind])
+                    pieces[Key(kind, part.name, part.start)] = part.view(state[kind])
         for name, start, tensor, mine in self._frozen():
             if mine and tensor.numel():
                 pieces[Key("frozen", name, start)] = tensor
-        return self._room.snapshot(pieces, self._shapes(), steps)
+        scale = loss_scale.state(self._engine.optimizer)
+        return self._room.snapshot(pieces, self._shapes(), steps, scale)
 
     def load(self, folder: Path) -> None:
         """Take weights and moments from a folder of snapshots, of any stage and world size.
@@ -262,17 +266,26 @@ class Engine:
                     f"{reader.folder}: {name}: the model has shape {shapes.get(name)}, "
                     f"the checkpoint {reader.shapes.get(name)}"
                 )
-        state = self._engine.optimizer.state
+        loss_scale.restore(self._engine.optimizer, reader.loss_scale)
         for part in self._fragments():
+            state = self._state(part)
+            state["step"].fill_(reader.optimizer_steps)
             kinds = self._moments(part.name)
-            if part.flat not in state or not state[part.flat]:
-                state[part.flat] = {kind: torch.zeros_like(part.flat) for kind in kinds}
-            step = torch.tensor(float(reader.optimizer_steps), device=part.flat.device)
-            state[part.flat]["step"] = step
-            for kind, target in [("fp32", part.flat), *((k, state[part.flat][k]) for k in kinds)]:
+            for kind, target in [("fp32", part.flat), *((k, state[k]) for k in kinds)]:
                 part.view(target).copy_(reader.read(kind, part.name, part.start, part.numel))
         for name, start, tensor, _ in self._frozen():
             tensor.copy_(reader.read("frozen", name, start, tensor.numel()))
+
+    def _state(self, part: Fragment) -> dict[str, Tensor]:
+        """What the optimizer keeps of a fragment's tensor; zeros before the first step that
+        changed anything."""
+        every = self._engine.optimizer.state
+        if not every.get(part.flat):
+            kinds = self._moments(part.name)
+            every[part.flat] = {kind: torch.zeros_like(part.flat) for kind in kinds}
+            every[part.flat]["step"] = torch.tensor(0.0, device=part.flat.device)
+        found: dict[str, Tensor] = every[part.flat]
+        return found
 
     def _moments(self, name: str) -> tuple[str, ...]:
         """What the optimizer keeps of a parameter besides its fp32 weights."""
@@ -406,7 +419,7 @@ def making_weights(
 ) -> Callable[[nn.Module], AbstractContextManager[None]]:
     """For ``HourglassLM.init_weights`` on the meta device: a module's own weights come to this
     rank's device before they are drawn; at stage 3 only a part of them stays."""
-    dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
+    dtype = DTYPES[config.train.precision]
 
     @contextmanager
     def made(module: nn.Module) -> Iterator[None]:

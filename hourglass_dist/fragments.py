@@ -75,6 +75,7 @@ class Room:
         fragments: Mapping[Key, Tensor],
         shapes: Mapping[str, tuple[int, ...]],
         optimizer_steps: int,
+        loss_scale: Mapping[str, float],
     ) -> Snapshot:
         """Copy one rank's flat fragments (any device), and note the full shapes of all tensors of
         the model."""
@@ -85,6 +86,7 @@ class Room:
         metadata = {
             "shapes": json.dumps({name: list(shape) for name, shape in shapes.items()}),
             "optimizer_steps": str(optimizer_steps),
+            "loss_scale": json.dumps(dict(loss_scale)),
         }
         return Snapshot({str(key): self._buffers[str(key)] for key in fragments}, metadata)
 
@@ -120,6 +122,7 @@ class Reader:
         self._pieces: dict[tuple[str, str], list[tuple[int, int, Path, str]]] = defaultdict(list)
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.optimizer_steps = 0
+        self.loss_scale: dict[str, float] = {}
         paths = sorted(folder.glob("rank_*.safetensors"))
         if not paths:
             raise ValueError(f"{folder}: expected rank_*.safetensors files, found none")
@@ -132,6 +135,7 @@ class Reader:
                 metadata = file.metadata() or {}
                 self.shapes = {k: tuple(v) for k, v in json.loads(metadata["shapes"]).items()}
                 self.optimizer_steps = int(metadata["optimizer_steps"])
+                self.loss_scale = json.loads(metadata.get("loss_scale", "{}"))
                 for text in file.keys():  # noqa: SIM118  (a safetensors file, not a dict)
                     key = Key.parse(text)
                     numel = file.get_slice(text).get_shape()[0]

@@ -192,12 +192,12 @@ def settle_checkpointing(config: Config) -> ModelConfig:
 
 def _number_bytes(config: Config) -> int:
     """Of an activation."""
-    return 2 if config.train.precision == "bf16" else 4
+    return 4 if config.train.precision == "fp32" else 2
 
 
 def _weight_bytes(config: Config) -> int:
     """Of one weight as the forward pass uses it; stage 0 in bf16 is autocast over fp32 weights."""
-    return 2 if config.train.precision == "bf16" and config.deepspeed.stage > 0 else 4
+    return 2 if config.train.precision != "fp32" and config.deepspeed.stage > 0 else 4
 
 
 def _memory(config: Config, cost: ModelCost, world_size: int, micro_batches: int) -> RankMemory:

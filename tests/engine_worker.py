@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from deepspeed.accelerator import get_accelerator
 from toy import make_batch, make_config, make_model, plain_pytorch
 
-from hourglass_dist import dist, fragments
+from hourglass_dist import dist, fragments, loss_scale
 from hourglass_dist.engine import Engine
 
 
@@ -28,11 +29,17 @@ def run(case: dict[str, Any], world: dist.World) -> dict[str, Any]:
     more = {
         key: case[key] for key in ("micro_batch_size", "checkpointing", "offload") if key in case
     }
+    if case.get("precision") == "fp16":  # torch can on any CPU; DeepSpeed asks for fast ones
+        get_accelerator().is_fp16_supported = lambda: True
     total = case.get("total_steps", 20)
     config = make_config(
         case["stage"], case.get("precision", "fp32"), steps=total, **more, **case.get("optim", {})
     )
     engine = Engine(make_model(config), config, world)
+    if "scale" in case:
+        loss_scale.restore(
+            engine.deepspeed.optimizer, scale_of(engine) | {"cur_scale": case["scale"]}
+        )
     if case.get("rehearse"):
         tokens = torch.zeros(config.train.micro_batch_size, config.data.seq_len, dtype=torch.int64)
         engine.rehearse({"tokens_BL": tokens, "targets_BL": tokens})
@@ -40,7 +47,7 @@ def run(case: dict[str, Any], world: dist.World) -> dict[str, Any]:
         engine.load(Path(case["load"]))
     if "resave" in case:
         write(engine, Path(case["resave"]), world)
-    losses, norms = [], []
+    losses, norms, applied = [], [], []
     size = config.data.batch_size // world.size
     for step in range(case.get("first", 0), case["steps"]):
         tokens, targets = make_batch(step, config)
@@ -49,11 +56,22 @@ def run(case: dict[str, Any], world: dist.World) -> dict[str, Any]:
         result = engine.step(rows, step)
         losses.append(result.loss)
         norms.append(result.grad_norm)
+        applied.append(result.applied)
     if "save" in case:
         write(engine, Path(case["save"]), world)
     tokens, targets = make_batch(10_000, config)
     nats = engine.eval_loss({"tokens_BL": tokens, "targets_BL": targets})
-    return {"losses": losses, "norms": norms, "eval": float(nats.sum() / (targets >= 0).sum())}
+    return {
+        "losses": losses,
+        "norms": norms,
+        "applied": applied,
+        "scale": scale_of(engine).get("cur_scale"),
+        "eval": float(nats.sum() / (targets >= 0).sum()),
+    }
+
+
+def scale_of(engine: Engine) -> dict[str, float]:
+    return loss_scale.state(engine.deepspeed.optimizer)
 
 
 def write(engine: Engine, folder: Path, world: dist.World) -> None:

@@ -42,6 +42,7 @@ ORDER = [
         "plan",
         "deepspeed_settings",
         "fragments",
+        "loss_scale",
         "engine",
         "mirror",
         "checkpoint",

@@ -101,6 +101,35 @@ def test_bf16_follows_fp32_and_resumes_exactly(tmp_path: Path) -> None:
         assert resumed["losses"] == whole["losses"][10:]
 
 
+def test_fp16_follows_fp32_and_resumes_with_its_loss_scale(tmp_path: Path) -> None:
+    """Near the fp32 losses and norms; from too large a scale it comes down, step by step without
+    effect, and a run resumed before that is over goes on with the scale it had."""
+    cases: list[dict[str, Any]] = []
+    for stage in (2, 3):  # 1 has the optimizer of 2
+        common = {"stage": stage, "precision": "fp16", "steps": 20}
+        overflowing = common | {"scale": 2.0**26}
+        folder = str(tmp_path / f"stage{stage}")
+        cases += [common | {"rehearse": True}, overflowing]
+        cases += [overflowing | {"steps": 3, "save": folder}, common | {"first": 3, "load": folder}]
+    results = run_cases(tmp_path, 2, [*cases, {"stage": 1, "steps": 20}])
+    exact = results.pop()
+    for steady, whole, begun, resumed in zip(*(results[i::4] for i in range(4)), strict=True):
+        assert all(steady["applied"])
+        assert steady["losses"] == pytest.approx(exact["losses"], abs=0.01)
+        assert steady["norms"] == pytest.approx(exact["norms"], rel=0.02)
+        skipped = whole["applied"].count(False)
+        assert not any(whole["applied"][:4]), "it still comes down where the run is resumed"
+        assert any(whole["applied"])
+        assert whole["scale"] == 2.0 ** (26 - skipped)
+        assert begun["losses"] + resumed["losses"] == whole["losses"]
+        assert resumed["scale"] == whole["scale"]
+
+
+def test_fp16_at_stage_0_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"fp16 needs .*stage 1, 2 or 3"):
+        make_config(0, "fp16")
+
+
 def test_world_size_that_does_not_divide_the_batch_is_refused() -> None:
     with pytest.raises(ConfigError, match="world sizes that can: 1, 2, 4"):
         make_config(1).accumulation_steps(3)

@@ -9,6 +9,7 @@ from typing import Any
 
 from hourglass_dist.bench.shared import on_ranks, ratio, show
 from hourglass_dist.config import load
+from hourglass_dist.data.mixture import open_mixture
 from hourglass_dist.plan import plan
 
 WARM_UP = 5
@@ -21,8 +22,9 @@ def bench_loop(
     """Measure, print and return the rows: the time of a step, and how much of a training step is
     not spent in DeepSpeed's engine, which says more than a ratio on a busy machine.
 
-    Raises ValueError when the settings or ranks fail.
+    Raises ValueError when the settings or ranks fail, or their dataset is not there.
     """
+    open_mixture(load(config, overrides).data)
     rows = []
     for count in ranks:
         flops = plan(load(config, overrides), count)
