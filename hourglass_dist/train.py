@@ -31,7 +31,13 @@ from hourglass_dist.engine import Engine, making_weights
 from hourglass_dist.evaluate import Score
 from hourglass_dist.evaluations import Evaluations, check_held_out
 from hourglass_dist.export import WarmStart
-from hourglass_dist.guards import LossSpikes, SkippedSteps, SpikeFound, Watchdog
+from hourglass_dist.guards import (
+    LossSpikes,
+    SkippedSteps,
+    SpikeFound,
+    Watchdog,
+    record_collectives,
+)
 from hourglass_dist.history import History, about_this_code
 from hourglass_dist.metrics import Metrics, due
 from hourglass_dist.model.hourglass import HourglassLM
@@ -96,6 +102,7 @@ def run_to_the_end(job: Job) -> None:
 
 def prepare(config: Config, history: History) -> Job | None:
     """Data, run folder, engine, the state to continue from; None when all steps are done."""
+    record_collectives(Path(config.run.dir))
     world = dist.init()
     deepspeed_settings(config, world.size)  # refuses what does not fit, before anything is written
     require_writers(config.metrics.writers)
@@ -116,7 +123,7 @@ def prepare(config: Config, history: History) -> Job | None:
         run.close()
         return None
     dist.together(lambda: run.record(config, tokenizer) if world.is_main else None, world.device)
-    watchdog = Watchdog(run.path, config.run.hang_minutes, world)
+    watchdog = Watchdog(run.path, config.run.hang_minutes, world, step)
     warm = None if path else dist.together(lambda: warm_start(config, tokenizer), world.device)
     engine = Engine(make_model(config, world, warm), config, world)
     rehearse(engine, config, world)
@@ -147,7 +154,7 @@ def run_steps(job: Job) -> None:
                 result = job.engine.step(batch.rows, step)
             rows = stream.rows_of(job.spikes.data_step(step))
             step += 1
-            job.watchdog.beat()
+            job.watchdog.step(step, result.loss)
             job.skipped.look(step, result, rows)
             metrics.record(step, result, batch, stream.epochs_read, job.skipped.total)
             job.spikes.look(step, result.loss)
@@ -158,6 +165,7 @@ def run_steps(job: Job) -> None:
             if due(step, config.checkpoint.every) or last or stop:
                 save(job, step, score)
             if last or stop:
+                job.watchdog.beat("saving")
                 job.checkpoints.finish()
             for line in job.checkpoints.news():
                 metrics.say(line)
@@ -196,6 +204,7 @@ def save(job: Job, step: int, score: Score | None) -> None:
         score=score.bits_per_byte if score else None,
         guard=job.spikes.state(),
     )
+    job.watchdog.beat("saving")
     with job.metrics.pause("checkpoint"):
         job.checkpoints.save(job.engine.snapshot, progress)
 
