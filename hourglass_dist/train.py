@@ -21,6 +21,7 @@ from torch import nn
 
 from hourglass_dist import config as settings
 from hourglass_dist import dist
+from hourglass_dist.agreement import require_good_folder, require_same_start
 from hourglass_dist.checkpoint import Checkpoints, Progress, RunFolder
 from hourglass_dist.config import Config
 from hourglass_dist.data.mixture import Dataset, make_plan, open_mixture
@@ -38,7 +39,7 @@ from hourglass_dist.guards import (
     Watchdog,
     record_collectives,
 )
-from hourglass_dist.history import History, about_this_code
+from hourglass_dist.history import History, about_this_code, require_progress
 from hourglass_dist.metrics import Metrics, due
 from hourglass_dist.model.hourglass import HourglassLM
 from hourglass_dist.plan import settle_checkpointing, too_large
@@ -104,6 +105,7 @@ def prepare(config: Config, history: History) -> Job | None:
     """Data, run folder, engine, the state to continue from; None when all steps are done."""
     record_collectives(Path(config.run.dir))
     world = dist.init()
+    require_same_start(config, world)
     deepspeed_settings(config, world.size)  # refuses what does not fit, before anything is written
     require_writers(config.metrics.writers)
     datasets, tokenizer = dist.together(lambda: open_data(config), world.device)
@@ -111,6 +113,7 @@ def prepare(config: Config, history: History) -> Job | None:
     dist.require_agreement(stream.identity(), world.device)
     run = RunFolder(Path(config.run.dir))
     dist.together(lambda: run.open(config) if world.is_main else None, world.device)
+    require_good_folder(config, world)
     requests = StopRequests(run.path, config.run.time_limit_hours, world)
     about = about_this_code() | {"config": to_yaml(config)}
     checkpoints = Checkpoints(run.checkpoints, config.checkpoint, world, about)
@@ -122,23 +125,29 @@ def prepare(config: Config, history: History) -> Job | None:
         say(world, f"{run.path}: finished: all {config.train.steps} steps are done")
         run.close()
         return None
+    most = config.run.max_fruitless_starts
+    dist.together(lambda: require_progress(run.path, step, most), world.device)
     dist.together(lambda: run.record(config, tokenizer) if world.is_main else None, world.device)
-    watchdog = Watchdog(run.path, config.run.hang_minutes, world, step)
-    warm = None if path else dist.together(lambda: warm_start(config, tokenizer), world.device)
-    engine = Engine(make_model(config, world, warm), config, world)
-    rehearse(engine, config, world)
-    if path:
-        engine.load(path)
-    announce(config, world, step)
     history.start(step, world)
-    return Job(
-        *(config, world, run, tokenizer, stream, engine, checkpoints, requests, watchdog, step),
-        evaluations=Evaluations(config, datasets, tokenizer, engine, world, watchdog.watching),
-        metrics=Metrics(history, config, tokenizer.byte_lengths(), engine, world),
-        profiler=Profiler(run.path, config.metrics.profiled, engine, world),
-        skipped=SkippedSteps(run.path, config.train.max_skipped_steps, step, world),
-        spikes=LossSpikes(config.train.spikes, guard),
-    )
+    watchdog = Watchdog(run.path, config.run.hang_minutes, world, step)
+    try:
+        warm = None if path else dist.together(lambda: warm_start(config, tokenizer), world.device)
+        engine = Engine(make_model(config, world, warm), config, world)
+        rehearse(engine, config, world)
+        if path:
+            engine.load(path)
+        announce(config, world, step)
+        return Job(
+            *(config, world, run, tokenizer, stream, engine, checkpoints, requests, watchdog, step),
+            evaluations=Evaluations(config, datasets, tokenizer, engine, world, watchdog.watching),
+            metrics=Metrics(history, config, tokenizer.byte_lengths(), engine, world),
+            profiler=Profiler(run.path, config.metrics.profiled, engine, world),
+            skipped=SkippedSteps(run.path, config.train.max_skipped_steps, step, world),
+            spikes=LossSpikes(config.train.spikes, guard),
+        )
+    except BaseException:
+        watchdog.close()
+        raise
 
 
 def run_steps(job: Job) -> None:

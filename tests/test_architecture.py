@@ -54,6 +54,7 @@ ORDER = [
         "checkpoint_tools",
         "stop",
         "history",
+        "agreement",
         "observe",
         "usage",
         "writers",
