@@ -167,14 +167,17 @@ def room(config: Config, world: dist.World, checkpoints: int) -> tuple[int, int]
 
 def no_room(config: Config, world: dist.World, checkpoints: int) -> list[str]:
     """Whether the run folder has no room for so many more checkpoints."""
-    line = ""
-    if world.is_main:
+
+    def look() -> str:
+        if not world.is_main:
+            return ""
         free, need = room(config, world, checkpoints)
-        if free < need:
-            line = (
-                f"{config.run.dir}: the disk is full: {show_bytes(free)} are free, "
-                f"{show_bytes(need)} needed for {checkpoints} "
-                f"checkpoint{'s' if checkpoints > 1 else ''}"
-            )
-    line = dist.gather_texts(line, world.device)[0]
+        if free >= need:
+            return ""
+        return (
+            f"{config.run.dir}: the disk is full: {show_bytes(free)} are free, {show_bytes(need)} "
+            f"needed for {checkpoints} checkpoint{'s' if checkpoints > 1 else ''}"
+        )
+
+    line = dist.gather_texts(dist.together(look, world.device), world.device)[0]
     return [line] if line else []

@@ -125,9 +125,13 @@ def prepare(config: Config, history: History) -> Job | None:
         say(world, f"{run.path}: finished: all {config.train.steps} steps are done")
         run.close()
         return None
-    most = config.run.max_fruitless_starts
-    dist.together(lambda: require_progress(run.path, step, most), world.device)
-    dist.together(lambda: run.record(config, tokenizer) if world.is_main else None, world.device)
+
+    def begin() -> None:
+        if world.is_main:
+            require_progress(run.path, step, config.run.max_fruitless_starts)
+            run.record(config, tokenizer)
+
+    dist.together(begin, world.device)
     history.start(step, world)
     watchdog = Watchdog(run.path, config.run.hang_minutes, world, step)
     try:
