@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import shutil
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import psutil
 import pytest
 from nodes import own_namespace, run_nodes, slowed
-from ranks import ROOT, environment, kill_tree, start_torchrun, torchrun, torchrun_command
+from ranks import (
+    ROOT,
+    environment,
+    hourglass,
+    kill_tree,
+    start_torchrun,
+    torchrun,
+    torchrun_command,
+)
 
 PREFLIGHT = ("-m", "hourglass_dist.preflight")
 TRAIN = ("-m", "hourglass_dist.train")
@@ -75,15 +82,9 @@ def test_folders_that_are_not_the_same_are_named(
     """One host has its own run folder, and another dataset under the same name."""
     runs, other = tmp_path / "runs", tmp_path / "other"
     runs.mkdir()
-    made = subprocess.run(
-        [
-            *(Path(sys.executable).with_name("hourglass"), "data", "shard", ROOT / "README.md"),
-            *("--out", other, "--block-tokens", "1024", "--held-out", "last:0.2"),
-        ],
-        capture_output=True,
-        env=environment(),
-        check=False,
-    )
+    (tmp_path / "other.txt").write_text("another text\n" * 1000)
+    words = ("data", "shard", tmp_path / "other.txt", "--out", other, "--held-out", "last:0.2")
+    made = hourglass(*words, "--block-tokens", 1024)
     assert made.returncode == 0, made.stderr
     script = f"mount -t tmpfs none {runs}\nmount --bind {other} {dataset}"
     found = run_nodes([*PREFLIGHT, *arguments], scripts={1: script})
