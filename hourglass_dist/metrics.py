@@ -33,10 +33,12 @@ from hourglass_dist.diagram import as_text
 from hourglass_dist.engine import Engine, StepResult
 from hourglass_dist.evaluate import Evaluation, count_bytes
 from hourglass_dist.files import replace
-from hourglass_dist.history import History, read_lines
+from hourglass_dist.heartbeat import clock_time
+from hourglass_dist.history import History
 from hourglass_dist.model.layout import missed_buckets
 from hourglass_dist.observe import Observer
 from hourglass_dist.plan import plan, render
+from hourglass_dist.records import read_lines
 from hourglass_dist.samples import Sample
 from hourglass_dist.sections import to_yaml
 from hourglass_dist.stragglers import Stragglers, spread
@@ -335,13 +337,6 @@ class Clock:
 def due(step: int, every: int) -> bool:
     """Whether something that happens every so many steps happens after ``step``."""
     return step % every == 0
-
-
-def clock_time(seconds: float) -> str:
-    """h:mm:ss, or m:ss below an hour."""
-    minutes, second = divmod(round(seconds), 60)
-    hours, minute = divmod(minutes, 60)
-    return f"{hours}:{minute:02}:{second:02}" if hours else f"{minute}:{second:02}"
 
 
 def append(path: Path, record: Mapping[str, Any]) -> None:

@@ -16,6 +16,7 @@ import io
 import socket
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -24,12 +25,15 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from hourglass_dist.checkpoint import latest
 from hourglass_dist.config import Config, load
-from hourglass_dist.guards import SKIPPED_FILE
-from hourglass_dist.heartbeat import Beat, pause_between, process_state, read_heartbeats
-from hourglass_dist.history import KILLED, Start, read_history, read_lines, starts_of
-from hourglass_dist.metrics import clock_time
+from hourglass_dist.heartbeat import (
+    Beat,
+    clock_time,
+    pause_between,
+    process_state,
+    read_heartbeats,
+)
+from hourglass_dist.records import KILLED, Start, read_history, read_lines, starts_of
 from hourglass_dist.stragglers import straggler
 
 EXIT_CODES = {"running": 0, "finished": 0, "stopped": 75, "crashed": 1, "hanging": 1}
@@ -113,7 +117,7 @@ def read_status(run: Path) -> Status:
         hosts=sorted(set(hosts.values())),
         last_sign_seconds=now - max(beat.time for beat in beats) if beats else None,
         silent=silent_ranks(beats, now),
-        skipped_steps=len(read_lines(run / SKIPPED_FILE)),
+        skipped_steps=len(read_lines(run / "skipped.jsonl")),
         starts=len(starts),
         last_ending=(over[-1].ending or KILLED) if over else None,
         **_speeds(trained, hosts),
@@ -193,12 +197,13 @@ def _speeds(trained: Sequence[Mapping[str, Any]], hosts: Mapping[int, str]) -> d
 
 
 def _checkpoint(run: Path, now: float) -> dict[str, Any]:
-    path = latest(run / "checkpoints")
-    manifest = path / "manifest.json" if path else None
-    if path is None or manifest is None or not manifest.exists():
-        return {"checkpoint_step": None, "checkpoint_age_seconds": None}
-    age = now - manifest.stat().st_mtime
-    return {"checkpoint_step": int(path.name.removeprefix("step_")), "checkpoint_age_seconds": age}
+    """The newest one."""
+    found: tuple[int | None, float | None] = None, None
+    with suppress(OSError, ValueError):  # there is none
+        name = (run / "checkpoints" / "latest").read_text().strip()
+        written = (run / "checkpoints" / name / "manifest.json").stat().st_mtime
+        found = int(name.removeprefix("step_")), now - written
+    return {"checkpoint_step": found[0], "checkpoint_age_seconds": found[1]}
 
 
 def as_json(status: Status) -> dict[str, Any]:

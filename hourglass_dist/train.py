@@ -39,11 +39,12 @@ from hourglass_dist.guards import (
     Watchdog,
     record_collectives,
 )
-from hourglass_dist.history import History, about_this_code, require_progress
+from hourglass_dist.history import History, about_this_code
 from hourglass_dist.metrics import Metrics, due
 from hourglass_dist.model.hourglass import HourglassLM
 from hourglass_dist.plan import settle_checkpointing, too_large
 from hourglass_dist.profiling import Profiler
+from hourglass_dist.records import require_progress
 from hourglass_dist.sections import print_error, to_yaml
 from hourglass_dist.stop import EXIT_CODE, Interrupted, StopRequests
 from hourglass_dist.writers import require_writers

@@ -14,6 +14,7 @@ the watchers there do the same at about the same time.
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import secrets
@@ -56,6 +57,8 @@ class Sign:
         if self.is_watched:
             self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
             self._socket.setblocking(False)
+            with suppress(OSError, AttributeError):  # where Linux lets only parents look inside
+                ctypes.CDLL(None).prctl(_PR_SET_PTRACER, os.getppid())
 
     def give(self, step: int, limit: float | None) -> None:
         """This rank lives and has done ``step`` steps; it is silent for ``limit`` seconds at most,
@@ -64,6 +67,9 @@ class Sign:
             message = json.dumps({**self._about, "step": step, "limit": limit}).encode()
             with suppress(OSError):  # the watcher is gone, or busy
                 self._socket.sendto(message, self._address)
+
+
+_PR_SET_PTRACER = 0x59616D61
 
 
 @dataclass

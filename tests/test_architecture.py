@@ -18,7 +18,17 @@ PACKAGES = ("hourglass_dist", "data_tools")
 
 # A file imports files above it, never one below. A new file is given its place here.
 ORDER = [
-    *("sections", "data_config", "model_config", "config", "files", "dist", "heartbeat", "watch"),
+    *(
+        "sections",
+        "data_config",
+        "model_config",
+        "config",
+        "files",
+        "records",
+        "heartbeat",
+        "watch",
+        "dist",
+    ),
     *("data.tokenizer", "data.shards", "data.write", "data.plan", "data.order"),
     *("data.remote", "data.mixture", "data.stream", "data.held_out"),
     *("model.layout", "model.attend", "model.linear", "model.norms", "model.layers"),

@@ -11,7 +11,15 @@ from pathlib import Path
 
 import psutil
 import pytest
-from ranks import ROOT, TESTS, environment, kill_tree, torchrun, wait_for_step
+from ranks import (
+    ROOT,
+    TESTS,
+    environment,
+    kill_tree,
+    torchrun,
+    torchrun_command,
+    wait_for_step,
+)
 from test_resume import PERSIST, losses
 
 from hourglass_dist.checkpoint import read_manifest
@@ -157,6 +165,75 @@ def test_a_stopped_rank_leaves_all_stacks_and_is_started_again(
     files = [f / "checkpoints" / "step_00000030" / "rank_00000.safetensors" for f in (run, whole)]
     assert files[0].read_bytes() == files[1].read_bytes()
     assert not (run / "heartbeats").exists()
+
+
+def test_where_stacks_cannot_be_read_a_rank_writes_its_own(
+    tiny_config: Path, dataset: Path, tmp_path: Path
+) -> None:
+    """py-spy is not there: the watcher asks a stopped rank itself, which wakes up and goes on."""
+    run, bare = tmp_path / "run", tmp_path / "bare"
+    bare.mkdir()
+    (bare / "python").write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
+    (bare / "python").chmod(0o755)
+    script = (
+        "import runpy, sys\n"
+        f"sys.executable = '{bare / 'python'}'\n"
+        "sys.argv = sys.argv[1:]\n"
+        "runpy.run_path(sys.argv[0], run_name='__main__')\n"
+    )
+    arguments = settings(tiny_config, dataset, run, 1, steps=10**6)
+    command = torchrun_command(2, "-m", "hourglass_dist.train", *arguments, "run.hang_minutes=0.2")
+    process = subprocess.Popen(
+        [sys.executable, "-c", script, *command[1:]],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment() | {"PATH": f"{bare}:/usr/bin:/bin"},
+    )
+    try:
+        wait_for_step(process, run, 7)
+        second = ranks_of(psutil.Process(process.pid), 2)[1]
+        second.suspend()
+        stacks = run / "stacks" / "rank_00001.txt"
+        deadline = time.monotonic() + 120
+        while "run_steps" not in stacks.read_text():
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        assert f"process {second.pid}, which is stopped, after step " in stacks.read_text()
+        (run / "STOP").touch()
+        _, said = process.communicate(timeout=120)
+    finally:
+        if process.poll() is None:
+            kill_tree(process)
+    assert process.returncode == 75, said[-3000:]
+    assert "no sign of life for 12 s" in said
+
+
+def test_a_run_that_crashes_again_and_again_is_refused(
+    tiny_config: Path, dataset: Path, tmp_path: Path
+) -> None:
+    """Before anything is saved. What a user stops, or gets wrong, does not count."""
+    run = tmp_path / "run"
+    crash = [str(TESTS / "fault_worker.py"), "nan", "2,3"]
+    arguments = [*settings(tiny_config, dataset, run, 1), "train.max_skipped_steps=2"]
+    arguments += ["run.max_fruitless_starts=2"]
+    assert torchrun(2, *crash, *arguments).returncode == 1
+    (run / "STOP").touch()
+    assert torchrun(2, "-m", "hourglass_dist.train", *arguments).returncode == 75
+    crash[2] = "3,4"
+    for _ in range(2):
+        done = torchrun(2, *crash, *arguments)
+        assert done.returncode == 1, done.stderr[-3000:]
+    done = torchrun(2, *crash, *arguments)
+    assert done.returncode == 2
+    [line] = done.stderr.splitlines()
+    assert line.startswith(
+        f"error: {run}: the last 2 starts all crashed before anything beyond step 1 was saved (the "
+        "last one: FloatingPointError: step 4: loss nan, gradient norm nan: 2 steps in a row"
+    )
+    assert line.endswith("to try again all the same: run.max_fruitless_starts=4")
+    done = torchrun(2, "-m", "hourglass_dist.train", *arguments, "run.max_fruitless_starts=4")
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
 def test_a_full_disk_costs_records_and_checkpoints_but_not_the_run(

@@ -125,11 +125,13 @@ def test_a_full_disk_is_named(arguments: list[str], tmp_path: Path) -> None:
         assert full.endswith(f" needed for {count}")
 
 
-def test_a_slow_rank_is_named(arguments: list[str], tmp_path: Path) -> None:
+def test_a_slow_rank_and_a_wrong_clock_are_named(arguments: list[str], tmp_path: Path) -> None:
     script = (
-        "import os, pathlib, sys\n"
+        "import os, pathlib, sys, time\n"
         "from hourglass_dist import preflight\n"
-        "pathlib.Path(sys.argv[1], os.environ['RANK']).write_text(str(os.getpid()))\n"
+        "rank, now = os.environ['RANK'], time.time\n"
+        "time.time = lambda: now() + 5 * int(rank)\n"
+        "pathlib.Path(sys.argv[1], rank).write_text(str(os.getpid()))\n"
         "sys.exit(preflight.main(sys.argv[2:]))\n"
     )
     worker = tmp_path / "worker.py"
@@ -149,7 +151,9 @@ def test_a_slow_rank_is_named(arguments: list[str], tmp_path: Path) -> None:
         if process.poll() is None:
             kill_tree(process)
     assert process.returncode == 2, said
-    [slow] = errors(said)
+    clock, slow = errors(said)
+    assert clock.startswith("clocks differ by ")
+    assert " s: rank 1 (" in clock
     assert slow.startswith("rank 1 (")
     assert ") is slow: " in slow
     assert " GFLOP/s in a matrix product, the best of 5, where the median of all ranks is " in slow

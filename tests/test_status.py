@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -53,6 +54,12 @@ def test_a_finished_run(run_folder: Path) -> None:
     assert found["heldout_bits_per_byte"] > 0
     assert not found["silent"]
     assert not (run_folder / "heartbeats").exists()
+
+
+def test_it_needs_no_torch() -> None:
+    """It is asked on login nodes, again and again."""
+    script = "import sys, hourglass_dist.status; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0
 
 
 def test_no_run(tmp_path: Path) -> None:
