@@ -46,7 +46,8 @@ from hourglass_dist.sections import ConfigError, differences, to_yaml
 
 FORMAT = 1
 MAY_CHANGE = re.compile(
-    r"run\.dir|run\.time_limit_hours|run\.hang_minutes|data\.dataset|data\.sources\.\d+\.path|data\.cache\.|data\.skip_shards|"
+    r"run\.dir|run\.time_limit_hours|run\.hang_minutes|run\.max_fruitless_starts|"
+    r"data\.dataset|data\.sources\.\d+\.path|data\.cache\.|data\.skip_shards|"
     r"train\.micro_batch_size|train\.max_skipped_steps|deepspeed\.|eval\.|checkpoint\.|metrics\.|"
     r"model\.levels\.\d+\.activation_checkpointing"
 )

@@ -3,6 +3,7 @@ its name."""
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from pathlib import Path
@@ -174,6 +175,30 @@ def checkpoint_delete(
 
     for line in delete(run, steps):
         print(line)
+
+
+@app.command()
+def status(
+    run: Run,
+    as_json: Annotated[bool, typer.Option("--json", help="All of it, for programs.")] = False,
+) -> None:
+    """Say how a run is doing: step, loss, speed, ranks that are silent or slow, the last
+    checkpoint, and why it last stopped. Reads files only, so it works on any machine that sees
+    the folder.
+
+    Exit code: 0 running or finished, 75 stopped on request (start it again), 1 crashed or hanging,
+    2 no run there.
+
+    Example: hourglass status runs/quickstart
+    """
+    from hourglass_dist import status as of_run
+
+    found = of_run.read_status(run)
+    if as_json:
+        print(json.dumps(of_run.as_json(found), indent=1))
+    else:
+        print(of_run.render(found, sys.stdout.isatty()), end="")
+    raise typer.Exit(found.exit_code)
 
 
 @app.command()

@@ -37,6 +37,9 @@ class RunConfig(Section):
     hang_minutes: PositiveFloat = 20.0
     """Minutes without a step (or a batch of an evaluation) after which every rank writes its stacks
     into the run folder and ends. More than a save may take; the start has ten at least."""
+    max_fruitless_starts: PositiveInt = 8
+    """Starts in a row that crashed before they had saved anything new, after which the run is not
+    started again: whatever restarts it would do so for ever."""
 
 
 class OptimConfig(Section):

@@ -47,11 +47,11 @@ class World:
         return self.rank == 0
 
 
-def init() -> World:
-    """Join the process group: nccl where there is a GPU, gloo otherwise. Calling it again changes
-    nothing."""
+def init(on_cpu: bool = False) -> World:
+    """Join the process group: nccl where there is a GPU, gloo otherwise, or ``on_cpu`` anyway.
+    Calling it again changes nothing."""
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    on_gpu = torch.cuda.is_available()
+    on_gpu = torch.cuda.is_available() and not on_cpu
     device = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
     if on_gpu:
         torch.cuda.set_device(device)
@@ -132,6 +132,16 @@ def gather_floats(values: Sequence[float], device: torch.device) -> list[list[fl
     everyone = [torch.empty_like(mine) for _ in range(td.get_world_size())]
     td.all_gather(everyone, mine)
     return [other.tolist() for other in everyone]
+
+
+def gather_texts(text: str, device: torch.device) -> list[str]:
+    """The texts of all ranks, in rank order, on every rank."""
+    data = text.encode()
+    lengths = [length for (length,) in gather_ints([len(data)], device)]
+    mine = torch.zeros(max(1, *lengths), dtype=torch.uint8)
+    mine[: len(data)] = torch.tensor(list(data), dtype=torch.uint8)
+    everyone = zip(gather(mine.to(device)), lengths, strict=True)
+    return [bytes(other[:length].tolist()).decode(errors="replace") for other, length in everyone]
 
 
 def require_agreement(values: Mapping[str, str], device: torch.device) -> None:

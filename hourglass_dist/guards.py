@@ -10,6 +10,7 @@ from __future__ import annotations
 import faulthandler
 import json
 import math
+import os
 import statistics
 import time
 from collections.abc import Iterable, Iterator
@@ -17,9 +18,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
-from hourglass_dist import dist
+from hourglass_dist import dist, watch
 from hourglass_dist.config import SpikeConfig
 from hourglass_dist.engine import StepResult
+from hourglass_dist.heartbeat import Heart
 
 T = TypeVar("T")
 
@@ -143,41 +145,71 @@ START_SECONDS = 600.0
 
 
 class Watchdog:
-    """Ends this process when nothing has happened for a while; its stacks are then in the run
-    folder.
+    """Shows that this rank lives, and ends it when nothing has happened for a while; its stacks are
+    then in the run folder.
 
-    A timer of its own, outside of Python's lock: a process that hangs inside a collective is ended
-    too. All ranks wait for the hung one and so end at about the same time.
+    Under torchrun the watcher of ``watch.py`` does that. Without one, or when it is gone, too, a
+    timer of this process does, outside of Python's lock: a process that hangs inside a collective
+    is ended as well. All ranks wait for the hung one and so end at about the same time.
     """
 
-    def __init__(self, run: Path, minutes: float, world: dist.World) -> None:
-        folder = run / "stacks"
-        folder.mkdir(exist_ok=True, parents=True)
-        self._path = folder / f"rank_{world.rank:05d}.txt"
-        self._file = self._path.open("w")
-        self._seconds = 60 * minutes
-        self._last = -math.inf
-        self._arm(max(self._seconds, START_SECONDS))
+    def __init__(self, run: Path, minutes: float, world: dist.World, step: int) -> None:
+        """A rank that starts after ``step`` steps."""
+        self._path = watch.open_stacks(run, world.rank)
+        self._file = self._path.open("a")
+        faulthandler.register(watch.STACKS_SIGNAL, file=self._file, all_threads=True)
+        self._sign = watch.Sign(world.rank, self._path)
+        self._seconds, self._is_main = 60 * minutes, world.is_main
+        self._doing, self._step = "starting", step
+        self._took: float | None = None
+        self._loss: float | None = None
+        self._last = self._armed = time.monotonic()
+        limit = max(self._seconds, START_SECONDS)
+        self._heart = Heart(run, world.rank, world.size, step, limit)
+        self._arm(limit)
 
-    def beat(self) -> None:
+    def step(self, step: int, loss: float) -> None:
+        """Completed step ``step`` is done."""
+        self._took = time.monotonic() - self._last
+        self._step, self._loss = step, loss if self._is_main and math.isfinite(loss) else None
+        self.beat("training")
+
+    def beat(self, doing: str) -> None:
         """Something has happened."""
-        if (now := time.monotonic()) - self._last > min(1.0, self._seconds / 4):
-            self._last = now
+        now = self._last = time.monotonic()
+        self._heart.beat(doing, self._step, self._took, self._loss, self._seconds)
+        if doing != self._doing or now - self._armed > min(1.0, self._seconds / 4):
+            self._doing, self._armed = doing, now
             self._arm(self._seconds)
 
     def _arm(self, seconds: float) -> None:
-        faulthandler.dump_traceback_later(seconds, exit=True, file=self._file)
+        self._sign.give(self._step, seconds)
+        margin = watch.MARGIN if self._sign.is_watched else 0.0
+        faulthandler.dump_traceback_later(seconds + margin, exit=True, file=self._file)
 
     def watching(self, items: Iterable[T]) -> Iterator[T]:
-        """The same items; each one shows that something happens."""
+        """The same items, those of an evaluation; each one shows that something happens."""
         for item in items:
-            self.beat()
+            self.beat("evaluating")
             yield item
 
     def close(self) -> None:
-        """The run ends well."""
+        """The run ends by itself."""
         faulthandler.cancel_dump_traceback_later()
+        faulthandler.unregister(watch.STACKS_SIGNAL)
+        self._sign.give(self._step, None)
+        self._heart.close()
         self._file.close()
-        self._path.unlink(missing_ok=True)
-        with suppress(OSError):  # other ranks have theirs there
-            self._path.parent.rmdir()
+        with suppress(OSError):
+            if not self._path.stat().st_size:
+                self._path.unlink()
+            self._path.parent.rmdir()  # unless other ranks have theirs there
+
+
+def record_collectives(run: Path) -> None:
+    """Let NCCL keep its last collectives and write them beside the stacks when one waits for too
+    long; before the process group is made. ``python -m torch.distributed.flight_recorder.fr_trace``
+    reads them."""
+    os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
+    os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
+    os.environ.setdefault("TORCH_FR_DUMP_TEMP_FILE", str((run / "stacks" / "nccl_rank_").resolve()))

@@ -2,10 +2,11 @@
 
     {"event": "start", "time": 1770000000.0, "step": 500, "ranks": 8, "device": "NVIDIA H100 ...",
      "host": "node0", "versions": {"torch": "2.13.0", ...}, "revision": "c688d1e"}
-    {"event": "end", "time": 1770003600.0, "step": 1000, "reason": "finished"}
+    {"event": "end", "time": 1770003600.0, "step": 1000, "reason": "finished", "crashed": false}
 
 ``time`` is in seconds since 1970, ``step`` how many steps were done. A killed process leaves no
-end: a start that follows a start says so.
+end: a start that follows a start says so. A run that is started again and again, and crashes each
+time before it has saved anything new, is refused in the end: ``records.require_progress``.
 """
 
 from __future__ import annotations
@@ -23,9 +24,9 @@ from typing import Any
 import torch
 
 from hourglass_dist import dist
+from hourglass_dist.records import HISTORY_FILE, read_history
 from hourglass_dist.stop import Interrupted
 
-HISTORY_FILE = "history.jsonl"
 PACKAGES = ("hourglass_dist", "torch", "deepspeed")
 
 
@@ -77,7 +78,9 @@ class History:
                 reason = first_line.partition(";")[0]
             else:
                 reason = f"{kind.__name__}: {first_line}"[:500]
-            self._add("end", reason=reason)
+            no_crash = (Interrupted, KeyboardInterrupt, ValueError, OSError)
+            crashed = kind is not None and not issubclass(kind, no_crash)
+            self._add("end", reason=reason, crashed=crashed)
 
 
 def about_this_code() -> dict[str, Any]:
@@ -110,22 +113,3 @@ def revision() -> str | None:
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip() or None
-
-
-def read_history(run: Path) -> list[dict[str, Any]]:
-    """The entries of a run's history, oldest first; a line that was cut off is left out."""
-    return read_lines(run / HISTORY_FILE)
-
-
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The records of a .jsonl file, without a line that a killed process left unfinished; none when
-    there is no file."""
-    found = []
-    for line in path.read_text().splitlines() if path.exists() else ():
-        try:
-            record = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(record, dict):
-            found.append(record)
-    return found

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import json
 import math
-import statistics
+import platform
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -33,12 +33,15 @@ from hourglass_dist.diagram import as_text
 from hourglass_dist.engine import Engine, StepResult
 from hourglass_dist.evaluate import Evaluation, count_bytes
 from hourglass_dist.files import replace
-from hourglass_dist.history import History, read_lines
+from hourglass_dist.heartbeat import clock_time
+from hourglass_dist.history import History
 from hourglass_dist.model.layout import missed_buckets
 from hourglass_dist.observe import Observer
 from hourglass_dist.plan import plan, render
+from hourglass_dist.records import read_lines
 from hourglass_dist.samples import Sample
 from hourglass_dist.sections import to_yaml
+from hourglass_dist.stragglers import Stragglers, spread
 from hourglass_dist.usage import Work, memory
 from hourglass_dist.writers import Writer, open_writers
 
@@ -67,6 +70,7 @@ class Metrics:
         self._samples = self._folder / "samples.jsonl"
         self._writers: list[Writer] = []
         self._losing = False
+        self._stragglers = Stragglers(dist.gather_texts(platform.node(), world.device))
         self.go_back(history.step)
         if world.is_main:
             self._write_settings(history.step)
@@ -147,6 +151,8 @@ class Metrics:
         bytes_per_token = sum(sizes) / max(1, result.tokens)
         values |= self._work.speed(speed, bytes_per_token, batch.tokens_BL.shape[1])
         values |= self._times() | spread(seconds)
+        if told := self._stragglers.look(step, values):
+            self.say(told)
         start = 4 + len(used)
         for index, name in enumerate(used, start=4):
             values[f"memory/{name}"] = max(rank[index] for rank in everyone)
@@ -333,30 +339,10 @@ def due(step: int, every: int) -> bool:
     return step % every == 0
 
 
-def clock_time(seconds: float) -> str:
-    """h:mm:ss, or m:ss below an hour."""
-    minutes, second = divmod(round(seconds), 60)
-    hours, minute = divmod(minutes, 60)
-    return f"{hours}:{minute:02}:{second:02}" if hours else f"{minute}:{second:02}"
-
-
 def append(path: Path, record: Mapping[str, Any]) -> None:
     """Add a line to a file of JSON lines."""
     with path.open("a") as file:
         file.write(json.dumps(record) + "\n")
-
-
-def spread(seconds: Sequence[float]) -> dict[str, float]:
-    """How differently long ranks need for themselves, and which one needs the longest; nothing to
-    say of a single rank."""
-    if len(seconds) == 1:
-        return {}
-    return {
-        "ranks/seconds_min": min(seconds),
-        "ranks/seconds_median": statistics.median(seconds),
-        "ranks/seconds_max": max(seconds),
-        "train/slowest_rank": seconds.index(max(seconds)),
-    }
 
 
 def forget_after(path: Path, step: int) -> list[dict[str, float]]:

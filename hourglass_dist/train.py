@@ -21,6 +21,7 @@ from torch import nn
 
 from hourglass_dist import config as settings
 from hourglass_dist import dist
+from hourglass_dist.agreement import require_good_folder, require_same_start
 from hourglass_dist.checkpoint import Checkpoints, Progress, RunFolder
 from hourglass_dist.config import Config
 from hourglass_dist.data.mixture import Dataset, make_plan, open_mixture
@@ -31,12 +32,19 @@ from hourglass_dist.engine import Engine, making_weights
 from hourglass_dist.evaluate import Score
 from hourglass_dist.evaluations import Evaluations, check_held_out
 from hourglass_dist.export import WarmStart
-from hourglass_dist.guards import LossSpikes, SkippedSteps, SpikeFound, Watchdog
+from hourglass_dist.guards import (
+    LossSpikes,
+    SkippedSteps,
+    SpikeFound,
+    Watchdog,
+    record_collectives,
+)
 from hourglass_dist.history import History, about_this_code
 from hourglass_dist.metrics import Metrics, due
 from hourglass_dist.model.hourglass import HourglassLM
 from hourglass_dist.plan import settle_checkpointing, too_large
 from hourglass_dist.profiling import Profiler
+from hourglass_dist.records import require_progress
 from hourglass_dist.sections import print_error, to_yaml
 from hourglass_dist.stop import EXIT_CODE, Interrupted, StopRequests
 from hourglass_dist.writers import require_writers
@@ -96,7 +104,9 @@ def run_to_the_end(job: Job) -> None:
 
 def prepare(config: Config, history: History) -> Job | None:
     """Data, run folder, engine, the state to continue from; None when all steps are done."""
+    record_collectives(Path(config.run.dir))
     world = dist.init()
+    require_same_start(config, world)
     deepspeed_settings(config, world.size)  # refuses what does not fit, before anything is written
     require_writers(config.metrics.writers)
     datasets, tokenizer = dist.together(lambda: open_data(config), world.device)
@@ -104,6 +114,7 @@ def prepare(config: Config, history: History) -> Job | None:
     dist.require_agreement(stream.identity(), world.device)
     run = RunFolder(Path(config.run.dir))
     dist.together(lambda: run.open(config) if world.is_main else None, world.device)
+    require_good_folder(config, world)
     requests = StopRequests(run.path, config.run.time_limit_hours, world)
     about = about_this_code() | {"config": to_yaml(config)}
     checkpoints = Checkpoints(run.checkpoints, config.checkpoint, world, about)
@@ -115,23 +126,33 @@ def prepare(config: Config, history: History) -> Job | None:
         say(world, f"{run.path}: finished: all {config.train.steps} steps are done")
         run.close()
         return None
-    dist.together(lambda: run.record(config, tokenizer) if world.is_main else None, world.device)
-    watchdog = Watchdog(run.path, config.run.hang_minutes, world)
-    warm = None if path else dist.together(lambda: warm_start(config, tokenizer), world.device)
-    engine = Engine(make_model(config, world, warm), config, world)
-    rehearse(engine, config, world)
-    if path:
-        engine.load(path)
-    announce(config, world, step)
+
+    def begin() -> None:
+        if world.is_main:
+            require_progress(run.path, step, config.run.max_fruitless_starts)
+            run.record(config, tokenizer)
+
+    dist.together(begin, world.device)
     history.start(step, world)
-    return Job(
-        *(config, world, run, tokenizer, stream, engine, checkpoints, requests, watchdog, step),
-        evaluations=Evaluations(config, datasets, tokenizer, engine, world, watchdog.watching),
-        metrics=Metrics(history, config, tokenizer.byte_lengths(), engine, world),
-        profiler=Profiler(run.path, config.metrics.profiled, engine, world),
-        skipped=SkippedSteps(run.path, config.train.max_skipped_steps, step, world),
-        spikes=LossSpikes(config.train.spikes, guard),
-    )
+    watchdog = Watchdog(run.path, config.run.hang_minutes, world, step)
+    try:
+        warm = None if path else dist.together(lambda: warm_start(config, tokenizer), world.device)
+        engine = Engine(make_model(config, world, warm), config, world)
+        rehearse(engine, config, world)
+        if path:
+            engine.load(path)
+        announce(config, world, step)
+        return Job(
+            *(config, world, run, tokenizer, stream, engine, checkpoints, requests, watchdog, step),
+            evaluations=Evaluations(config, datasets, tokenizer, engine, world, watchdog.watching),
+            metrics=Metrics(history, config, tokenizer.byte_lengths(), engine, world),
+            profiler=Profiler(run.path, config.metrics.profiled, engine, world),
+            skipped=SkippedSteps(run.path, config.train.max_skipped_steps, step, world),
+            spikes=LossSpikes(config.train.spikes, guard),
+        )
+    except BaseException:
+        watchdog.close()
+        raise
 
 
 def run_steps(job: Job) -> None:
@@ -147,7 +168,7 @@ def run_steps(job: Job) -> None:
                 result = job.engine.step(batch.rows, step)
             rows = stream.rows_of(job.spikes.data_step(step))
             step += 1
-            job.watchdog.beat()
+            job.watchdog.step(step, result.loss)
             job.skipped.look(step, result, rows)
             metrics.record(step, result, batch, stream.epochs_read, job.skipped.total)
             job.spikes.look(step, result.loss)
@@ -158,6 +179,7 @@ def run_steps(job: Job) -> None:
             if due(step, config.checkpoint.every) or last or stop:
                 save(job, step, score)
             if last or stop:
+                job.watchdog.beat("saving")
                 job.checkpoints.finish()
             for line in job.checkpoints.news():
                 metrics.say(line)
@@ -196,6 +218,7 @@ def save(job: Job, step: int, score: Score | None) -> None:
         score=score.bits_per_byte if score else None,
         guard=job.spikes.state(),
     )
+    job.watchdog.beat("saving")
     with job.metrics.pause("checkpoint"):
         job.checkpoints.save(job.engine.snapshot, progress)
 

@@ -8,11 +8,16 @@ from torch.distributed import run
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
+from hourglass_dist.watch import watching
+
 logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
 try:
-    run.main()
+    with watching() as watcher:
+        run.main()
 except ChildFailedError as error:
     rank, failure = error.get_first_failure()
+    if watcher and failure.pid in watcher.ended:  # it has said so
+        sys.exit(1)
     if failure.exitcode < 0:
         name = signal.Signals(-failure.exitcode).name
         hint = " (often: out of memory)" if name == "SIGKILL" else ""

@@ -13,6 +13,7 @@ from pathlib import Path
 import psutil
 
 TESTS = Path(__file__).parent
+ROOT = TESTS.parent
 
 
 def environment() -> dict[str, str]:
@@ -27,7 +28,7 @@ def environment() -> dict[str, str]:
 def torchrun_command(ranks: int, *target: str) -> list[str]:
     """The command line of ``ranks`` local ranks."""
     return [
-        *(sys.executable, str(TESTS.parent / "launch" / "torchrun.py"), "--standalone"),
+        *(sys.executable, str(ROOT / "launch" / "torchrun.py"), "--standalone"),
         *("--local-addr", "127.0.0.1"),
         *(f"--nproc-per-node={ranks}", *target),
     ]  # fmt: skip

@@ -1,0 +1,183 @@
+"""What the ranks of a run must have in common before it starts, in well below a second.
+
+    versions, code, settings   the same on all ranks, before anything is written
+    run folder                 the same one on all hosts, with room for a checkpoint
+
+Every function is called by all ranks together and finds the same on all of them: a list of lines,
+each naming ranks and their hosts; none when all is well. ``preflight`` looks at more.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import secrets
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+
+from hourglass_dist import dist
+from hourglass_dist.config import Config
+from hourglass_dist.files import replace
+from hourglass_dist.history import about_this_code
+from hourglass_dist.plan import plan, show_bytes
+from hourglass_dist.sections import differences, parse
+
+SHARED_SECONDS = 10.0
+"""How long a new file may take to be seen on other hosts; over NFS some seconds are usual."""
+
+
+def require_same_start(config: Config, world: dist.World) -> None:
+    """Raise ValueError, on all ranks, when one has other settings, packages or code."""
+    if world.size > 1:
+        hosts = hosts_of(world)
+        _refuse([*other_code(world, hosts), *other_settings(config, world, hosts)])
+
+
+def require_good_folder(config: Config, world: dist.World) -> None:
+    """Raise ValueError, on all ranks, when the run folder is not the same on all hosts, or has no
+    room for a single checkpoint."""
+    if world.size > 1:
+        _refuse(not_shared(Path(config.run.dir), world, hosts_of(world)))
+        _refuse(no_room(config, world, checkpoints=1))
+
+
+def _refuse(lines: Sequence[str]) -> None:
+    if lines:
+        raise ValueError("\n".join(lines))
+
+
+def hosts_of(world: dist.World) -> list[str]:
+    """The host of every rank."""
+    return dist.gather_texts(platform.node(), world.device)
+
+
+def who(ranks: Sequence[int], hosts: Sequence[str]) -> str:
+    """``rank 1 (node0)``, ``ranks 2, 3 (node1) and 4, 5 (node2)``; the first few."""
+    by_host: dict[str, list[str]] = {}
+    for rank in ranks:
+        by_host.setdefault(hosts[rank], []).append(str(rank))
+    shown = [
+        f"{', '.join(some[:8])}{', ...' if len(some) > 8 else ''} ({host})"
+        for host, some in list(by_host.items())[:4]
+    ]
+    more = len(by_host) - len(shown)
+    return (
+        f"rank{'s' if len(ranks) > 1 else ''} {' and '.join(shown)}"
+        f"{f' and those of {more} more hosts' if more else ''}"
+    )
+
+
+def unequal(name: str, values: Sequence[str | None], hosts: Sequence[str]) -> list[str]:
+    """A line when the ``values`` of all ranks are not the same; None is unknown, and no other."""
+    known = [value for value in values if value is not None]
+    if len(set(known)) < 2:
+        return []
+    most = max(dict.fromkeys(known), key=known.count)  # of equally frequent ones the first
+    others = {v: [r for r, mine in enumerate(values) if mine == v] for v in known if v != most}
+    theirs = "; ".join(f"{value} on {who(ranks, hosts)}" for value, ranks in others.items())
+    ours = who([rank for rank, value in enumerate(values) if value == most][:1], hosts)
+    return [f"ranks disagree: {name}: {most} on {ours}, {theirs}"]
+
+
+def other_code(world: dist.World, hosts: Sequence[str]) -> list[str]:
+    """Versions of packages, the commit, and the files of this package themselves."""
+    mine = code()
+    everyone = [json.loads(text) for text in dist.gather_texts(json.dumps(mine), world.device)]
+    lines = []
+    for name in mine:
+        lines += unequal(name, [of_rank[name] for of_rank in everyone], hosts)
+    return lines
+
+
+def code() -> Mapping[str, str | None]:
+    """What this process runs."""
+    about, here = about_this_code(), Path(__file__).parent
+    digest = hashlib.sha256()
+    for path in sorted(here.rglob("*.py")):
+        digest.update(f"{path.relative_to(here)}\0".encode() + path.read_bytes())
+    found = {"Python": platform.python_version(), **about["versions"]}
+    return found | {"commit": about["revision"], "hourglass_dist/*.py": digest.hexdigest()[:12]}
+
+
+def other_settings(config: Config, world: dist.World, hosts: Sequence[str]) -> list[str]:
+    """Settings that differ from those of rank 0."""
+    mine = config.model_dump_json()
+    hashes = [found for (found,) in dist.gather_ints([dist.hash_int(mine)], world.device)]
+    if len(set(hashes)) == 1:
+        return []
+    theirs, *_ = dist.gather_texts(mine if world.is_main else "", world.device)
+    changed = differences(parse(Config, json.loads(theirs), source="rank 0"), config)
+    told = dist.gather_texts("; ".join(changed[:3]), world.device)
+    lines = []
+    for text in dict.fromkeys(text for text in told if text):
+        ranks = [rank for rank, other in enumerate(told) if other == text]
+        lines.append(
+            f"ranks disagree: the settings of {who(ranks, hosts)} are not those of "
+            f"{who([0], hosts)}: {text}"
+        )
+    return lines
+
+
+def not_shared(folder: Path, world: dist.World, hosts: Sequence[str]) -> list[str]:
+    """Whether all hosts see a file that rank 0 writes."""
+    token = f".seen_by_all_{secrets.token_hex(8)}"
+    token = dist.gather_texts(token if world.is_main else "", world.device)[0]
+    problem = ""
+    if world.is_main:
+        try:
+            replace(folder / token, hosts[0])
+        except OSError as error:
+            problem = f"{folder}: cannot be written on {who([0], hosts)}: {error.strerror}"
+    if problem := dist.gather_texts(problem, world.device)[0]:
+        return [problem]
+    ends = time.monotonic() + SHARED_SECONDS
+    while not (seen := (folder / token).exists()) and time.monotonic() < ends:
+        with suppress(OSError):
+            next(folder.iterdir(), None)  # makes NFS look again
+        time.sleep(0.1)
+    everyone = [found for (found,) in dist.gather_ints([seen], world.device)]
+    if world.is_main:
+        (folder / token).unlink(missing_ok=True)
+    blind = [rank for rank, found in enumerate(everyone) if not found]
+    if not blind:
+        return []
+    return [
+        f"{folder}: is not shared: {who(blind, hosts)} cannot see what {who([0], hosts)} writes "
+        "there; run.dir must be on a file system that all nodes mount at the same place"
+    ]
+
+
+def kept(config: Config) -> int:
+    """Checkpoints that a run's folder holds in the end, and one that is being written."""
+    settings = config.checkpoint
+    for_good = config.train.steps // settings.keep_every if settings.keep_every else 0
+    return settings.keep + settings.keep_best + for_good + 1
+
+
+def room(config: Config, world: dist.World, checkpoints: int) -> tuple[int, int]:
+    """Bytes that are free for the run folder, and that so many checkpoints take."""
+    folder = Path(config.run.dir).absolute()
+    there = next(path for path in (folder, *folder.parents) if path.exists())
+    return shutil.disk_usage(there).free, checkpoints * plan(config, world.size).checkpoint_bytes
+
+
+def no_room(config: Config, world: dist.World, checkpoints: int) -> list[str]:
+    """Whether the run folder has no room for so many more checkpoints."""
+
+    def look() -> str:
+        if not world.is_main:
+            return ""
+        free, need = room(config, world, checkpoints)
+        if free >= need:
+            return ""
+        return (
+            f"{config.run.dir}: the disk is full: {show_bytes(free)} are free, {show_bytes(need)} "
+            f"needed for {checkpoints} checkpoint{'s' if checkpoints > 1 else ''}"
+        )
+
+    line = dist.gather_texts(dist.together(look, world.device), world.device)[0]
+    return [line] if line else []

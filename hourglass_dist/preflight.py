@@ -1,0 +1,321 @@
+"""Looks at every node before a run is started on it, in under a minute; trains nothing.
+
+    torchrun --nproc-per-node 2 -m hourglass_dist.preflight configs/quickstart.yaml
+
+    code, settings    the same on all ranks: versions, commit, files, every setting
+    devices           as many on every node, and of one kind
+    run folder        the same on all hosts, with room for the checkpoints that it will hold
+    data              every source opens on every rank, and is the same dataset
+    clocks            within a second: times of different hosts are compared in logs and heartbeats
+    products          a timed matrix product on each rank, all at once; a slow one is named
+    all-reduce        how fast 16 MiB are summed over all ranks
+
+Ends with exit code 0, or with a line for everything that is wrong, naming ranks and hosts, and 2.
+Ranks talk over gloo here, also where there are GPUs: a node without its GPU must be able to say so.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import torch.distributed as td
+
+from hourglass_dist import agreement, dist
+from hourglass_dist import config as settings
+from hourglass_dist.agreement import unequal, who
+from hourglass_dist.config import Config
+from hourglass_dist.data.mixture import open_mixture
+from hourglass_dist.deepspeed_settings import deepspeed_settings
+from hourglass_dist.history import device_name
+from hourglass_dist.plan import show_bytes
+from hourglass_dist.sections import print_error
+
+SLOW = 1.5
+"""Times the median of the ranks that a matrix product may take: twice the usual difference."""
+REPEATS, REPEAT_SECONDS = 5, 0.25
+SKEW_SECONDS, ROUNDS = 1.0, 5
+REDUCED_BYTES = 2**24
+
+
+@dataclass
+class Findings:
+    """What was found; the same on all ranks."""
+
+    notes: list[tuple[str, str]] = field(default_factory=list)
+    """Name and text of the lines that say what there is."""
+    problems: list[str] = field(default_factory=list)
+
+    def add(self, name: str, note: str, problems: Iterable[str] = ()) -> None:
+        """The result of a check."""
+        problems = list(problems)
+        self.notes.append((name, "see below" if problems else note))
+        self.problems += problems
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """All of them; every check is made by all together."""
+
+    config: Config
+    world: dist.World
+    """On the CPU: it is what the ranks talk with."""
+    device: torch.device
+    """What this rank would train on."""
+    hosts: list[str]
+
+    def texts(self, text: str) -> list[str]:
+        """That of every rank."""
+        return dist.gather_texts(text, self.world.device)
+
+    def floats(self, value: float) -> list[float]:
+        """That of every rank."""
+        return [found for (found,) in dist.gather_floats([value], self.world.device)]
+
+    def each(self, action: Callable[[], str]) -> tuple[list[str], list[str]]:
+        """What ``action`` gives on every rank, and a line for each mistake that it meets, with the
+        ranks that meet it."""
+        result, mistake = "", ""
+        try:
+            result = action()
+        except (ValueError, OSError) as error:
+            mistake = str(error) or type(error).__name__
+        mistakes = self.texts(mistake)
+        lines = []
+        for text in dict.fromkeys(text for text in mistakes if text):
+            ranks = [rank for rank, theirs in enumerate(mistakes) if theirs == text]
+            lines.append(f"{who(ranks, self.hosts)}: {text}")
+        return self.texts(result), lines
+
+
+def look(config: Config) -> tuple[Findings, Ranks]:
+    """All checks."""
+    world = dist.init(on_cpu=True)
+    local = int(os.environ.get("LOCAL_RANK", "0"))
+    has_gpu = local < torch.cuda.device_count()
+    device = torch.device("cuda", local) if has_gpu else torch.device("cpu")
+    ranks = Ranks(config, world, device, agreement.hosts_of(world))
+    found = Findings()
+    look_at_code(ranks, found)
+    if found.problems:
+        return found, ranks  # what other programs would find is of no use
+    look_at_devices(ranks, found)
+    look_at_folder(ranks, found)
+    look_at_data(ranks, found)
+    look_at_clocks(ranks, found)
+    look_at_products(ranks, found)
+    look_at_all_reduce(ranks, found)
+    return found, ranks
+
+
+def look_at_code(ranks: Ranks, found: Findings) -> None:
+    """Versions, files and settings."""
+    code = agreement.code()
+    told = ", ".join(f"{name} {value}" for name, value in code.items() if value)
+    found.add("code", told, agreement.other_code(ranks.world, ranks.hosts))
+    other = agreement.other_settings(ranks.config, ranks.world, ranks.hosts)
+
+    def dealt() -> str:
+        deepspeed_settings(ranks.config, ranks.world.size)
+        return ""
+
+    if not other:
+        other = ranks.each(dealt)[1]
+    found.add("settings", "the same on all ranks", other)
+
+
+def look_at_devices(ranks: Ranks, found: Findings) -> None:
+    """Equally many ranks and devices on every node, all of one kind."""
+    size = len(ranks.hosts)
+    kind = device_name(ranks.device)
+    ranks_here = [f"{ranks.hosts.count(host)} a node" for host in ranks.hosts]
+    gpus = ranks.texts(f"{torch.cuda.device_count()} GPUs")
+    problems = [
+        *unequal("ranks", ranks_here, ranks.hosts),
+        *unequal("device", ranks.texts(kind), ranks.hosts),
+        *unequal("devices of a node", gpus, ranks.hosts),
+    ]
+    nodes = len(set(ranks.hosts))
+    found.add("devices", f"{size // nodes} x {kind} on each node", problems)
+
+
+def look_at_folder(ranks: Ranks, found: Findings) -> None:
+    """One folder for all hosts, with room. What is made for the look is taken away again."""
+    config, world = ranks.config, ranks.world
+    folder = Path(config.run.dir)
+    missing: list[Path] = []
+    if world.is_main:  # other hosts must not have looked before it is made
+        missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    mistakes = ranks.each(lambda: make(folder) if world.is_main else "")[1]
+    mistakes = mistakes or agreement.not_shared(folder, world, ranks.hosts)
+    there = list(folder.glob("checkpoints/step_*")) if world.is_main else []
+    count = max(1, agreement.kept(config) - int(sum(ranks.floats(len(there)))))
+    mistakes += agreement.no_room(config, world, count)
+    note = ""
+    if world.is_main:
+        free, need = agreement.room(config, world, count)
+        note = (
+            f"{folder}: seen by all; {show_bytes(free)} are free, {show_bytes(need)} needed for "
+            f"{count} checkpoints"
+        )
+        for path in missing:
+            if path.exists() and not any(path.iterdir()):
+                path.rmdir()
+    found.add("run folder", note, mistakes)
+
+
+def make(folder: Path) -> str:
+    """A folder and those around it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    return str(folder)
+
+
+def look_at_data(ranks: Ranks, found: Findings) -> None:
+    """Every source opens everywhere, and has the same manifest."""
+
+    def ids() -> str:
+        datasets, _ = open_mixture(ranks.config.data)
+        return json.dumps({d.where: d.manifest.dataset_id for d in datasets})
+
+    everyone, mistakes = ranks.each(ids)
+    note = ""
+    if not mistakes:
+        known = [json.loads(text) for text in everyone]
+        for where in known[0]:
+            of_ranks = [of_rank[where][:12] for of_rank in known]
+            mistakes += unequal(f"the manifest of {where}", of_ranks, ranks.hosts)
+        sources = ", ".join(f"{where} ({known[0][where][:12]})" for where in known[0])
+        note = f"{sources}, the same on all ranks"
+    found.add("data", note, mistakes)
+
+
+def look_at_clocks(ranks: Ranks, found: Findings) -> None:
+    """The median of a few comparisons with rank 0: all leave a barrier within milliseconds."""
+    rounds = []
+    for _ in range(ROUNDS):
+        dist.barrier()
+        times = ranks.floats(time.time())
+        rounds.append([mine - times[0] for mine in times])
+    skews = [statistics.median(of_rank) for of_rank in zip(*rounds, strict=True)]
+    worst = max(map(abs, skews))
+    problems = []
+    if off := [rank for rank, skew in enumerate(skews) if abs(skew) > SKEW_SECONDS]:
+        problems = [
+            f"clocks differ by {worst:.1f} s: {who(off, ranks.hosts)} from "
+            f"{who([0], ranks.hosts)}; is time synchronised (chrony, NTP)?"
+        ]
+    found.add("clocks", f"within {max(worst, 0.001):.3f} s of rank 0", problems)
+
+
+def look_at_products(ranks: Ranks, found: Findings) -> None:
+    """A matrix product on all ranks at once; the best of a few repeats: what disturbs a rank now
+    and then is no slow rank."""
+    size, kind = (8192, torch.bfloat16) if ranks.device.type == "cuda" else (512, torch.float32)
+    matrix = torch.rand(size, size, dtype=torch.float32).to(ranks.device, kind)
+    times = []
+    for _ in range(REPEATS + 1):
+        dist.barrier()
+        times.append(seconds_of(matrix))
+    mine = min(times[1:])  # the first one warms up
+    speeds = [2 * size**3 / seconds for seconds in ranks.floats(mine)]
+    median = statistics.median_high(speeds)
+    problems = [
+        f"{who([rank], ranks.hosts)} is slow: {show_flops(speed)} in a matrix product, the best of "
+        f"{REPEATS}, where the median of all ranks is {show_flops(median)}"
+        for rank, speed in enumerate(speeds)
+        if speed * SLOW < median
+    ]
+    spread = f"{show_flops(min(speeds))} to {show_flops(max(speeds))}"
+    found.add("products", f"{spread}, median {show_flops(median)}", problems)
+
+
+def seconds_of(matrix: torch.Tensor) -> float:
+    """Of one product of a matrix with itself, the mean over a quarter of a second."""
+    begun, count = time.perf_counter(), 0
+    while count == 0 or time.perf_counter() - begun < REPEAT_SECONDS:
+        torch.mm(matrix, matrix)
+        count += 1
+        if matrix.device.type == "cuda":
+            torch.cuda.synchronize(matrix.device)
+    return (time.perf_counter() - begun) / count
+
+
+def show_flops(speed: float) -> str:
+    """``41.3 GFLOP/s``."""
+    return f"{speed / 1e12:.3g} TFLOP/s" if speed >= 1e12 else f"{speed / 1e9:.3g} GFLOP/s"
+
+
+def look_at_all_reduce(ranks: Ranks, found: Findings) -> None:
+    """Over nccl where all ranks have a GPU. Says nothing of a single rank: all wait for all."""
+    world = ranks.world
+    if world.size == 1:
+        return
+    on_gpus = all(kind == "cuda" for kind in ranks.texts(ranks.device.type))
+    group = td.new_group(backend="nccl") if on_gpus else None
+    device = ranks.device if on_gpus else world.device
+    if on_gpus:
+        torch.cuda.set_device(device)
+    tensor = torch.ones(REDUCED_BYTES // 4, device=device)
+    times = []
+    for _ in range(REPEATS + 1):
+        dist.barrier()
+        begun = time.perf_counter()
+        td.all_reduce(tensor, group=group)
+        float(tensor[0])  # has it arrived
+        tensor.fill_(1.0)
+        times.append(time.perf_counter() - begun)
+    seconds = statistics.median(ranks.floats(statistics.median(times[1:])))
+    sent = 2 * (world.size - 1) / world.size * REDUCED_BYTES
+    over = "nccl" if on_gpus else "gloo"
+    found.add(
+        "all-reduce",
+        f"{show_bytes(REDUCED_BYTES)} over {over} in {1e3 * seconds:.1f} ms: a rank sends "
+        f"{show_bytes(round(sent / seconds))}/s",
+    )
+
+
+def report(found: Findings, ranks: Ranks, seconds: float) -> None:
+    """What the main rank prints."""
+    nodes = list(dict.fromkeys(ranks.hosts))
+    shown = ", ".join(nodes[:8]) + (", ..." if len(nodes) > 8 else "")
+    size = len(ranks.hosts)
+    print(
+        f"preflight: {len(nodes)} node{'s' * (len(nodes) > 1)} ({shown}), {size} "
+        f"rank{'s' * (size > 1)}, {seconds:.1f} s"
+    )
+    for name, text in found.notes:
+        print(f"  {name:<12}{text}")
+    print("all is well" if not found.problems else f"{len(found.problems)} problems", flush=True)
+
+
+def main(arguments: Sequence[str]) -> int:
+    """``CONFIG.yaml key=value ...``; returns the exit code: 0 all is well, 2 something is not."""
+    begun = time.monotonic()
+    try:
+        found, ranks = look(settings.load(arguments[0], arguments[1:]))
+        if ranks.world.is_main:
+            report(found, ranks, time.monotonic() - begun)
+            if found.problems:
+                print_error(ValueError("\n".join(found.problems)))
+        dist.barrier()  # until it is said
+        return 2 if found.problems else 0
+    except (ValueError, OSError) as error:
+        if dist.is_main_process():
+            print_error(error)
+        return 2
+    finally:
+        dist.shutdown()
+
+
+if __name__ == "__main__":
+    if len(sys.argv) < 2:
+        print_error(ValueError("expected CONFIG.yaml [key=value ...]"))
+        sys.exit(2)
+    dist.leave(main(sys.argv[1:]))
