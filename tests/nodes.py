@@ -73,10 +73,7 @@ class Run:
     def steps(self) -> list[int]:
         """The steps that metrics.jsonl has now."""
         log = self.folder / "metrics.jsonl"
-        lines = log.read_text().splitlines() if log.exists() else []
-        return [
-            json.loads(line)["step"] for line in lines if '"train/loss"' in line and line[-1] == "}"
-        ]
+        return [record["step"] for record in read_lines(log) if "train/loss" in record]
 
     def last(self) -> int:
         """The last one."""
