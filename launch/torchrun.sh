@@ -19,8 +19,9 @@
 set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-if [[ -z ${VIRTUAL_ENV:-} && -f $root/.venv/bin/activate ]]; then
-  source "$root/.venv/bin/activate"
+environment=${VIRTUAL_ENV:-$root/.venv}
+if [[ :$PATH: != *:$environment/bin:* && -f $environment/bin/activate ]]; then
+  source "$environment/bin/activate"
 fi
 if ! command -v hourglass >/dev/null; then
   echo "launch/torchrun.sh: no environment: run bash launch/setup.sh first" >&2
