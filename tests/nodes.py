@@ -1,91 +1,138 @@
-"""Ranks on "hosts" of their own: another name, and other folders in the same places."""
+"""A run on several hosts, faults that happen to them, and what came of it."""
 
 from __future__ import annotations
 
 import os
-import signal
-import socket
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from collections.abc import Callable
+from pathlib import Path
 
 import psutil
+import torch
+from hosts import Hosts
 from ranks import environment
 
+from hourglass_dist import fragments
+from hourglass_dist.history import read_history, read_lines
 
-@dataclass(frozen=True)
-class Done:
-    """How a rank ended."""
-
-    returncode: int
-    stdout: str
-    stderr: str
+ROOT = Path(__file__).parents[1]
 
 
-def own_namespace(script: str, *command: str) -> list[str]:
-    """The command line of ``command`` in mounts and a host name of its own, after ``script``."""
-    root = () if os.geteuid() == 0 else ("--map-root-user",)
-    shell = ("bash", "-ec", f'{script}\nexec "$@"', "bash")
-    return ["unshare", *root, "--mount", "--uts", *shell, *command]
+class Run:
+    """One run of ``steps`` steps in a folder, on hosts with a rank each."""
 
+    def __init__(self, hosts: Hosts, folder: Path, config: Path, dataset: Path, steps: int) -> None:
+        self.hosts, self.folder, self.log = hosts, folder, folder.with_suffix(".log")
+        self.arguments = [
+            *(str(config), f"data.dataset={dataset}", f"run.dir={folder}", f"train.steps={steps}"),
+            *(f"eval.every={steps}", "data.batch_size=16"),
+        ]
+        self.processes: dict[int, subprocess.Popen[bytes]] = {}
 
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
+    def environment(self, **variables: str) -> dict[str, str]:
+        """What torchrun.sh gets, besides ``variables``."""
+        path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+        ours = {"PATH": path, "VIRTUAL_ENV": sys.prefix, "PYTHONPATH": str(ROOT)}
+        cluster = {"NNODES": "2", "NPROC_PER_NODE": "1", "MASTER_ADDR": self.hosts.names[0]}
+        limits = {"MAX_RESTARTS": "5", "JOIN_TIMEOUT": "120", "SHUTDOWN_TIMEOUT": "60"}
+        return environment() | ours | cluster | limits | variables
 
+    def start(self, host: int, *changes: str, **variables: str) -> subprocess.Popen[bytes]:
+        """The line that a person types on ``host``."""
+        command = ["bash", str(ROOT / "launch/torchrun.sh"), *self.arguments, *changes]
+        log, given = self.log_of(host), self.environment(**variables)
+        process = self.hosts.start(host, command, log, given)
+        self.processes[host] = process
+        return process
 
-def run_nodes(
-    target: Sequence[str],
-    own: Mapping[int, Sequence[str]] | None = None,
-    scripts: Mapping[int, str] | None = None,
-) -> list[Done]:
-    """Two ranks of ``python TARGET``, rank r on host ``node<r>`` with arguments of its ``own`` and
-    a shell script that prepares its host."""
-    together = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
-    processes = []
-    for rank in range(2):
-        script = f"hostname node{rank}\n{(scripts or {}).get(rank, '')}"
-        command = own_namespace(script, sys.executable, *target, *(own or {}).get(rank, ()))
-        about = {"RANK": str(rank), "LOCAL_RANK": "0"}
-        processes.append(
-            subprocess.Popen(
-                command,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-                env=environment() | together | about,
-            )
-        )
-    try:
-        outputs = [process.communicate(timeout=240) for process in processes]
-    finally:
-        for process in processes:
+    def processes_of(self, host: int, word: str) -> list[psutil.Process]:
+        """The processes on ``host`` with this word in their command line."""
+        tree = psutil.Process(self.processes[host].pid).children(recursive=True)
+        return [process for process in tree if word in process.cmdline()]
+
+    def agent(self, host: int) -> psutil.Process:
+        """The host's torchrun."""
+        (found,) = self.processes_of(host, str(ROOT / "launch/torchrun.py"))
+        return found
+
+    def rank(self, host: int) -> psutil.Process:
+        """The host's rank."""
+        (found,) = self.agent(host).children()
+        return found
+
+    def log_of(self, host: int) -> Path:
+        """What the host has said."""
+        return self.folder.with_name(f"{self.folder.name}.{self.hosts.names[host]}.log")
+
+    def said(self, host: int) -> str:
+        """The same, read."""
+        return self.log_of(host).read_text() if self.log_of(host).exists() else ""
+
+    def steps(self) -> list[int]:
+        """The steps that metrics.jsonl has now."""
+        log = self.folder / "metrics.jsonl"
+        return [record["step"] for record in read_lines(log) if "train/loss" in record]
+
+    def last(self) -> int:
+        """The last one."""
+        return max(self.steps(), default=0)
+
+    def starts(self) -> list[int]:
+        """The steps after which the ranks have begun to train."""
+        return [entry["step"] for entry in read_history(self.folder) if entry["event"] == "start"]
+
+    def again(self, step: int) -> str:
+        """Wait until the ranks train again after a fault at ``step``; what that cost."""
+        begun = time.monotonic()
+        count = len(self.starts())
+        self.wait(lambda: len(self.starts()) > count)
+        back = self.starts()[count]
+        self.wait(lambda: self.last() > back)
+        return f"training again after {time.monotonic() - begun:.0f} s, {step - back} steps lost"
+
+    def wait(self, what: Callable[[], bool], seconds: float = 400) -> float:
+        """Until ``what`` is so; returns the seconds that took. Fails with all logs."""
+        begun = time.monotonic()
+        while not what():
+            assert time.monotonic() - begun < seconds, self.all_said()
+            time.sleep(0.05)
+        return time.monotonic() - begun
+
+    def all_said(self) -> str:
+        """What every host has said, without the lines of single steps."""
+        said = []
+        for host, name in enumerate(self.hosts.names):
+            lines = [line for line in self.said(host).splitlines() if line[:5] != "step "]
+            said += [f"--- {name}", *lines[-40:]]
+        return "\n".join(said)
+
+    def reach(self, step: int) -> float:
+        """Until this step is noted."""
+        return self.wait(lambda: self.last() >= step)
+
+    def stop(self) -> None:
+        """Kill whatever still runs."""
+        for process in self.processes.values():
             process.kill()
-    return [Done(p.returncode, *output) for p, output in zip(processes, outputs, strict=True)]
+            process.wait(timeout=30)
+
+    def ends(self, host: int, seconds: float = 400) -> int:
+        """The exit code of a host's torchrun."""
+        process = self.processes[host]
+        self.wait(lambda: process.poll() is not None, seconds)
+        return process.returncode
 
 
-@contextmanager
-def slowed(process: psutil.Process) -> Iterator[None]:
-    """The process runs a fifth of the time meanwhile."""
-    over = threading.Event()
+def weights(run: Path, step: int) -> dict[str, torch.Tensor]:
+    """The fp32 weights of a checkpoint."""
+    state = fragments.Reader(run / "checkpoints" / f"step_{step:08d}")
+    return {name: state.full("fp32", name) for name in state.names("fp32")}
 
-    def work() -> None:
-        with suppress(psutil.NoSuchProcess):
-            while not over.is_set():
-                process.send_signal(signal.SIGSTOP)
-                time.sleep(0.08)
-                process.send_signal(signal.SIGCONT)
-                time.sleep(0.02)
 
-    thread = threading.Thread(target=work)
-    thread.start()
-    try:
-        yield
-    finally:
-        over.set()
-        thread.join()
+def largest_difference(one: Path, other: Path, step: int) -> float:
+    """Between the weights of two runs."""
+    mine, theirs = weights(one, step), weights(other, step)
+    assert mine.keys() == theirs.keys()
+    return max(float((mine[name] - theirs[name]).abs().max()) for name in mine)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from nodes import own_namespace, run_nodes, slowed
+from rank_hosts import own_namespace, run_nodes, slowed
 from ranks import (
     ROOT,
     environment,

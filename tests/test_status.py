@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from nodes import slowed
+from rank_hosts import slowed
 from ranks import environment, hourglass, kill_tree, torchrun_command, wait_for_step
 
 from hourglass_dist.heartbeat import read_heartbeats
