@@ -14,14 +14,18 @@ import shutil
 import stat
 import subprocess
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 
 import hosts
-import psutil
 
-DAEMONS = {"munged": "munge", "slurmctld": "slurmctld", "slurmd": "slurmd", "sbatch": "slurm-client"}
+DAEMONS = {
+    "munged": "munge",
+    "slurmctld": "slurmctld",
+    "slurmd": "slurmd",
+    "sbatch": "slurm-client",
+}
 NULL = os.makedev(1, 3)
 GPUS = 2
 
@@ -124,7 +128,7 @@ class SlurmCluster:
             *(f"--log-file={munge}/log", f"--seed-file={munge}/seed"),
         )
         wait_for(lambda: (munge / "socket").exists(), 30, "munged")
-        self._daemon("controller", 0, "slurmctld", "-D", "-c")
+        self.start_controller()
         for host in range(len(self.hosts.names)):
             self.start_node(host)
         wait_for(lambda: self.states() == ["idle"] * len(self.hosts.names), 60, "idle nodes")
@@ -133,6 +137,15 @@ class SlurmCluster:
         self._daemons[key] = self.hosts.start(
             *(host, command, self.folder / f"{key}.out", self.environment, is_machine)
         )
+
+    def start_controller(self) -> None:
+        """Start slurmctld, which knows what it knew before."""
+        self._daemon("controller", 0, "slurmctld", "-D")
+
+    def stop_controller(self) -> None:
+        """Stop slurmctld; jobs go on."""
+        self._daemons["controller"].terminate()
+        self._daemons["controller"].wait(timeout=30)
 
     def start_node(self, host: int) -> None:
         """Start, or start again, a host's slurmd: it and the jobs there are a machine."""

@@ -20,7 +20,7 @@ from slurm_cluster import SlurmCluster, missing, wait_for
 from test_resume import losses, state
 
 ROOT = Path(__file__).parents[1]
-STEPS = 80
+STEPS = 60
 MACHINES = {"nodes": 2, "gpus_per_node": 1, "save_seconds": 120, "join_minutes": 2}
 LIMIT = {"time": "30:00"}
 
@@ -57,10 +57,19 @@ class Job:
         wait_for(came, 400, f"step {step} of start {start}")
 
     def finish(self) -> None:
-        """Wait for the end of the job, which is a good one."""
+        """Wait for the end of the job, which is a good one; show what a user sees."""
         ended = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED")
         found = self.slurm.wait_for_state(self.number, *ended, seconds=600)
         assert (found["JobState"], found["ExitCode"]) == ("COMPLETED", "0:0"), self.said()[-3000:]
+        self.show()
+
+    def show(self) -> None:
+        """Print what the job has said, without the steps in the middle."""
+        lines = self.said().splitlines()
+        around = zip(["", *lines], lines, [*lines[1:], ""], strict=False)
+        for before, line, after in around:
+            if not all(re.match(r"step +\d+", each) for each in (before, line, after)):
+                print(line)
 
     def tell(self, *command: object) -> None:
         """Run a command of Slurm, which must work."""
@@ -100,7 +109,7 @@ def yard(tmp_path_factory: pytest.TempPathFactory, dataset: Path) -> Iterator[Ya
     """Two nodes with a slow network between them: a step takes half a second at least."""
     folder = tmp_path_factory.mktemp("slurm")
     with SlurmCluster(folder / "slurm") as slurm:
-        slurm.hosts.slow_down("16mbit")
+        slurm.hosts.slow_down("8mbit")
         yield Yard(slurm, folder, dataset)
 
 
@@ -109,7 +118,6 @@ def whole(yard: Yard) -> Path:
     """A run that nobody disturbs."""
     job = yard.launch("whole")
     job.finish()
-    print(job.said())
     assert job.slurm.job(job.number)["Restarts"] == "0"
     return job.run
 
@@ -123,7 +131,7 @@ def require_equal(job: Job, whole: Path) -> None:
 
 
 def report(job: Job, what: str, began: float, start: int) -> int:
-    """Wait until the run trains again in its ``start``-th start; print and return the steps lost."""
+    """Wait until it trains again, in its ``start``-th start; print and return the steps lost."""
     wait_for(lambda: job.step(start) > 0, 400, f"training after {what}")
     seconds = time.time() - began
     found = re.search(r"continuing after step (\d+)", job.said(start))
@@ -150,7 +158,6 @@ def test_time_limit_and_requeue(yard: Yard, whole: Path) -> None:
     assert report(job, "scontrol requeue", began, 3) == 0
     assert "stopped by SIGTERM after step" in job.said(2)
     job.finish()
-    print(job.said())
     require_equal(job, whole)
 
 
@@ -164,7 +171,6 @@ def test_preemption(yard: Yard, whole: Path) -> None:
     assert "stopped by SIGTERM after step" in job.said()
     assert "exit code 75: queued again" in job.said()
     job.finish()
-    print(job.said())
     require_equal(job, whole)
 
 
@@ -179,7 +185,6 @@ def test_node_failure(yard: Yard, whole: Path, host: int) -> None:
     job.slurm.start_node(host)
     assert report(job, f"node {host} lost", began, 2) <= 20
     job.finish()
-    print(job.said())
     require_equal(job, whole)
 
 
@@ -188,7 +193,7 @@ def test_a_mistake_is_said_and_not_tried_again(yard: Yard) -> None:
     job = yard.launch("mistake", "data.dataset=/nowhere")
     found = job.slurm.wait_for_state(job.number, "FAILED", seconds=200)
     assert (found["ExitCode"], found["Restarts"]) == ("2:0", "0")
-    print(job.said())
+    job.show()
     assert [line for line in job.said().splitlines() if "error" in line and "srun" not in line] == [
         "error: /nowhere/index.json: no such file"
     ]
@@ -200,10 +205,10 @@ def test_a_cancelled_job_stays_so_and_the_same_command_continues(yard: Yard, who
     job.tell("scancel", job.number)
     job.slurm.wait_for_state(job.number, "CANCELLED")
     wait_for(lambda: job.slurm.states() == ["idle", "idle"], 100, "idle nodes")
+    job.show()
     assert "stopped by SIGTERM after step" in job.said()
     assert job.slurm.job(job.number)["Restarts"] == "0"
     again = yard.launch("cancelled")
     again.finish()
-    print(job.said(), again.said())
     assert "continuing after step" in again.said()
     require_equal(again, whole)
