@@ -71,10 +71,11 @@ class Job:
             if not all(re.match(r"step +\d+", each) for each in (before, line, after)):
                 print(line)
 
-    def tell(self, *command: object) -> None:
-        """Run a command of Slurm, which must work."""
+    def tell(self, *command: object) -> str:
+        """Run a command of Slurm, which must work; returns what it says."""
         done = self.slurm.run(*command)
         assert done.returncode == 0, done.stderr
+        return done.stdout.strip()
 
 
 class Yard:
@@ -166,10 +167,12 @@ def test_preemption(yard: Yard, whole: Path) -> None:
     job = yard.launch("preempted")
     job.wait_for_step(5)
     began = time.time()
-    job.tell(*("sbatch", "--partition=high", "--nodes=2", "--exclusive", "--wrap", "srun sleep 5"))
+    options = ("--partition=high", "--nodes=2", "--exclusive", "--output=/dev/null")
+    other = job.tell("sbatch", "--parsable", *options, "--wrap", "srun sleep 5")
     assert report(job, "preemption", began, 2) == 0
     assert "stopped by SIGTERM after step" in job.said()
     assert "exit code 75: queued again" in job.said()
+    assert job.slurm.job(other)["JobState"] == "COMPLETED"
     job.finish()
     require_equal(job, whole)
 
@@ -186,6 +189,23 @@ def test_node_failure(yard: Yard, whole: Path, host: int) -> None:
     assert report(job, f"node {host} lost", began, 2) <= 20
     job.finish()
     require_equal(job, whole)
+
+
+def test_a_lost_node_is_done_without(yard: Yard, whole: Path) -> None:
+    """min_nodes: 1. The other node goes on alone in the same job, with the same batches."""
+    job = yard.launch("fewer", min_nodes=1)
+    job.wait_for_step(15)
+    began = time.time()
+    job.slurm.kill_node(1)
+    try:
+        wait_for(lambda: "continuing after" in job.said(), 300, "training on one node")
+        print(f"a node lost, min_nodes 1: continuing after {time.time() - began:.0f} s")
+        job.finish()
+    finally:
+        job.slurm.start_node(1)
+    assert job.slurm.job(job.number)["Restarts"] == "0"
+    ours, theirs = losses(job.run), losses(whole)
+    assert ours == {step: pytest.approx(loss, abs=1e-5) for step, loss in theirs.items()}
 
 
 def test_a_mistake_is_said_and_not_tried_again(yard: Yard) -> None:
