@@ -140,6 +140,14 @@ class Hosts:
         """Plug it in again."""
         ip("-n", self._switch, "link", "set", f"v{self.names[host]}", "up")
 
+    def slow_down(self, rate: str) -> None:
+        """Let no more than ``rate``, such as 8mbit, through each cable: steps then take a time that
+        depends little on the processor."""
+        for name in self.names:
+            words = ("qdisc", "add", "dev", f"v{name}", "root", "tbf", "rate", rate)
+            limit = ("burst", "32kb", "latency", "1s")
+            subprocess.run(["tc", "-n", self._switch, *words, *limit], check=True)
+
     def __exit__(
         self,
         kind: type[BaseException] | None,

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from ranks import hourglass
 
-from hourglass_dist.launch.cluster import ClusterConfig, load_cluster
+from hourglass_dist.launch.cluster import ClusterConfig, load_cluster, seconds_of
 from hourglass_dist.sections import paths, read_yaml
 
 ROOT = Path(__file__).parents[1]
@@ -41,6 +41,8 @@ def test_the_example_says_every_setting_and_its_default() -> None:
         ("nodes: 2\nmin_nodes: 3", "min_nodes: expected at most nodes (2), given 3"),
         ("port: 80", "port: expected at least 1024, given 80"),
         ("environment: {A B: c}", "environment: expected names of variables, given 'A B'"),
+        ("slurm: {time: 1h}", "slurm.time: expected such as 23:30:00 or 2-00:00:00, given 1h"),
+        ("slurm: {time: '0:07:00'}", "slurm.time: expected more than 420 seconds"),
         ("kubernetes: {kind: pod}", "kubernetes.kind: expected"),
     ],
 )
@@ -81,4 +83,15 @@ def test_print_shows_what_slurm_is_told(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "NNODES=1:2" in done.stdout
     assert "sbatch --nodes=1-2 --partition=gpu --time=23:30:00 --gpus-per-node=8" in done.stdout
+    assert "--job-name=x --output=runs/x/slurm-%j.out --signal=USR1@360" in done.stdout
+    assert "--no-kill" in done.stdout
+    assert "MASTER_PORT" not in done.stdout
     assert done.stdout.endswith(f"launch/slurm.sbatch {LARGE} run.dir=runs/x\n")
+
+
+@pytest.mark.parametrize(
+    ("limit", "seconds"),
+    [("90", 5400), ("7:30", 450), ("1:00:00", 3600), ("2-1", 176400), ("1-0:30:5", 88205)],
+)
+def test_a_time_limit_is_read_as_slurm_does(limit: str, seconds: int) -> None:
+    assert seconds_of(limit) == seconds

@@ -5,6 +5,7 @@ Everything that differs between clusters is here; the scripts in ``launch/`` are
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -13,6 +14,9 @@ from pydantic import Field, model_validator
 from hourglass_dist.config import Config
 from hourglass_dist.model_config import PositiveFloat, PositiveInt
 from hourglass_dist.sections import ConfigError, Section, parse, read_yaml
+
+END_SECONDS = 60
+"""What a Slurm job has after the seconds for saving, to end and to be queued again."""
 
 Port = Annotated[int, Field(ge=1024, le=65535)]
 
@@ -85,7 +89,8 @@ class ClusterConfig(Section):
     network_interface: str | None = None
     """Between nodes, such as eth0; null: what NCCL and gloo choose."""
     port: Port = 29500
-    """Where ranks meet, on the first node."""
+    """Where ranks meet, on the first node. Under Slurm the default stands for one made of the
+    job's number."""
     restarts: Annotated[int, Field(ge=0)] = 100
     """How often torchrun starts the ranks again after one was lost. Starts that get nowhere are
     few: see run.max_fruitless_starts."""
@@ -101,6 +106,12 @@ class ClusterConfig(Section):
 
     @model_validator(mode="after")
     def _check(self) -> ClusterConfig:
+        least = self.save_seconds + 2 * END_SECONDS
+        if self.slurm.time and seconds_of(self.slurm.time) <= least:
+            raise ValueError(
+                f"slurm.time: expected more than {least} seconds, because a job is told to save "
+                f"save_seconds and up to {2 * END_SECONDS} seconds before, given {self.slurm.time}"
+            )
         if self.min_nodes and self.min_nodes > self.nodes:
             raise ValueError(
                 f"min_nodes: expected at most nodes ({self.nodes}), given {self.min_nodes}"
@@ -114,6 +125,16 @@ class ClusterConfig(Section):
     def node_counts(self) -> range:
         """Every number of nodes that the run may go on with."""
         return range(self.min_nodes or self.nodes, self.nodes + 1)
+
+
+def seconds_of(limit: str) -> int:
+    """A time limit as Slurm reads it. Raises ValueError when it is none."""
+    if not re.fullmatch(r"(\d+-)?\d+(:\d\d?){0,2}", limit):
+        raise ValueError(f"slurm.time: expected such as 23:30:00 or 2-00:00:00, given {limit}")
+    days, dash, clock = limit.rpartition("-")
+    parts = [int(part) for part in clock.split(":")]
+    units = (3600, 60, 1) if dash or len(parts) == 3 else (60, 1)  # 90 and 90:00 are minutes
+    return 86400 * int(days or 0) + sum(u * p for u, p in zip(units, parts, strict=False))
 
 
 def load_cluster(path: Path) -> ClusterConfig:

@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from hourglass_dist.config import Config
-from hourglass_dist.launch.cluster import ClusterConfig
+from hourglass_dist.launch.cluster import END_SECONDS, ClusterConfig
 from hourglass_dist.launch.hostfile import read_hostfile
 from hourglass_dist.launch.kubernetes import manifest
 
@@ -36,6 +36,8 @@ class Launch:
     command: list[str]
     environment: dict[str, str] = field(default_factory=dict)
     input: str | None = None
+    output: Path | None = None
+    """Of sbatch: the file in the run folder that gets what the job says; %j is its number."""
 
 
 @dataclass(frozen=True)
@@ -103,22 +105,32 @@ def ssh(request: Request) -> Launch:
 
 
 def slurm(request: Request) -> Launch:
-    """Into the queue of Slurm."""
-    cluster, settings = request.cluster, request.cluster.slurm
+    """Into the queue of Slurm; what the job says goes into the run folder."""
+    cluster, settings, run = request.cluster, request.cluster.slurm, Path(request.config.run.dir)
+    name = "preflight-%j.out" if request.preflight_only else "slurm-%j.out"
     given = {
         "partition": settings.partition,
         "account": settings.account,
         "qos": settings.qos,
         "time": settings.time,
         "gpus-per-node": cluster.gpus_per_node,
+        "job-name": run.name,
+        "output": f"{str(run).replace('%', '%%')}/{name}",
+        "signal": f"USR1@{cluster.save_seconds + END_SECONDS}",
     }
-    options = [f"--{name}={value}" for name, value in given.items() if value is not None]
     nodes = f"{cluster.node_counts[0]}-{cluster.nodes}" if cluster.min_nodes else cluster.nodes
     command = [
-        *("sbatch", f"--nodes={nodes}", *options, *settings.options),
-        *(str(SCRIPTS / "slurm.sbatch"), *request.arguments),
+        *("sbatch", f"--nodes={nodes}"),
+        *(f"--{name}={value}" for name, value in given.items() if value is not None),
+        *("--parsable", "--export=ALL"),
+        *(["--no-kill"] if cluster.min_nodes else []),
+        *(["--wait", "--no-requeue"] if request.preflight_only else []),
+        *(*settings.options, str(SCRIPTS / "slurm.sbatch"), *request.arguments),
     ]
-    return Launch(command, node_environment(request))
+    environment = node_environment(request)
+    if cluster.port == ClusterConfig.model_fields["port"].default:
+        del environment["MASTER_PORT"]  # the script makes one of the job's number
+    return Launch(command, environment, output=run / name)
 
 
 def k8s(request: Request) -> Launch:
@@ -152,7 +164,27 @@ def start(launch: Launch) -> int:
     if not shutil.which(program):
         raise ValueError(f"{program}: not found on this machine; --print shows what would be run")
     environment = os.environ | launch.environment
+    if launch.output:
+        return submit(launch, environment)
     if launch.input is None:
         sys.stdout.flush()
         os.execvpe(program, launch.command, environment)
     return subprocess.run(launch.command, input=launch.input, text=True, check=False).returncode
+
+
+def submit(launch: Launch, environment: dict[str, str]) -> int:
+    """Run sbatch; say where to look, or show what the job said when it was waited for."""
+    assert launch.output
+    run = launch.output.parent
+    run.mkdir(parents=True, exist_ok=True)  # Slurm makes no folders
+    with subprocess.Popen(
+        launch.command, stdout=subprocess.PIPE, text=True, env=environment
+    ) as process:
+        assert process.stdout
+        number = process.stdout.readline().strip().partition(";")[0]
+        output = Path(str(launch.output).replace("%j", number))
+        if number:
+            print(f"job {number}: look at {output}, or: hourglass status {run}", flush=True)
+    if "--wait" in launch.command and output.exists():
+        print(output.read_text(), end="")
+    return process.returncode
