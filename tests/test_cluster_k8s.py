@@ -21,7 +21,7 @@ pytestmark = [
     pytest.mark.skipif(bool(hosts.missing()), reason=f"two hosts: {hosts.missing()}"),
 ]
 ROOT = Path(__file__).parents[1]
-STEPS = 40
+STEPS = 24
 
 
 @pytest.fixture
@@ -43,7 +43,7 @@ def job(
         **cluster,
     }
     machines = parse(ClusterConfig, settings, source="test")
-    arguments = [f"run.dir={folder}/run", f"train.steps={STEPS}", *overrides]
+    arguments = [f"run.dir={folder}/run", f"train.steps={STEPS}", "eval.every=1000", *overrides]
     request = Request(machines, load(config, arguments), [str(config), *arguments])
     text = manifest(
         *(ROOT / "launch/k8s", machines, request.config, request.arguments),
@@ -67,7 +67,7 @@ def undisturbed(
     with hosts.Hosts(2, name="ku", subnet="10.93.0") as two:
         running = job(two, folder, tiny_config, f"data.dataset={dataset}")
         try:
-            assert running.wait(240) == "Complete", running.story()
+            assert running.wait(400) == "Complete", running.story()
         finally:
             running.close()
     return weights(folder / "run")
@@ -84,9 +84,9 @@ def test_a_killed_pod_is_made_again_and_nothing_is_lost(
 ) -> None:
     running = job(two, tmp_path, tiny_config, f"data.dataset={dataset}")
     try:
-        running.wait_for_step(tmp_path / "run", 12, 120)
+        running.wait_for_step(tmp_path / "run", 8, 240)
         running.kill(index)
-        assert running.wait(300) == "Complete", running.story()
+        assert running.wait(450) == "Complete", running.story()
     finally:
         running.close()
     assert weights(tmp_path / "run") == undisturbed
@@ -97,9 +97,9 @@ def test_an_evicted_pod_saves_and_is_made_again(
 ) -> None:
     running = job(two, tmp_path, tiny_config, f"data.dataset={dataset}", restarts=0)
     try:
-        running.wait_for_step(tmp_path / "run", 12, 120)
+        running.wait_for_step(tmp_path / "run", 8, 240)
         running.evict(1, "DisruptionTarget")
-        assert running.wait(300) == "Complete", running.story()
+        assert running.wait(450) == "Complete", running.story()
     finally:
         running.close()
     ends = [line for line in running.events if "exit code" in line]
@@ -113,7 +113,7 @@ def test_a_mistake_ends_the_job_at_once(
 ) -> None:
     running = job(two, tmp_path, tiny_config, f"data.dataset={tmp_path}/nowhere")
     try:
-        assert running.wait(120) == "Failed: PodFailurePolicy", running.story()
+        assert running.wait(240) == "Failed: PodFailurePolicy", running.story()
     finally:
         running.close()
     assert [pod.attempts for pod in running.pods] == [1, 1]
