@@ -78,7 +78,7 @@ def launch(
     from hourglass_dist.launch import targets
 
     loaded = settings.load(config, overrides or ())
-    machines = clusters.load_cluster(cluster)
+    machines = targets.counted(target, clusters.load_cluster(cluster))
     clusters.require_ranks(machines, loaded)
     arguments = [str(config), *(overrides or [])]
     request = targets.Request(machines, loaded, arguments, preflight_only)

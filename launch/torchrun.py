@@ -1,26 +1,12 @@
-"""torchrun, but a program that fails ends with its own exit code and words, not torchrun's."""
+"""torchrun, but it ends as its ranks do, and has words for what goes wrong between nodes: see
+hourglass_dist/launch/agent.py."""
 
-import logging
-import signal
+import os
 import sys
+from pathlib import Path
 
-from torch.distributed import run
-from torch.distributed.elastic.multiprocessing.api import SignalException
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+sys.path[0] = str(Path(__file__).parents[1])
+from hourglass_dist.launch.agent import main  # noqa: E402
 
-logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
-try:
-    run.main()
-except ChildFailedError as error:
-    rank, failure = error.get_first_failure()
-    if failure.exitcode < 0:
-        name = signal.Signals(-failure.exitcode).name
-        hint = " (often: out of memory)" if name == "SIGKILL" else ""
-        print(f"rank {rank} was ended by {name}{hint}", file=sys.stderr)
-        sys.exit(128 - failure.exitcode)
-    if failure.exitcode not in (2, 75):
-        print(f"rank {rank} ended with exit code {failure.exitcode}", file=sys.stderr)
-    sys.exit(failure.exitcode)
-except SignalException as error:  # the ranks had the signal, too, and time to save
-    stopped = error.sigval in (signal.SIGTERM, signal.SIGUSR1)
-    sys.exit(75 if stopped else 128 + error.sigval.value)
+code = main(sys.argv[1:])
+sys.exit(code if code in (0, 2) else int(os.environ.get("RETRY_EXIT_CODE", code)))

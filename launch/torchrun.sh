@@ -8,18 +8,21 @@
 #   NNODES             nodes, or MIN:MAX of them                   (default: 1)
 #   MASTER_ADDR        one of the nodes, reachable from all        (needed when NNODES is not 1)
 #   MASTER_PORT        a free port there                           (default: 29500)
-#   NODE_RANK          0 to NNODES-1, 0 on MASTER_ADDR: nodes that are all known beforehand (default: as they come)
+#   NODE_RANK          0 to NNODES-1, 0 on MASTER_ADDR: nodes that are counted beforehand and not replaced (default: as they come)
+#   NODE_NAMES         names of all nodes, to say who is missing   (default: how many are)
 #   JOB_ID             tells this job from others at that address  (default: hourglass)
-#   JOIN_TIMEOUT       seconds to wait for the other nodes         (default: 600)
+#   JOIN_TIMEOUT       seconds to wait for other nodes, at the start and after they were lost  (default: 600)
 #   NETWORK_INTERFACE  the one between nodes, such as eth0         (default: what NCCL and gloo choose)
 #   MAX_RESTARTS       how often torchrun starts all ranks again   (default: 0)
 #   SHUTDOWN_TIMEOUT   seconds to end in after a signal            (default: 300)
+#   RETRY_EXIT_CODE    instead of every code but 0 and 2           (default: see README.md)
 #   HOURGLASS_PROGRAM  train, or preflight                         (default: train)
 set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-if [[ -z ${VIRTUAL_ENV:-} && -f $root/.venv/bin/activate ]]; then
-  source "$root/.venv/bin/activate"
+environment=${VIRTUAL_ENV:-$root/.venv}
+if [[ :$PATH: != *:$environment/bin:* && -f $environment/bin/activate ]]; then
+  source "$environment/bin/activate"
 fi
 if ! command -v hourglass >/dev/null; then
   echo "launch/torchrun.sh: no environment: run bash launch/setup.sh first" >&2
@@ -32,6 +35,10 @@ fi
 hourglass config "$@" >/dev/null
 
 nodes=${NNODES:-1}
+if [[ ! $nodes =~ ^[1-9][0-9]*(:[1-9][0-9]*)?$ || ${nodes%:*} -gt ${nodes#*:} ]]; then
+  echo "launch/torchrun.sh: NNODES: expected a number of nodes, or MIN:MAX, given $nodes" >&2
+  exit 2
+fi
 ranks=${NPROC_PER_NODE:-$(python -c 'import torch; print(torch.cuda.device_count() or 2)')}
 threads=$(($(nproc) / ranks))
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((threads > 0 ? threads : 1))}
@@ -39,6 +46,7 @@ if [[ -n ${NETWORK_INTERFACE:-} ]]; then
   export NCCL_SOCKET_IFNAME=$NETWORK_INTERFACE GLOO_SOCKET_IFNAME=$NETWORK_INTERFACE
 fi
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 TORCH_CPP_LOG_LEVEL=${TORCH_CPP_LOG_LEVEL:-ERROR}
+export JOIN_TIMEOUT=${JOIN_TIMEOUT:-600}
 
 if [[ $nodes == 1 ]]; then
   meeting=(--standalone --local-addr 127.0.0.1)
@@ -48,11 +56,13 @@ else
     echo "launch/torchrun.sh: NNODES is $nodes: MASTER_ADDR must name one of the nodes" >&2
     exit 2
   fi
-  if [[ -n ${NODE_RANK:-} ]]; then
-    meeting=(--node-rank "$NODE_RANK" --master-addr "$address" --master-port "$port")
+  if [[ -z ${NODE_RANK:-} ]]; then
+    meeting=(--rdzv-backend c10d --rdzv-endpoint "$address:$port" --rdzv-id "${JOB_ID:-hourglass}")
+  elif [[ $nodes == *:* ]]; then
+    echo "launch/torchrun.sh: NODE_RANK counts nodes that are all there, and NNODES is $nodes: leave one of them out" >&2
+    exit 2
   else
-    meeting=(--rdzv-backend c10d --rdzv-endpoint "$address:$port" --rdzv-id "${JOB_ID:-hourglass}"
-      --rdzv-conf "join_timeout=${JOIN_TIMEOUT:-600}")
+    meeting=(--node-rank "$NODE_RANK" --master-addr "$address" --master-port "$port")
   fi
 fi
 

@@ -68,6 +68,7 @@ ORDER = [
     *("charts", "report_style", "report"),
     *("bench.shared", "bench.model", "bench.decode", "bench.compare", "bench.data", "bench.save"),
     *("bench.zero_worker", "bench.zero", "bench.loop_worker", "bench.loop", "bench.cli"),
+    *("launch.meeting", "launch.agent", "launch.hostfile", "launch.remote"),
     *("launch.cluster", "launch.kubernetes", "launch.targets"),
     "cli",
 ]

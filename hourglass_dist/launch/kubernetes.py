@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import re
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -32,30 +32,29 @@ RETRY_EXIT_CODE = "203"  # a PyTorchJob starts again after 128 and more, and giv
 
 @dataclass(frozen=True)
 class _Places:
-    """Where a kind has what is filled in: (document, path in it)."""
+    """Where a kind has what is filled in: a document, and paths in it."""
 
-    pod: tuple[str, str]
-    job: tuple[str, str] | None
-    address: Callable[[str], str]
-    """Pod 0, from the name of the run."""
+    document: str
+    pod: str
+    job: str | None = None
+    group: str | None = None
+    """Whose name is part of those of pods."""
 
 
-_JOB = "spec.replicatedJobs.0.template.spec"
 PLACES = {
-    "job": _Places(("Job", "spec.template"), ("Job", "spec"), lambda run: f"{run}-0.{run}"),
+    "job": _Places("Job", "spec.template", "spec"),
     "jobset": _Places(
-        ("JobSet", f"{_JOB}.template"), ("JobSet", _JOB), lambda run: f"{run}-node-0-0.{run}"
+        *("JobSet", "spec.replicatedJobs.0.template.spec.template"),
+        *("spec.replicatedJobs.0.template.spec", "spec.replicatedJobs.0"),
     ),
     "trainjob": _Places(
-        ("TrainingRuntime", f"spec.template.{_JOB}.template"),
-        ("TrainingRuntime", f"spec.template.{_JOB}"),
-        lambda run: f"{run}-node-0-0.{run}",
+        *("TrainingRuntime", "spec.template.spec.replicatedJobs.0.template.spec.template"),
+        *(
+            "spec.template.spec.replicatedJobs.0.template.spec",
+            "spec.template.spec.replicatedJobs.0",
+        ),
     ),
-    "pytorchjob": _Places(
-        ("PyTorchJob", "spec.pytorchReplicaSpecs.Worker.template"),
-        None,
-        lambda run: f"{run}-worker-0",
-    ),
+    "pytorchjob": _Places("PyTorchJob", "spec.pytorchReplicaSpecs.Worker.template"),
 }
 
 
@@ -128,9 +127,7 @@ def manifest(
     name = run_name(config, "-preflight" if is_preflight else "")
     filled, places = Manifest(folder / f"{settings.kind}.yaml"), PLACES[settings.kind]
     _fill_kind(filled, places, cluster, name, 0 if is_preflight else cluster.restarts)
-    variables = dict(environment) | {"JOB_ID": name, "MASTER_ADDR": places.address(name)}
-    if settings.kind == "pytorchjob":
-        variables["RETRY_EXIT_CODE"] = RETRY_EXIT_CODE
+    variables = dict(environment) | _meeting(filled, places, cluster, name)
     _fill_container(filled, places, cluster, arguments[1:], variables)
     _fill_volumes(filled, places, cluster, name, config)
     text = {"config.yaml": Path(arguments[0]).read_text(encoding="utf-8")}
@@ -143,12 +140,27 @@ def manifest(
     return filled.text()
 
 
+def _meeting(
+    filled: Manifest, places: _Places, cluster: ClusterConfig, name: str
+) -> dict[str, str]:
+    """How pods find each other."""
+    if places.group:
+        pods = f"{name}-{filled.at(places.document, places.group)['name']}-0"
+    else:
+        pods = name if places.job else f"{name}-worker"
+    first = f"{pods}-0.{name}" if places.job else f"{pods}-0"
+    found = {"JOB_ID": name, "MASTER_ADDR": first}
+    if cluster.nodes > 1:
+        found["NODE_NAMES"] = " ".join(f"{pods}-{index}" for index in range(cluster.nodes))
+    return found if places.job else found | {"RETRY_EXIT_CODE": RETRY_EXIT_CODE}
+
+
 def _fill_kind(
     filled: Manifest, places: _Places, cluster: ClusterConfig, name: str, restarts: int
 ) -> None:
     kind, nodes = cluster.kubernetes.kind, cluster.nodes
     if places.job:
-        filled.at(*places.job).update(
+        filled.at(places.document, places.job).update(
             completions=nodes, parallelism=nodes, backoffLimitPerIndex=restarts
         )
     if kind == "job":
@@ -179,7 +191,7 @@ def _fill_container(
     variables: Mapping[str, str],
 ) -> None:
     """What runs in a pod, and with how much."""
-    kind, pod = places.pod
+    kind, pod = places.document, places.pod
     settings, path = cluster.kubernetes, f"{pod}.spec.containers.0"
     container = filled.at(kind, path)
     container["image"] = settings.image
@@ -200,7 +212,7 @@ def _fill_volumes(
     filled: Manifest, places: _Places, cluster: ClusterConfig, name: str, config: Config
 ) -> None:
     """What a pod sees, where it may be, and how long it has to end."""
-    kind, path = places.pod
+    kind, path = places.document, places.pod
     settings, spec = cluster.kubernetes, filled.at(kind, f"{path}.spec")
     container = filled.at(kind, f"{path}.spec.containers.0")
     claims = {f"volume-{index}": volume for index, volume in enumerate(settings.volumes)}

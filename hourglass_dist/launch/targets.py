@@ -23,6 +23,7 @@ from pathlib import Path
 
 from hourglass_dist.config import Config
 from hourglass_dist.launch.cluster import ClusterConfig
+from hourglass_dist.launch.hostfile import read_hostfile
 from hourglass_dist.launch.kubernetes import manifest
 
 SCRIPTS = Path(__file__).parents[2] / "launch"
@@ -69,6 +70,21 @@ def node_environment(request: Request) -> dict[str, str]:
     return found | cluster.environment
 
 
+def counted(target: str, cluster: ClusterConfig) -> ClusterConfig:
+    """The cluster with as many nodes, and ranks on each, as ``target`` has: a hostfile says both.
+
+    Raises ValueError when that is missing or wrong.
+    """
+    if target != "ssh":
+        return cluster
+    if not cluster.ssh.hostfile:
+        raise ValueError("ssh.hostfile: the cluster file must name one: a line 'HOST slots=8' each")
+    hosts, slots = read_hostfile(Path(cluster.ssh.hostfile))
+    if cluster.min_nodes and cluster.min_nodes > len(hosts):
+        raise ValueError(f"min_nodes: {cluster.ssh.hostfile} has only {len(hosts)} hosts")
+    return cluster.model_copy(update={"nodes": len(hosts), "gpus_per_node": slots})
+
+
 def torchrun(request: Request) -> Launch:
     """On this node; with several, the same line on each, and MASTER_ADDR set."""
     script = str(SCRIPTS / "torchrun.sh")
@@ -77,11 +93,12 @@ def torchrun(request: Request) -> Launch:
 
 def ssh(request: Request) -> Launch:
     """On every node of the hostfile, over ssh."""
-    hostfile = request.cluster.ssh.hostfile
-    if not hostfile:
-        raise ValueError("ssh.hostfile: the cluster file must name one: a line 'HOST slots=8' each")
-    options = [f"--ssh-option={option}" for option in request.cluster.ssh.options]
-    command = [sys.executable, str(SCRIPTS / "ssh.py"), *options, hostfile, *request.arguments]
+    settings = request.cluster.ssh
+    assert settings.hostfile  # see ``counted``
+    options = [f"--ssh-option={option}" for option in settings.options]
+    options += [f"--pass={name}" for name in request.cluster.environment]
+    script = str(SCRIPTS / "ssh.py")
+    command = [sys.executable, script, *options, settings.hostfile, *request.arguments]
     return Launch(command, node_environment(request))
 
 
