@@ -1,6 +1,6 @@
 """Fills a manifest of ``launch/k8s/`` with a run and the facts of a cluster.
 
-    launch/k8s/KIND.yaml + cluster file + CONFIG key=value ...  ->  what kubectl apply is given
+    launch/k8s/KIND.yaml + cluster file + CONFIG key=value ...  ->  what kubectl is given
 
 The file is read as YAML and filled by structure: what it says besides stays. The settings file goes
 along as a ConfigMap, so that pods train with exactly what was checked here.
