@@ -12,6 +12,7 @@ time before it has saved anything new, is refused in the end: ``records.require_
 from __future__ import annotations
 
 import json
+import os
 import socket
 import subprocess
 import time
@@ -98,10 +99,11 @@ def device_name(device: torch.device) -> str:
 
 
 def revision() -> str | None:
-    """The commit of the checkout that this code lies in; None where it is installed."""
+    """The commit of the checkout that this code lies in, or that an image was made of; None where
+    that is not known."""
     root = Path(__file__).parent.parent
     if not (root / ".git").exists():
-        return None
+        return os.environ.get("HOURGLASS_REVISION") or None
     try:
         done = subprocess.run(
             ["git", "-C", str(root), "rev-parse", "--short", "HEAD"],

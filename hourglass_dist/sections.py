@@ -96,8 +96,10 @@ _resolve(
 )
 
 
-def _parse_yaml(text: str, source: str) -> Any:
+def _parse_yaml(text: str, source: str, is_several: bool = False) -> Any:
     try:
+        if is_several:
+            return list(yaml.load_all(text, Loader=_StrictLoader))
         return yaml.load(text, Loader=_StrictLoader)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
@@ -107,16 +109,28 @@ def _parse_yaml(text: str, source: str) -> Any:
         raise ConfigError(f"{source}: not valid YAML: {str(error).splitlines()[0]}") from None
 
 
-def read_yaml(path: str | Path) -> dict[str, Any]:
-    """A YAML file as a dict. Raises ConfigError when it is missing, unreadable, repeated or not a
-    mapping."""
+def _read_text(path: str | Path) -> str:
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        return Path(path).read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: expected UTF-8 text: byte {error.start} is invalid") from None
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
-    settings = _parse_yaml(text, str(path))
+
+
+def read_documents(path: Path) -> list[dict[str, Any]]:
+    """The documents of a YAML file that are not empty. Raises ConfigError as ``read_yaml`` does."""
+    documents = [d for d in _parse_yaml(_read_text(path), str(path), is_several=True) if d]
+    for document in documents:
+        if not isinstance(document, dict):
+            raise ConfigError(f"{path}: expected documents of keys, given {show(document)}")
+    return documents
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """A YAML file as a dict. Raises ConfigError when it is missing, unreadable, repeated or not a
+    mapping."""
+    settings = _parse_yaml(_read_text(path), str(path))
     if not isinstance(settings, dict):
         raise ConfigError(
             f"{path}: expected sections such as 'model:' and 'data:', given {show(settings)}"

@@ -15,6 +15,7 @@
 #   NETWORK_INTERFACE  the one between nodes, such as eth0         (default: what NCCL and gloo choose)
 #   MAX_RESTARTS       how often torchrun starts all ranks again   (default: 0)
 #   SHUTDOWN_TIMEOUT   seconds to end in after a signal            (default: 300)
+#   RETRY_EXIT_CODE    instead of every code but 0 and 2           (default: see README.md)
 #   HOURGLASS_PROGRAM  train, or preflight                         (default: train)
 set -euo pipefail
 

@@ -9,7 +9,7 @@ import re
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from hourglass_dist.config import Config
 from hourglass_dist.model_config import PositiveFloat, PositiveInt
@@ -19,6 +19,28 @@ END_SECONDS = 60
 """What a Slurm job has after the seconds for saving, to end and to be queued again."""
 
 Port = Annotated[int, Field(ge=1024, le=65535)]
+
+
+def _quantity(text: str) -> str:
+    if not re.fullmatch(r"[0-9]+(\.[0-9]+)?([kMGTPE]|[KMGTPE]i)?", text):
+        raise ValueError(f"expected a quantity of memory such as 64Gi, given {text!r}")
+    return text
+
+
+def _label(text: str) -> str:
+    if not re.fullmatch(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?", text):
+        raise ValueError(f"expected a name of a to z, 0 to 9 and -, given {text!r}")
+    return text
+
+
+def _folder(text: str) -> str:
+    if not text.startswith("/") or ":" in text:
+        raise ValueError(f"expected a path from the root, such as /data, given {text!r}")
+    return text
+
+
+Quantity = Annotated[str, AfterValidator(_quantity)]
+Label = Annotated[str, AfterValidator(_label)]
 
 
 class SlurmConfig(Section):
@@ -49,9 +71,9 @@ class SshConfig(Section):
 class VolumeConfig(Section):
     """A persistent volume claim that every pod sees."""
 
-    claim: str
+    claim: Label
     """Its name."""
-    path: str
+    path: Annotated[str, AfterValidator(_folder)]
     """Where in the pod."""
 
 
@@ -60,15 +82,15 @@ class KubernetesConfig(Section):
 
     kind: Literal["job", "jobset", "trainjob", "pytorchjob"] = "job"
     """Which file in launch/k8s: an Indexed Job needs no operator, the others do."""
-    namespace: str | None = None
+    namespace: Label | None = None
     """Null: kubectl's own."""
     image: str = "hourglass-dist:latest"
     """Made with ``docker build -f launch/Dockerfile``."""
     cpus: PositiveInt = 8
     """Of each pod."""
-    memory: str = "64Gi"
+    memory: Quantity = "64Gi"
     """Of each pod."""
-    shared_memory: str = "16Gi"
+    shared_memory: Quantity = "16Gi"
     """/dev/shm of each pod: NCCL and data workers use it."""
     volumes: list[VolumeConfig] = Field(default_factory=list)
     """The run folder and the data lie there."""

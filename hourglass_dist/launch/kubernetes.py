@@ -1,12 +1,116 @@
-"""Fills a manifest of ``launch/k8s/`` with a run and the facts of a cluster."""
+"""Fills a manifest of ``launch/k8s/`` with a run and the facts of a cluster.
+
+    launch/k8s/KIND.yaml + cluster file + CONFIG key=value ...  ->  what kubectl is given
+
+The file is read as YAML and filled by structure: what it says besides stays. The settings file goes
+along as a ConfigMap, so that pods train with exactly what was checked here.
+
+Pods meet by torchrun's c10d rendezvous at pod 0, by its name: every kind then needs the same
+variables, a pod that is made again takes the place of the one before, and nodes may be fewer.
+"""
 
 from __future__ import annotations
 
+import re
+import zlib
 from collections.abc import Mapping, Sequence
-from pathlib import Path
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import yaml
 
 from hourglass_dist.config import Config
 from hourglass_dist.launch.cluster import ClusterConfig
+from hourglass_dist.sections import read_documents
+
+CONFIG_FOLDER = "/etc/hourglass"
+LONGEST_NAME = 41  # host names have 63 letters, and some are NAME-preflight-worker-1234
+GRACE_SECONDS = 30  # what a pod has to end in besides saving
+RETRY_EXIT_CODE = "203"  # a PyTorchJob starts again after 128 and more, and gives up after others
+
+
+@dataclass(frozen=True)
+class _Places:
+    """Where a kind has what is filled in: a document, and paths in it."""
+
+    document: str
+    pod: str
+    job: str | None = None
+    group: str | None = None
+    """Whose name is part of those of pods."""
+
+
+PLACES = {
+    "job": _Places("Job", "spec.template", "spec"),
+    "jobset": _Places(
+        *("JobSet", "spec.replicatedJobs.0.template.spec.template"),
+        *("spec.replicatedJobs.0.template.spec", "spec.replicatedJobs.0"),
+    ),
+    "trainjob": _Places(
+        *("TrainingRuntime", "spec.template.spec.replicatedJobs.0.template.spec.template"),
+        *(
+            "spec.template.spec.replicatedJobs.0.template.spec",
+            "spec.template.spec.replicatedJobs.0",
+        ),
+    ),
+    "pytorchjob": _Places("PyTorchJob", "spec.pytorchReplicaSpecs.Worker.template"),
+}
+
+
+class Manifest:
+    """The documents of a template, and places in them."""
+
+    def __init__(self, path: Path) -> None:
+        """Raises ConfigError when it is no YAML."""
+        self._path, self.documents = path, read_documents(path)
+
+    def at(self, kind: str, path: str) -> Any:
+        """What is at a dotted path in the document of a kind. Raises ValueError when it is not
+        there."""
+        found: Any = next((d for d in self.documents if d.get("kind") == kind), None)
+        if found is None:
+            raise ValueError(f"{self._path}: has no document 'kind: {kind}' to fill")
+        done = []
+        for part in path.split("."):
+            done.append(part)
+            inner: Any = None
+            if isinstance(found, dict):
+                inner = found.get(part)
+            elif isinstance(found, list) and part.isdecimal() and int(part) < len(found):
+                inner = found[int(part)]
+            if not isinstance(inner, dict | list):
+                raise ValueError(f"{self._path}: {kind} has no {'.'.join(done)} to fill")
+            found = inner
+        return found
+
+    def text(self) -> str:
+        """All documents, as YAML."""
+        return yaml.dump_all(self.documents, Dumper=_Dumper, sort_keys=False, width=1000)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Text that any reader of YAML takes for text, and texts of several lines as they are."""
+
+
+def _text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    is_plain = re.fullmatch(r"[A-Za-z/][\w./-]+", text) is not None
+    style = "|" if "\n" in text else None if is_plain else '"'
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style)
+
+
+_Dumper.add_representer(str, _text)
+
+
+def run_name(config: Config, suffix: str = "") -> str:
+    """The name of the run folder as Kubernetes has names: a to z, 0 to 9 and -, short."""
+    folder = PurePosixPath(config.run.dir).name
+    name = re.sub(r"[^a-z0-9]+", "-", folder.lower()).strip("-")
+    if not name[:1].isalpha():
+        name = f"run-{name}".strip("-")
+    if len(name) > LONGEST_NAME:
+        name = f"{name[: LONGEST_NAME - 9].rstrip('-')}-{zlib.crc32(folder.encode()):08x}"
+    return f"{name}{suffix}"
 
 
 def manifest(
@@ -16,5 +120,138 @@ def manifest(
     arguments: Sequence[str],
     environment: Mapping[str, str],
 ) -> str:
-    """The manifest, as YAML. Raises ValueError when the template lacks a place to fill."""
-    raise ValueError("kubernetes: not there yet")
+    """The manifest, as YAML. Raises ValueError when the template lacks a place to fill, or the run
+    folder would go with the pod."""
+    settings = cluster.kubernetes
+    is_preflight = environment.get("HOURGLASS_PROGRAM") == "preflight"
+    name = run_name(config, "-preflight" if is_preflight else "")
+    filled, places = Manifest(folder / f"{settings.kind}.yaml"), PLACES[settings.kind]
+    _fill_kind(filled, places, cluster, name, 0 if is_preflight else cluster.restarts)
+    variables = dict(environment) | _meeting(filled, places, cluster, name)
+    _fill_container(filled, places, cluster, arguments[1:], variables)
+    _fill_volumes(filled, places, cluster, name, config)
+    text = {"config.yaml": Path(arguments[0]).read_text(encoding="utf-8")}
+    filled.documents.insert(0, {"apiVersion": "v1", "kind": "ConfigMap", "data": text})
+    where = {"namespace": settings.namespace} if settings.namespace else {}
+    for index, document in enumerate(filled.documents):
+        named = {**document.pop("metadata", {}), "name": name, **where}
+        start = {key: document.pop(key) for key in ("apiVersion", "kind")}
+        filled.documents[index] = {**start, "metadata": named, **document}
+    return filled.text()
+
+
+def _meeting(
+    filled: Manifest, places: _Places, cluster: ClusterConfig, name: str
+) -> dict[str, str]:
+    """How pods find each other."""
+    if places.group:
+        pods = f"{name}-{filled.at(places.document, places.group)['name']}-0"
+    else:
+        pods = name if places.job else f"{name}-worker"
+    first = f"{pods}-0.{name}" if places.job else f"{pods}-0"
+    found = {"JOB_ID": name, "MASTER_ADDR": first}
+    if cluster.nodes > 1:
+        found["NODE_NAMES"] = " ".join(f"{pods}-{index}" for index in range(cluster.nodes))
+    return found if places.job else found | {"RETRY_EXIT_CODE": RETRY_EXIT_CODE}
+
+
+def _fill_kind(
+    filled: Manifest, places: _Places, cluster: ClusterConfig, name: str, restarts: int
+) -> None:
+    kind, nodes = cluster.kubernetes.kind, cluster.nodes
+    if places.job:
+        filled.at(places.document, places.job).update(
+            completions=nodes, parallelism=nodes, backoffLimitPerIndex=restarts
+        )
+    if kind == "job":
+        filled.at("Service", "spec")["selector"] = {"batch.kubernetes.io/job-name": name}
+        filled.at("Service", "spec.ports.0")["port"] = cluster.port
+        filled.at("Job", "spec.template.spec")["subdomain"] = name
+    elif kind == "trainjob":
+        filled.at("TrainingRuntime", "spec.mlPolicy")["numNodes"] = nodes
+        filled.at("TrainJob", "spec.trainer")["numNodes"] = nodes
+        filled.at("TrainJob", "spec.runtimeRef")["name"] = name
+    elif kind == "pytorchjob":
+        filled.at("PyTorchJob", "spec.runPolicy")["backoffLimit"] = restarts
+        filled.at("PyTorchJob", "spec.pytorchReplicaSpecs.Worker")["replicas"] = nodes
+        if cluster.min_nodes:
+            filled.at("PyTorchJob", "spec")["elasticPolicy"] = {
+                "minReplicas": cluster.min_nodes,
+                "maxReplicas": nodes,
+                "rdzvBackend": "c10d",
+                "maxRestarts": restarts,
+            }
+
+
+def _fill_container(
+    filled: Manifest,
+    places: _Places,
+    cluster: ClusterConfig,
+    overrides: Sequence[str],
+    variables: Mapping[str, str],
+) -> None:
+    """What runs in a pod, and with how much."""
+    kind, pod = places.document, places.pod
+    settings, path = cluster.kubernetes, f"{pod}.spec.containers.0"
+    container = filled.at(kind, path)
+    container["image"] = settings.image
+    container["args"] = [f"{CONFIG_FOLDER}/config.yaml", *overrides]
+    filled.at(kind, f"{path}.ports.0")["containerPort"] = cluster.port
+    environment = [{"name": name, "value": value} for name, value in variables.items()]
+    container["env"] = _merged(filled.at(kind, f"{path}.env"), environment, "name")
+    asked = {"cpu": str(settings.cpus), "memory": settings.memory}
+    limits = {"memory": settings.memory}
+    if cluster.gpus_per_node:
+        limits["nvidia.com/gpu"] = str(cluster.gpus_per_node)
+    resources = filled.at(kind, f"{path}.resources")
+    resources["requests"] = {**resources.get("requests", {}), **asked}
+    resources["limits"] = {**resources.get("limits", {}), **limits}
+
+
+def _fill_volumes(
+    filled: Manifest, places: _Places, cluster: ClusterConfig, name: str, config: Config
+) -> None:
+    """What a pod sees, where it may be, and how long it has to end."""
+    kind, path = places.document, places.pod
+    settings, spec = cluster.kubernetes, filled.at(kind, f"{path}.spec")
+    container = filled.at(kind, f"{path}.spec.containers.0")
+    claims = {f"volume-{index}": volume for index, volume in enumerate(settings.volumes)}
+    memory = {"medium": "Memory", "sizeLimit": settings.shared_memory}
+    volumes: list[dict[str, Any]] = [
+        {"name": "config", "configMap": {"name": name}},
+        {"name": "shm", "emptyDir": memory},
+        *(
+            {"name": key, "persistentVolumeClaim": {"claimName": volume.claim}}
+            for key, volume in claims.items()
+        ),
+    ]
+    mounts: list[dict[str, Any]] = [
+        {"name": "config", "mountPath": CONFIG_FOLDER, "readOnly": True},
+        {"name": "shm", "mountPath": "/dev/shm"},
+        *({"name": key, "mountPath": volume.path} for key, volume in claims.items()),
+    ]
+    spec["volumes"] = _merged(filled.at(kind, f"{path}.spec.volumes"), volumes, "name")
+    mounted = _merged(filled.at(kind, f"{path}.spec.containers.0.volumeMounts"), mounts, "name")
+    container["volumeMounts"] = mounted
+    _require_volume(config.run.dir, [mount["mountPath"] for mount in mounted])
+    if settings.node_selector:
+        spec["nodeSelector"] = {**spec.get("nodeSelector", {}), **settings.node_selector}
+    spec["terminationGracePeriodSeconds"] = cluster.save_seconds + GRACE_SECONDS
+
+
+def _merged(there: list[Any], new: list[dict[str, Any]], key: str) -> list[Any]:
+    """What the template has, then what is filled in; of equal names the latter."""
+    names = {item[key] for item in new}
+    return [item for item in there if item.get(key) not in names] + new
+
+
+def _require_volume(run: str, places: Sequence[str]) -> None:
+    """Raise ValueError when a run folder would be gone with its pod."""
+    folder = PurePosixPath(run)
+    kept = [place for place in places if place not in (CONFIG_FOLDER, "/dev/shm")]
+    if ".." in folder.parts or not any(folder.is_relative_to(place) for place in kept):
+        known = f" ({', '.join(kept)})" if kept else ", and there is none"
+        raise ValueError(
+            f"run.dir: {run} would be gone with the pod: expected a folder in one of "
+            f"kubernetes.volumes{known}"
+        )

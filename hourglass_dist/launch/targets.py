@@ -4,7 +4,7 @@
     torchrun   bash launch/torchrun.sh CONFIG                     launch/torchrun.sh
     ssh        python launch/ssh.py HOSTFILE CONFIG               launch/torchrun.sh
     slurm      sbatch launch/slurm.sbatch CONFIG                  launch/torchrun.sh
-    k8s        kubectl apply -f - < launch/k8s/KIND.yaml, filled  launch/torchrun.sh
+    k8s        kubectl create -f - < launch/k8s/KIND.yaml, filled launch/torchrun.sh
 
 The torchrun line itself is built in launch/torchrun.sh alone, from the variables that
 ``node_environment`` sets.
@@ -134,9 +134,10 @@ def slurm(request: Request) -> Launch:
 
 
 def k8s(request: Request) -> Launch:
-    """To the cluster that kubectl talks to."""
+    """To the cluster that kubectl talks to; with ``create``, which refuses a name that is taken:
+    ``apply`` would leave a job that has ended as it is."""
     space = request.cluster.kubernetes.namespace
-    command = ["kubectl", "apply", *([f"--namespace={space}"] if space else []), "-f", "-"]
+    command = ["kubectl", "create", *([f"--namespace={space}"] if space else []), "-f", "-"]
     text = manifest(
         *(SCRIPTS / "k8s", request.cluster, request.config, request.arguments),
         node_environment(request),
