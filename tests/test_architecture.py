@@ -64,10 +64,11 @@ ORDER = [
         "profiling",
         "train",
     ),
-    "forecast",
+    *("failures", "rings", "forecast"),
     *("charts", "report_style", "report"),
     *("bench.shared", "bench.model", "bench.decode", "bench.compare", "bench.data", "bench.save"),
-    *("bench.zero_worker", "bench.zero", "bench.loop_worker", "bench.loop", "bench.cli"),
+    *("bench.zero_worker", "bench.zero", "bench.loop_worker", "bench.loop"),
+    *("bench.store", "bench.traffic_worker", "bench.scale", "bench.cli"),
     "cli",
 ]
 FOR_DATA_TOOLS = ("data", "sections", "files")
