@@ -184,6 +184,9 @@ def scale(
     ),
     failures: Annotated[int, typer.Option(help="Failures in a simulation.", min=100)] = 3000,
     seed: Annotated[int, typer.Option(help="Of the simulation.", min=0)] = 0,
+    count: Annotated[
+        str, typer.Option(help="Count a twin's traffic on so many CPU ranks, too.")
+    ] = "",
     json_file: Json = None,
 ) -> None:
     """One run on more and more accelerators, on paper: a step at every ZeRO stage, checkpoints,
@@ -195,7 +198,8 @@ def scale(
     from hourglass_dist.bench.shared import write
 
     counts = numbers("--ranks", ranks, 8, 65_536)
-    rows = bench_scale(config, overrides or (), gpu, counts, failures, seed)
+    live = numbers("--count", count, 2, 64) if count else []
+    rows = bench_scale(config, overrides or (), gpu, counts, failures, seed, live)
     write(json_file, {"seed": seed, "failures": failures}, rows)
 
 

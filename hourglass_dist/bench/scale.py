@@ -4,12 +4,13 @@
     a checkpoint   files, what one costs the file system and the store, and reading it again
     failures       how many, the best interval by formula and by a walk along simulated failures
 
-The formulas of bytes are those of ``hourglass plan``; ``traffic_worker.py`` and ``bench zero`` count
-them on live ranks. Nothing here is measured: it is the same on every machine.
+The formulas of bytes are those of ``hourglass plan``, which ``bench zero`` counts on live ranks; so
+does ``--count`` with a small twin of this very run. All else is the same on every machine.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -17,12 +18,11 @@ from typing import Any, NamedTuple
 
 import torch
 
-from hourglass_dist.bench.shared import show
+from hourglass_dist.bench.shared import on_ranks, show
 from hourglass_dist.config import Config, load
 from hourglass_dist.failures import (
     DAY,
     RATES,
-    Outcome,
     Return,
     Saving,
     best_interval,
@@ -32,7 +32,7 @@ from hourglass_dist.failures import (
     simulate,
     young,
 )
-from hourglass_dist.forecast import WRITES, Cluster, Forecast, cluster, forecast
+from hourglass_dist.forecast import WRITES, Forecast, cluster, forecast
 from hourglass_dist.model.hourglass import HourglassLM
 from hourglass_dist.model_config import ModelConfig
 from hourglass_dist.plan import show_bytes
@@ -73,13 +73,20 @@ class Restart(NamedTuple):
 
 
 def bench_scale(
-    file: Path, overrides: Sequence[str], gpu: str, ranks: Sequence[int], failures: int, seed: int
+    file: Path,
+    overrides: Sequence[str],
+    gpu: str,
+    ranks: Sequence[int],
+    failures: int,
+    seed: int,
+    count: Sequence[int] = (),
 ) -> list[dict[str, Any]]:
-    """Compute, print and return the rows of all tables. Raises ValueError for settings or numbers
-    of ranks that cannot be."""
-    sizes = [size_of(file, overrides, gpu, count) for count in ranks]
+    """Compute, print and return the rows of all tables, the first of them of live ranks when there
+    is something to ``count``. Raises ValueError for settings or numbers of ranks that cannot be."""
+    sizes = [size_of(file, overrides, gpu, gpus) for gpus in ranks]
     found: list[dict[str, Any]] = []
     for title, rows, columns in (
+        *([_counted(file, overrides, count)] if count else []),
         _steps(sizes),
         _checkpoints(sizes),
         _failures(sizes, failures, seed),
@@ -112,9 +119,23 @@ def at_stage(config: Config, stage: int) -> Config:
     return config.model_copy(update={"deepspeed": engine})
 
 
-# --- a step --------------------------------------------------------------------------------------
-
 Report = tuple[str, list[dict[str, Any]], dict[str, str]]
+
+
+def _counted(file: Path, overrides: Sequence[str], count: Sequence[int]) -> Report:
+    rows: list[dict[str, Any]] = []
+    for ranks in count:
+        arguments = json.dumps({"file": str(file), "overrides": list(overrides)})
+        rows += on_ranks(ranks, "hourglass_dist.bench.traffic_worker", arguments)
+    for row in rows:
+        row["apart"] = row["sent"] / row["planned"] - 1
+    columns = {"ranks": "{ranks}", "stage": "{stage}", "passes": "{passes}"}
+    columns |= {"bytes sent": "{sent:,.0f}", "planned": "{planned:,.0f}", "apart": "{apart:+.2%}"}
+    columns |= {"calls": "{calls:,}", "calls planned": "{calls_planned:,}"}
+    return f"A step of a twin of {rows[0]['parameters']:,} parameters, counted", rows, columns
+
+
+# --- a step --------------------------------------------------------------------------------------
 
 
 def _steps(sizes: Sequence[Size]) -> Report:
@@ -153,7 +174,7 @@ def _steps(sizes: Sequence[Size]) -> Report:
 
 @cache
 def header_bytes(model: str) -> int:
-    """About how long the index of a rank's file is, for a model given as JSON: three pieces of every
+    """About how long the index of a rank's file is, for a model given as JSON: three pieces of each
     trained tensor, and all shapes."""
     with torch.device("meta"):
         made = HourglassLM(ModelConfig.model_validate_json(model))

@@ -1,4 +1,4 @@
-"""Run by torchrun from ``bench/scale.py``: what a small twin of a run sends in a step, and how often.
+"""Run by torchrun from ``bench/scale.py``: what a small twin of a run sends in a step.
 
     python -m hourglass_dist.bench.traffic_worker OUT.json '{"file": "...", "overrides": [...]}'
 
