@@ -51,6 +51,45 @@ def train(config: ConfigFile, overrides: Overrides = None) -> None:
 
 
 @app.command()
+def launch(
+    target: Annotated[
+        Literal["torchrun", "ssh", "slurm", "k8s"],
+        typer.Argument(help="Where to: this node, the nodes of a hostfile, a queue, a cluster."),
+    ],
+    config: ConfigFile,
+    overrides: Overrides = None,
+    cluster: Annotated[Path, typer.Option(help="What the machines are like.")] = Path(
+        "launch/cluster.yaml"
+    ),
+    print_only: Annotated[
+        bool, typer.Option("--print", help="Show what would be run, and run nothing.")
+    ] = False,
+    preflight_only: Annotated[
+        bool, typer.Option("--preflight-only", help="Look whether all nodes are fit, no training.")
+    ] = False,
+) -> None:
+    """Start, or continue, a run on one node or many.
+
+    Settings are checked first. docs/clusters.md says what each target needs.
+
+    Example: hourglass launch torchrun configs/quickstart.yaml --print
+    """
+    from hourglass_dist.launch import cluster as clusters
+    from hourglass_dist.launch import targets
+
+    loaded = settings.load(config, overrides or ())
+    machines = clusters.load_cluster(cluster)
+    clusters.require_ranks(machines, loaded)
+    arguments = [str(config), *(overrides or [])]
+    request = targets.Request(machines, loaded, arguments, preflight_only)
+    found = targets.TARGETS[target](request)
+    if print_only:
+        print(targets.show(found), end="")
+    else:
+        raise typer.Exit(targets.start(found))
+
+
+@app.command()
 def config(config: ConfigFile, overrides: Overrides = None) -> None:
     """Print the resolved settings, every default filled in, or one line for each mistake.
 

@@ -67,8 +67,8 @@ ORDER = [
     *("failures", "rings", "forecast"),
     *("charts", "report_style", "report"),
     *("bench.shared", "bench.model", "bench.decode", "bench.compare", "bench.data", "bench.save"),
-    *("bench.zero_worker", "bench.zero", "bench.loop_worker", "bench.loop"),
-    *("bench.store", "bench.traffic_worker", "bench.scale", "bench.cli"),
+    *("failures", "rings", "forecast"),
+    *("launch.cluster", "launch.kubernetes", "launch.targets"),
     "cli",
 ]
 FOR_DATA_TOOLS = ("data", "sections", "files")

@@ -1,0 +1,131 @@
+"""What the machines of a cluster are like: ``launch/cluster.yaml``, or a file of one's own.
+
+Everything that differs between clusters is here; the scripts in ``launch/`` are the same for all.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from hourglass_dist.config import Config
+from hourglass_dist.model_config import PositiveFloat, PositiveInt
+from hourglass_dist.sections import ConfigError, Section, parse, read_yaml
+
+Port = Annotated[int, Field(ge=1024, le=65535)]
+
+
+class SlurmConfig(Section):
+    """What ``sbatch`` is told."""
+
+    partition: str | None = None
+    """Where jobs go; null: Slurm's default."""
+    account: str | None = None
+    """Who pays."""
+    qos: str | None = None
+    """Quality of service."""
+    time: str | None = None
+    """Time limit of a job, as 23:30:00 or 2-00:00:00. The run saves itself before and is queued
+    again."""
+    options: list[str] = Field(default_factory=list)
+    """More options of sbatch, such as --constraint=h100."""
+
+
+class SshConfig(Section):
+    """How nodes without a scheduler are reached."""
+
+    hostfile: str | None = None
+    """File with a line ``HOST slots=RANKS`` for each node, as DeepSpeed has it."""
+    options: list[str] = Field(default_factory=list)
+    """More options of ssh, such as -p2222."""
+
+
+class VolumeConfig(Section):
+    """A persistent volume claim that every pod sees."""
+
+    claim: str
+    """Its name."""
+    path: str
+    """Where in the pod."""
+
+
+class KubernetesConfig(Section):
+    """What a manifest is filled with."""
+
+    kind: Literal["job", "jobset", "trainjob", "pytorchjob"] = "job"
+    """Which file in launch/k8s: an Indexed Job needs no operator, the others do."""
+    namespace: str | None = None
+    """Null: kubectl's own."""
+    image: str = "hourglass-dist:latest"
+    """Made with ``docker build -f launch/Dockerfile``."""
+    cpus: PositiveInt = 8
+    """Of each pod."""
+    memory: str = "64Gi"
+    """Of each pod."""
+    shared_memory: str = "16Gi"
+    """/dev/shm of each pod: NCCL and data workers use it."""
+    volumes: list[VolumeConfig] = Field(default_factory=list)
+    """The run folder and the data lie there."""
+    node_selector: dict[str, str] = Field(default_factory=dict)
+    """Labels that nodes must have."""
+
+
+class ClusterConfig(Section):
+    """The machines of a cluster and how to start there."""
+
+    nodes: PositiveInt = 1
+    """Machines of a run."""
+    min_nodes: PositiveInt | None = None
+    """With as few the run goes on when nodes are lost, and takes up those that come; null: only
+    with all."""
+    gpus_per_node: PositiveInt | None = None
+    """Ranks on each; null: one for each of its GPUs, or two on CPUs."""
+    network_interface: str | None = None
+    """Between nodes, such as eth0; null: what NCCL and gloo choose."""
+    port: Port = 29500
+    """Where ranks meet, on the first node."""
+    restarts: Annotated[int, Field(ge=0)] = 100
+    """How often torchrun starts the ranks again after one was lost. Starts that get nowhere are
+    few: see run.max_fruitless_starts."""
+    join_minutes: PositiveFloat = 10.0
+    """How long a node waits for the others."""
+    save_seconds: PositiveInt = 300
+    """What ranks have after a signal, to save: more than a checkpoint takes."""
+    environment: dict[str, str] = Field(default_factory=dict)
+    """Variables for every rank, such as NCCL_IB_HCA."""
+    slurm: SlurmConfig = SlurmConfig()
+    ssh: SshConfig = SshConfig()
+    kubernetes: KubernetesConfig = KubernetesConfig()
+
+    @model_validator(mode="after")
+    def _check(self) -> ClusterConfig:
+        if self.min_nodes and self.min_nodes > self.nodes:
+            raise ValueError(
+                f"min_nodes: expected at most nodes ({self.nodes}), given {self.min_nodes}"
+            )
+        for name in self.environment:
+            if not name.isidentifier():
+                raise ValueError(f"environment: expected names of variables, given {name!r}")
+        return self
+
+    @property
+    def node_counts(self) -> range:
+        """Every number of nodes that the run may go on with."""
+        return range(self.min_nodes or self.nodes, self.nodes + 1)
+
+
+def load_cluster(path: Path) -> ClusterConfig:
+    """Read a cluster file. Raises ConfigError with one line for every mistake."""
+    return parse(ClusterConfig, read_yaml(path), source=str(path))
+
+
+def require_ranks(cluster: ClusterConfig, config: Config) -> None:
+    """Raise ConfigError when the batch cannot be dealt to the ranks of a number of nodes that the
+    run may have. Where ``gpus_per_node`` is left open, the ranks look themselves."""
+    for nodes in cluster.node_counts if cluster.gpus_per_node else ():
+        try:
+            config.accumulation_steps(nodes * (cluster.gpus_per_node or 1))
+        except ConfigError as error:
+            raise ConfigError(f"{nodes} nodes of {cluster.gpus_per_node} ranks: {error}") from None

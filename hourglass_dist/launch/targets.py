@@ -1,0 +1,141 @@
+"""``hourglass launch TARGET CONFIG``: a cluster file and a run in, one command out.
+
+    TARGET     the command                                        on every node it ends in
+    torchrun   bash launch/torchrun.sh CONFIG                     launch/torchrun.sh
+    ssh        python launch/ssh.py HOSTFILE CONFIG               launch/torchrun.sh
+    slurm      sbatch launch/slurm.sbatch CONFIG                  launch/torchrun.sh
+    k8s        kubectl apply -f - < launch/k8s/KIND.yaml, filled  launch/torchrun.sh
+
+The torchrun line itself is built in launch/torchrun.sh alone, from the variables that
+``node_environment`` sets.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from hourglass_dist.config import Config
+from hourglass_dist.launch.cluster import ClusterConfig
+from hourglass_dist.launch.kubernetes import manifest
+
+SCRIPTS = Path(__file__).parents[2] / "launch"
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A command, the variables that it is given besides those of this process, and its input."""
+
+    command: list[str]
+    environment: dict[str, str] = field(default_factory=dict)
+    input: str | None = None
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is to be started."""
+
+    cluster: ClusterConfig
+    config: Config
+    arguments: Sequence[str]
+    """CONFIG.yaml key=value ..., as the ranks get them."""
+    preflight_only: bool = False
+
+
+def node_environment(request: Request) -> dict[str, str]:
+    """The variables that launch/torchrun.sh makes its command of, without those that differ from
+    node to node."""
+    cluster = request.cluster
+    counts = cluster.node_counts
+    found = {
+        "NNODES": str(cluster.nodes) if len(counts) == 1 else f"{counts[0]}:{counts[-1]}",
+        "MASTER_PORT": str(cluster.port),
+        "MAX_RESTARTS": str(0 if request.preflight_only else cluster.restarts),
+        "JOIN_TIMEOUT": str(round(60 * cluster.join_minutes)),
+        "SHUTDOWN_TIMEOUT": str(cluster.save_seconds),
+    }
+    if cluster.gpus_per_node:
+        found["NPROC_PER_NODE"] = str(cluster.gpus_per_node)
+    if cluster.network_interface:
+        found["NETWORK_INTERFACE"] = cluster.network_interface
+    if request.preflight_only:
+        found["HOURGLASS_PROGRAM"] = "preflight"
+    return found | cluster.environment
+
+
+def torchrun(request: Request) -> Launch:
+    """On this node; with several, the same line on each, and MASTER_ADDR set."""
+    script = str(SCRIPTS / "torchrun.sh")
+    return Launch(["bash", script, *request.arguments], node_environment(request))
+
+
+def ssh(request: Request) -> Launch:
+    """On every node of the hostfile, over ssh."""
+    hostfile = request.cluster.ssh.hostfile
+    if not hostfile:
+        raise ValueError("ssh.hostfile: the cluster file must name one: a line 'HOST slots=8' each")
+    options = [f"--ssh-option={option}" for option in request.cluster.ssh.options]
+    command = [sys.executable, str(SCRIPTS / "ssh.py"), *options, hostfile, *request.arguments]
+    return Launch(command, node_environment(request))
+
+
+def slurm(request: Request) -> Launch:
+    """Into the queue of Slurm."""
+    cluster, settings = request.cluster, request.cluster.slurm
+    given = {
+        "partition": settings.partition,
+        "account": settings.account,
+        "qos": settings.qos,
+        "time": settings.time,
+        "gpus-per-node": cluster.gpus_per_node,
+    }
+    options = [f"--{name}={value}" for name, value in given.items() if value is not None]
+    nodes = f"{cluster.node_counts[0]}-{cluster.nodes}" if cluster.min_nodes else cluster.nodes
+    command = [
+        *("sbatch", f"--nodes={nodes}", *options, *settings.options),
+        *(str(SCRIPTS / "slurm.sbatch"), *request.arguments),
+    ]
+    return Launch(command, node_environment(request))
+
+
+def k8s(request: Request) -> Launch:
+    """To the cluster that kubectl talks to."""
+    space = request.cluster.kubernetes.namespace
+    command = ["kubectl", "apply", *([f"--namespace={space}"] if space else []), "-f", "-"]
+    text = manifest(
+        *(SCRIPTS / "k8s", request.cluster, request.config, request.arguments),
+        node_environment(request),
+    )
+    return Launch(command, input=text)
+
+
+TARGETS = {"torchrun": torchrun, "ssh": ssh, "slurm": slurm, "k8s": k8s}
+
+
+def show(launch: Launch) -> str:
+    """What would be run, as a shell would take it; for Kubernetes the manifest alone."""
+    if launch.input is not None:
+        return launch.input
+    variables = [f"{name}={shlex.quote(value)}" for name, value in launch.environment.items()]
+    return f"{' '.join([*variables, shlex.join(launch.command)])}\n"
+
+
+def start(launch: Launch) -> int:
+    """Run it, in the place of this process where it has no input; returns its exit code.
+
+    Raises ValueError when the program is not there.
+    """
+    program = launch.command[0]
+    if not shutil.which(program):
+        raise ValueError(f"{program}: not found on this machine; --print shows what would be run")
+    environment = os.environ | launch.environment
+    if launch.input is None:
+        sys.stdout.flush()
+        os.execvpe(program, launch.command, environment)
+    return subprocess.run(launch.command, input=launch.input, text=True, check=False).returncode
