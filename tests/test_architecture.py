@@ -67,7 +67,8 @@ ORDER = [
     *("failures", "rings", "forecast"),
     *("charts", "report_style", "report"),
     *("bench.shared", "bench.model", "bench.decode", "bench.compare", "bench.data", "bench.save"),
-    *("failures", "rings", "forecast"),
+    *("bench.zero_worker", "bench.zero", "bench.loop_worker", "bench.loop"),
+    *("bench.store", "bench.traffic_worker", "bench.scale", "bench.cli"),
     *("launch.cluster", "launch.kubernetes", "launch.targets"),
     "cli",
 ]

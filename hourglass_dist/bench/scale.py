@@ -50,6 +50,9 @@ GROUPS = 0.7
 INTERVALS_MIN = (1, 2, 5, 10, 20, 60, 180)
 
 
+Report = tuple[str, list[dict[str, Any]], dict[str, str]]
+
+
 class Size(NamedTuple):
     """The run on so many accelerators, at every ZeRO stage."""
 
@@ -83,18 +86,25 @@ def bench_scale(
 ) -> list[dict[str, Any]]:
     """Compute, print and return the rows of all tables, the first of them of live ranks when there
     is something to ``count``. Raises ValueError for settings or numbers of ranks that cannot be."""
-    sizes = [size_of(file, overrides, gpu, gpus) for gpus in ranks]
     found: list[dict[str, Any]] = []
-    for title, rows, columns in (
-        *([_counted(file, overrides, count)] if count else []),
+    counted = [_counted(file, overrides, count)] if count else []
+    for title, rows, columns in counted + reports(file, overrides, gpu, ranks, failures, seed):
+        show(title, rows, columns)
+        found += [{"table": title} | row for row in rows]
+    return found
+
+
+def reports(
+    file: Path, overrides: Sequence[str], gpu: str, ranks: Sequence[int], failures: int, seed: int
+) -> list[Report]:
+    """The tables, each a title, rows, and what stands above each column with its format."""
+    sizes = [size_of(file, overrides, gpu, gpus) for gpus in ranks]
+    return [
         _steps(sizes),
         _checkpoints(sizes),
         _failures(sizes, failures, seed),
         _intervals(sizes[-1], failures, seed),
-    ):
-        show(title, rows, columns)
-        found += [{"table": title} | row for row in rows]
-    return found
+    ]
 
 
 def size_of(file: Path, overrides: Sequence[str], gpu: str, gpus: int) -> Size:
@@ -117,9 +127,6 @@ def at_stage(config: Config, stage: int) -> Config:
     zero = config.deepspeed.zero_optimization.model_copy(update={"stage": stage})
     engine = config.deepspeed.model_copy(update={"zero_optimization": zero})
     return config.model_copy(update={"deepspeed": engine})
-
-
-Report = tuple[str, list[dict[str, Any]], dict[str, str]]
 
 
 def _counted(file: Path, overrides: Sequence[str], count: Sequence[int]) -> Report:
@@ -277,15 +284,16 @@ def _intervals(size: Size, failures: int, seed: int) -> Report:
     for minutes in INTERVALS_MIN:
         row: dict[str, Any] = {"minutes": minutes}
         for name, rate in RATES.items():
-            kinds = {"sync": (whole, {}), "async": (saving, {})}
-            kinds |= {
-                "groups": (saving, {"shape": GROUPS}),
-                "limit": (saving, {"limit_s": limit_s}),
-            }
-            for kind, (what, how) in kinds.items():
+            for kind in ("sync", "async", "groups", "limit"):
                 walk = simulate(
-                    *(60.0 * minutes, what, back, mtbf_s(size.gpus, rate)),
-                    **{"failures": failures, "seed": seed, **how},
+                    60.0 * minutes,
+                    whole if kind == "sync" else saving,
+                    back,
+                    mtbf_s(size.gpus, rate),
+                    failures=failures,
+                    shape=GROUPS if kind == "groups" else 1.0,
+                    limit_s=limit_s if kind == "limit" else None,
+                    seed=seed,
                 )
                 row[f"{key_of(name)}_{kind}"] = walk.goodput
                 row[f"{key_of(name)}_{kind}_lost"] = walk.lost
