@@ -7,8 +7,10 @@ in what is printed:
     products      at 40 % of the peak (published: 33 to 48 % on H100, llm-foundry, Megatron-LM and
                   torchtitan), with selective checkpointing 3 % longer (docs/benchmarks/cpu.md)
     collectives   rings over all links of a node at 70 % of their bandwidth; between nodes every
-                  GPU uses its own network card
+                  GPU uses its own network card; each also takes the latencies of its steps
+                  (rings.py), and there are as many as DeepSpeed's buckets make
     files         2 GB/s to the file system that takes checkpoints, all ranks together
+    failures      as often as in the training of Llama 3 (failures.py)
     a step        with ``overlap_comm`` (stages 2 and 3) the longer of both, else their sum; then
                   the optimizer, which moves its state through memory once each way, and at stages
                   1 and 2 the gathering of the new weights
@@ -18,11 +20,26 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
+from typing import NamedTuple
+
+import torch
 
 from hourglass_dist.config import Config
 from hourglass_dist.devices import Device, Node, planned_device
+from hourglass_dist.failures import DAY, RATES, Return, Saving, goodput, longest_interval, mtbf_s
+from hourglass_dist.model.hourglass import HourglassLM
 from hourglass_dist.model_config import ModelConfig
-from hourglass_dist.plan import Plan, plan, show_bytes, show_count
+from hourglass_dist.plan import (
+    FLAT_COPY,
+    REDUCE_BUCKET,
+    Plan,
+    plan,
+    show_bytes,
+    show_count,
+    staying,
+)
+from hourglass_dist.rings import all_reduce_s, ring_s
 from hourglass_dist.sections import ConfigError
 
 CONTEXT, FRAGMENTS = 2**30, 0.05
@@ -30,6 +47,11 @@ PRODUCTS, LINKS, SELECTIVE = 0.40, 0.70, 1.03
 EXACT = 0.05
 WRITES = 2e9
 """Bytes a second of the file system that takes checkpoints, all ranks together."""
+HOST_LINK = 25e9
+"""Bytes a second from an accelerator to its host, which is what a save stalls for (PCIe 4.0 x16 has
+32e9)."""
+GATHER_BUCKET, PREFETCH_BUCKET, PERSISTENCE = 500_000_000, 50_000_000, 100_000
+"""DeepSpeed's defaults, in elements."""
 POLICIES = ("none", "selective", "full")
 MOST_MICRO_BATCHES = 12
 """Sizes of a micro batch that are looked at, the largest ones left out."""
@@ -95,9 +117,50 @@ class Forecast:
         return again * operations / self.cluster.gpus / (PRODUCTS * peak)
 
     @property
+    def calls(self) -> list[Calls]:
+        """The collectives during the passes of a step."""
+        made, zero = self.plan, self.plan.config.deepspeed.zero_optimization
+        trained, sent = made.cost.trained_parameters, made.traffic - made.gathered_after
+        bucket = zero.reduce_bucket_size or REDUCE_BUCKET
+        if zero.stage < 3:
+            at_once = bucket if zero.stage == 2 else FLAT_COPY
+            passes = made.micro_batches if zero.stage == 2 else 1
+            return [Calls("all-reduce", passes * -(-trained // at_once), sent)]
+        moved = 3 * trained - staying(made.config, trained)  # gathered, gathered again, reduced
+        reduced = sent * trained / moved
+        ahead = zero.stage3_prefetch_bucket_size or PREFETCH_BUCKET
+        # the forward pass gathers in halves of a bucket, as the tensors of a layer come
+        gathers = max(1, round(moved / ahead))
+        return [
+            Calls("all-gather", made.micro_batches * gathers, sent - reduced),
+            Calls("reduce-scatter", made.micro_batches * -(-trained // bucket), reduced),
+        ]
+
+    @property
+    def calls_after(self) -> list[Calls]:
+        """Those when the optimizer has stepped."""
+        made, zero = self.plan, self.plan.config.deepspeed.zero_optimization
+        if zero.stage in (1, 2):
+            at_once = zero.allgather_bucket_size or GATHER_BUCKET
+            count = -(-made.cost.trained_parameters // at_once)
+            return [Calls("all-gather", count, made.gathered_after)]
+        least = zero.stage3_param_persistence_threshold
+        small = PERSISTENCE if least is None else least
+        count = small_tensors(made.model.model_dump_json(), small) if zero.stage == 3 else 0
+        return [Calls("all-gather", count, 0.0)] if count else []
+
+    @property
     def collectives_s(self) -> float:
         """Seconds of collectives during the passes of a step."""
-        return (self.plan.traffic - self.plan.gathered_after) / self.cluster.bandwidth
+        return sum(self._seconds(calls) for calls in self.calls)
+
+    def _seconds(self, calls: Calls) -> float:
+        machines = self.cluster
+        if machines.gpus == 1:
+            return 0.0
+        time = all_reduce_s if calls.kind == "all-reduce" else ring_s
+        each = calls.sent / calls.count
+        return calls.count * time(each, machines.gpus, machines.nodes, machines.bandwidth)
 
     @property
     def optimizer_s(self) -> float:
@@ -105,7 +168,7 @@ class Forecast:
         memory = self.plan.memory
         weights = memory.moments / 2  # in fp32, of this rank
         moved = 2 * (memory.moments + weights) + weights  # read and written; gradients are read
-        gathering = self.plan.gathered_after / self.cluster.bandwidth
+        gathering = sum(self._seconds(calls) for calls in self.calls_after)
         return moved / self.cluster.node.memory_bandwidth + gathering
 
     @property
@@ -122,6 +185,17 @@ class Forecast:
         return float(join(self.products_s, self.collectives_s)) + self.optimizer_s
 
     @property
+    def saving(self) -> Saving:
+        """A checkpoint of the run: copied to the host, then written."""
+        size = self.plan.checkpoint_bytes
+        return Saving(size / self.cluster.gpus / HOST_LINK, size / WRITES)
+
+    @property
+    def mtbf_s(self) -> float:
+        """Seconds from one failure to the next, in the mean."""
+        return mtbf_s(self.cluster.gpus, RATES["Llama 3"])
+
+    @property
     def tokens_per_day(self) -> float:
         """Over all accelerators."""
         return self.plan.tokens_per_step / self.step_s * 86400
@@ -130,6 +204,23 @@ class Forecast:
     def gpu_hours(self) -> float:
         """To the end of the run, evaluations and checkpoints left out."""
         return self.plan.tokens / self.tokens_per_day * 24 * self.cluster.gpus
+
+
+class Calls(NamedTuple):
+    """Collectives of one kind."""
+
+    kind: str
+    count: int
+    sent: float
+    """Bytes that a rank sends in all of them."""
+
+
+@cache
+def small_tensors(model: str, elements: int) -> int:
+    """How many weights of a model (its settings as JSON) have no more than so many elements."""
+    with torch.device("meta"):
+        made = HourglassLM(ModelConfig.model_validate_json(model))
+    return sum(p.numel() <= elements for p in made.parameters())
 
 
 def forecast(config: Config, machines: Cluster) -> Forecast:
@@ -248,6 +339,19 @@ def _time(found: Forecast) -> Iterator[str]:
     )
     seconds = made.checkpoint_bytes / WRITES
     yield f"  a checkpoint: {show_bytes(made.checkpoint_bytes)}, {seconds:,.1f} s to write"
+    yield _failures(found)
+
+
+def _failures(found: Forecast) -> str:
+    """How many to expect, and how often to save."""
+    saving, back, mtbf = found.saving, Return(), found.mtbf_s
+    most = max(1, round(longest_interval(saving, back, mtbf) / found.step_s))
+    now = found.plan.config.checkpoint.every
+    share = goodput(now * found.step_s, saving, back, mtbf)
+    return (
+        f"  failures: {7 * DAY / mtbf:.2g} a week; checkpoint.every: {now:,} leaves {share:.1%} of "
+        f"the time, {most:,} or less is as good as it gets"
+    )
 
 
 def _cost(found: Forecast) -> str:

@@ -19,14 +19,16 @@ On top, at most, while gradients are reduced (R is ``reduce_bucket_size``, b byt
     1        fp32   R b, and this rank's 4 P / W beside the whole gradients
     2        both   R b (twice with ``overlap_comm``) and a copy of that; in fp32 a second 4 P / W
                     where micro batches are summed
-    3        both   the same buffers, and ``stage3_max_live_parameters`` gathered weights at a time
+    3        both   the same buffers, and the gathered weights that stay between the passes
 
 A rank sends, with rings:
 
     0, 1   one all-reduce of the gradients a step;  1 also one all-gather of the weights
     2      one all-reduce a micro batch, one all-gather of the weights a step
-    3      two all-gathers of the weights and one reduce-scatter of the gradients a micro batch
-           (one all-gather when ``stage3_max_live_parameters`` lets the weights stay)
+    3      two all-gathers of the weights and one reduce-scatter of the gradients a micro batch;
+           what the forward pass used last stays for the backward pass and is gathered once: as
+           many elements as ``stage3_max_live_parameters``, and at least 500 M (half of DeepSpeed's
+           default of ``stage3_max_reuse_distance``)
 """
 
 from __future__ import annotations
@@ -46,7 +48,7 @@ from hourglass_dist.optim import is_muons
 
 MASTER_BYTES, MOMENT_BYTES, SUM_BYTES = 4, 8, 4
 """Of one parameter: the fp32 weight, AdamW's two moments in fp32, the fp32 sum of its gradients."""
-REDUCE_BUCKET, MAX_LIVE_PARAMETERS = 500_000_000, 1_000_000_000
+REDUCE_BUCKET, MAX_LIVE_PARAMETERS, REUSE_DISTANCE = 500_000_000, 1_000_000_000, 1_000_000_000
 """DeepSpeed's defaults, in elements."""
 FLAT_COPY = 500_000_000
 """Elements that stage 0, and stage 1 in bf16, reduce at a time: a constant of DeepSpeed's."""
@@ -223,7 +225,7 @@ def _memory_anywhere(
         + (weight_bytes * trained if summed_apart else 0),
         master=MASTER_BYTES * share if stage > 0 else 0,
         moments=_moments(config, cost) // (world_size if stage > 0 else 1),
-        gathered=weight_bytes * min(_max_live(config), cost.parameters) if stage == 3 else 0,
+        gathered=weight_bytes * staying(config, cost.parameters) if stage == 3 else 0,
         buffer=_reduction_bytes(config, trained, share, micro_batches),
         activations=cost.activation_bytes,
     )
@@ -256,11 +258,14 @@ def _reduction_bytes(config: Config, trained: int, share: int, micro_batches: in
 
 
 def _traffic(config: Config, trained: int, world_size: int, micro_batches: int) -> int:
-    stage, sent = config.deepspeed.stage, _weight_bytes(config) * trained
-    gathers = 1 if trained <= _max_live(config) else 2
-    # In units of (W - 1) / W times all bytes: an all-reduce is 2, the other two are 1.
-    units = {0: 2, 1: 2 + 1, 2: 2 * micro_batches + 1, 3: (gathers + 1) * micro_batches}[stage]
-    return units * sent * (world_size - 1) // world_size
+    # In units of (W - 1) / W times all elements: an all-reduce is 2, the other two are 1.
+    elements = {
+        0: 2 * trained,
+        1: (2 + 1) * trained,
+        2: (2 * micro_batches + 1) * trained,
+        3: (3 * trained - staying(config, trained)) * micro_batches,
+    }[config.deepspeed.stage]
+    return _weight_bytes(config) * elements * (world_size - 1) // world_size
 
 
 def _gathered_after(config: Config, trained: int, world_size: int) -> int:
@@ -268,8 +273,10 @@ def _gathered_after(config: Config, trained: int, world_size: int) -> int:
     return sent * (world_size - 1) // world_size
 
 
-def _max_live(config: Config) -> int:
-    return config.deepspeed.zero_optimization.stage3_max_live_parameters or MAX_LIVE_PARAMETERS
+def staying(config: Config, parameters: int) -> int:
+    """Elements that stay gathered from the forward to the backward pass at stage 3."""
+    live = config.deepspeed.zero_optimization.stage3_max_live_parameters or MAX_LIVE_PARAMETERS
+    return min(parameters, max(live, REUSE_DISTANCE // 2))
 
 
 def render(plan: Plan) -> str:

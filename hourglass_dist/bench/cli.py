@@ -172,6 +172,55 @@ def loop(
     write(json_file, machine(prepare("cpu", 1)), rows)
 
 
+@app.command("scale")
+def scale(
+    config: Annotated[Path, typer.Argument(help="Settings of the run.")] = Path(
+        "configs/large_zero3.yaml"
+    ),
+    overrides: Annotated[list[str] | None, typer.Argument(help="Settings to change.")] = None,
+    gpu: Annotated[str, typer.Option(help="Kind of accelerator, eight in a node.")] = "h100",
+    ranks: Annotated[str, typer.Option(help="Numbers of ranks, with commas.")] = (
+        "64,256,512,1024,4096"
+    ),
+    failures: Annotated[int, typer.Option(help="Failures in a simulation.", min=100)] = 3000,
+    seed: Annotated[int, typer.Option(help="Of the simulation.", min=0)] = 0,
+    count: Annotated[
+        str, typer.Option(help="Count a twin's traffic on so many CPU ranks, too.")
+    ] = "",
+    json_file: Json = None,
+) -> None:
+    """One run on more and more accelerators, on paper: a step at every ZeRO stage, checkpoints,
+    failures and how often to save.
+
+    Example: hourglass bench scale configs/large_zero3.yaml --ranks 64,1024
+    """
+    from hourglass_dist.bench.scale import bench_scale
+    from hourglass_dist.bench.shared import write
+
+    counts = numbers("--ranks", ranks, 8, 65_536)
+    live = numbers("--count", count, 2, 64) if count else []
+    rows = bench_scale(config, overrides or (), gpu, counts, failures, seed, live)
+    write(json_file, {"seed": seed, "failures": failures}, rows)
+
+
+@app.command("store")
+def store(
+    clients: Annotated[str, typer.Option(help="Numbers of clients, with commas.")] = "16,64,256",
+    repeats: Repeats = 5,
+    json_file: Json = None,
+) -> None:
+    """What the store through which ranks meet can do on this machine: connections, barriers, and
+    the notes of a checkpoint.
+
+    Example: hourglass bench store --clients 16,64 --repeats 3
+    """
+    from hourglass_dist.bench.shared import machine, prepare, write
+    from hourglass_dist.bench.store import bench_store
+
+    rows = bench_store(numbers("--clients", clients, 2, 16_384), repeats)
+    write(json_file, machine(prepare("cpu", 1)), rows)
+
+
 def numbers(option: str, text: str, least: int, most: int) -> list[int]:
     """Whole numbers between two, written with commas. Raises ValueError for anything else."""
     return [int(n) for n in words(option, text, [str(n) for n in range(least, most + 1)])]

@@ -99,6 +99,7 @@ class Collectives(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self, ranks: int, look: Callable[[], None] = lambda: None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.sent = 0.0
+        self.calls = 0
         self._ranks, self._look = ranks, look
 
     def __torch_dispatch__(
@@ -106,6 +107,7 @@ class Collectives(TorchDispatchMode):  # type: ignore[no-untyped-call]
     ) -> Any:
         if func.namespace == "c10d":
             self._look()
+            self.calls += 1
             self.sent += sent_by_a_ring(func.name().split("::")[1], args, self._ranks)
         return func(*args, **(kwargs or {}))
 

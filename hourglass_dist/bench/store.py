@@ -1,0 +1,108 @@
+"""``hourglass bench store``: what the one store of a run takes from many ranks.
+
+All ranks connect to one server (``TCPStore``, on the first node), meet there, and leave it the
+notes of every checkpoint. Here the clients are threads of one other process, a connection each,
+and do what ranks do: all of them at once.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
+from typing import Any
+
+from torch.distributed import TCPStore
+
+from hourglass_dist.bench.shared import show
+
+TIMEOUT = timedelta(seconds=120)
+NOTE = json.dumps({"bytes": 76_420_000_000 // 4096, "crc32c": 2**32 - 1})
+"""What a rank says about its file of a checkpoint."""
+
+
+def bench_store(clients: Sequence[int], repeats: int) -> list[dict[str, Any]]:
+    """Measure, print and return the rows. Raises ValueError when the clients fail."""
+    rows = [_measure(count, repeats) for count in clients]
+    columns = {"clients": "{clients:,}", "one connection ms": "{connect:.2f}"}
+    columns |= {"barrier ms": "{barrier:.1f}", "notes left ms": "{posted:.1f}"}
+    columns |= {"one look at all ms": "{looked:.2f}", "all taken ms": "{taken:.1f}"}
+    columns |= {"of one client, calls a second": "{rate:,.0f}"}
+    show("One store on this machine, medians", rows, columns)
+    return rows
+
+
+def _measure(clients: int, repeats: int) -> dict[str, Any]:
+    """The server is in this process, the clients are in another one."""
+    server = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=TIMEOUT)
+    arguments = [str(server.port), str(clients), str(repeats)]
+    done = subprocess.run(
+        [sys.executable, "-m", "hourglass_dist.bench.store", *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode:
+        sys.stderr.write(done.stderr)
+        raise ValueError(f"{clients} clients failed: see above")
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
+
+
+def _timed(work: Callable[[], object]) -> float:
+    begun = time.perf_counter()
+    work()
+    return time.perf_counter() - begun
+
+
+def main() -> None:
+    """PORT CLIENTS REPEATS: the clients; figures as JSON on standard output."""
+    port, clients, repeats = map(int, sys.argv[1:])
+    with ThreadPoolExecutor(clients) as pool:
+        found: dict[str, list[float]] = {"connect": []}
+
+        def connect() -> TCPStore:
+            begun = time.perf_counter()
+            made = TCPStore("127.0.0.1", port, timeout=TIMEOUT)
+            found["connect"].append(time.perf_counter() - begun)
+            return made
+
+        # one by one: some wait for a name server that does not know this machine, medians do not
+        stores = [connect() for _ in range(clients)]
+        for turn in range(repeats):
+            for name, seconds in _turn(pool, stores, turn).items():
+                found.setdefault(name, []).append(seconds)
+    middle = {name: statistics.median(values) for name, values in found.items()}
+    in_ms = {name: 1e3 * value for name, value in middle.items()}
+    print(json.dumps({"clients": clients, "rate": 2 * clients / middle["taken"]} | in_ms))
+
+
+def _turn(pool: ThreadPoolExecutor, stores: Sequence[TCPStore], turn: int) -> dict[str, float]:
+    keys = [f"step_{turn:08d}/{rank}" for rank in range(len(stores))]
+    main = stores[0]
+
+    def meet(store: TCPStore) -> None:
+        if store.add(f"count {turn}", 1) == len(stores):
+            store.set(f"all {turn}", "1")
+        store.wait([f"all {turn}"])
+
+    def take() -> None:
+        for key in keys:
+            main.get(key)
+            main.delete_key(key)
+
+    return {
+        "barrier": _timed(lambda: list(pool.map(meet, stores))),
+        "posted": _timed(lambda: list(pool.map(lambda s, k: s.set(k, NOTE), stores, keys))),
+        "looked": _timed(lambda: main.check(keys)),
+        "taken": _timed(take),
+    }
+
+
+if __name__ == "__main__":
+    main()
