@@ -51,7 +51,7 @@ def test_every_way_to_write_a_number(text: str, value: float) -> None:
         ("train.steps=1.5", "train.steps: expected a whole number, given 1.5"),
         ("train.steps=012", 'train.steps: expected a whole number, given "012"'),
         ("model.causal=no", 'model.causal: expected true or false, given "no"'),
-        ("train.precision=fp8", 'train.precision: expected fp32 or bf16, given "fp8"'),
+        ("train.precision=fp8", 'train.precision: expected fp32, bf16 or fp16, given "fp8"'),
         ("model.levels.1.layers=[2,2]", "the innermost level takes one number, given [2, 2]"),
         ("model.levels.0.layers=2", "takes [pre, post], given 2"),
         ("model.levels.1.shorten=1", "model.levels.1.shorten: expected 2 or more, given 1"),
