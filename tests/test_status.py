@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import pytest
 from rank_hosts import slowed
 from ranks import environment, hourglass, kill_tree, torchrun_command, wait_for_step
 
 from hourglass_dist.heartbeat import read_heartbeats
+from hourglass_dist.records import require_progress
 from hourglass_dist.status import read_status, render
 from hourglass_dist.stragglers import IN_A_ROW, Stragglers, spread
 
@@ -87,9 +89,8 @@ def test_a_run_while_it_goes_on_and_after(tiny_config: Path, dataset: Path, tmp_
         assert beats[1].loss is None
         second = psutil.Process(beats[1].pid)
         with slowed(second):
-            until(lambda: ") is slow: it needs " in log.read_text())
-        assert f"rank 1 ({beats[1].host}) is slow: " in log.read_text()
-        assert status(run, 0)["straggler"].startswith(f"rank 1 ({beats[1].host}), ")
+            until(lambda: f"rank 1 ({beats[1].host}) is slow: " in log.read_text())
+            until(lambda: f"rank 1 ({beats[1].host}), " in str(read_status(run).straggler))
         second.suspend()
         assert status(run, 0)["silent"] == [f"rank 1 ({beats[1].host}): stopped by a signal"]
         second.resume()
@@ -184,3 +185,27 @@ def test_a_straggler_is_told_of_once() -> None:
         )
         assert look(begin + 50, slow=False) is None
     assert spread([1.0]) == {}
+
+
+def test_which_starts_were_fruitless(tmp_path: Path) -> None:
+    """Crashes in a row from the same step; not what was asked to stop, nor mistakes."""
+    crash = {"event": "end", "reason": "RuntimeError: lost", "crashed": True}
+    stop = {"event": "end", "reason": "stopped by SIGTERM after step 9, which is saved"}
+
+    def history(*events: tuple[int, dict[str, Any] | None]) -> None:
+        lines = []
+        for step, end in events:
+            lines.append({"event": "start", "time": 0, "step": step, "ranks": 2})
+            lines += [end | {"time": 1, "step": step + 3}] if end else []
+        (tmp_path / "history.jsonl").write_text("".join(json.dumps(e) + "\n" for e in lines))
+
+    history((0, crash), (0, None), (9, crash), (9, stop), (9, None))
+    require_progress(tmp_path, 9, most=3)
+    require_progress(tmp_path, 12, most=1)
+    with pytest.raises(ValueError, match=r"the last 2 starts all crashed before .* beyond step 9 "):
+        require_progress(tmp_path, 9, most=2)
+    history((0, None), (0, None))
+    with pytest.raises(ValueError, match=r"the last one: killed, no end noted.*_starts=4$"):
+        require_progress(tmp_path, 0, most=2)
+    (tmp_path / "history.jsonl").unlink()
+    require_progress(tmp_path, 0, most=1)
