@@ -10,8 +10,8 @@ from pathlib import Path
 
 import hosts
 import pytest
+from drills import Run, largest_difference
 from hosts import Hosts
-from nodes import Run, largest_difference
 
 pytestmark = [
     pytest.mark.timeout(1500),
