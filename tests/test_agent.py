@@ -131,7 +131,11 @@ class TestTwoHosts:
     def start(self, net: Hosts, host: int, target: str, log: Path, **more: str) -> subprocess.Popen:
         options = ("--rdzv-backend=c10d", f"--rdzv-endpoint={net.names[0]}:29500", "--rdzv-id=x")
         command = words(*options, "--nnodes", more.pop("NNODES", "2"), "--max-restarts=3", target)
-        given = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", "JOIN_TIMEOUT": "60"}
+        given = {
+            "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
+            "JOIN_TIMEOUT": "60",
+            "TORCH_CPP_LOG_LEVEL": "ERROR",
+        }
         return net.start(host, command, log, os.environ | given | more)
 
     def test_a_node_that_never_comes_is_named(self, net: Hosts, tmp_path: Path) -> None:
@@ -148,10 +152,22 @@ class TestTwoHosts:
         ]
 
     def test_the_exit_code_of_one_node_is_that_of_all(self, net: Hosts, tmp_path: Path) -> None:
-        """Rank 1 has bad settings while rank 0 crashes, and would start again."""
-        target = program(tmp_path, "time.sleep(2 * rank)\nsys.exit(2 if rank else 1)")
+        """Rank 1 has bad settings; rank 0 crashes without it, and would start again."""
+        gone = str(tmp_path / "gone")
+        body = f"""
+if rank:
+    open({gone!r}, "w").close()
+    sys.exit(2)
+while not os.path.exists({gone!r}):
+    time.sleep(0.1)
+time.sleep(1)
+sys.exit(1)
+"""
+        target = program(tmp_path, body)
         both = [self.start(net, host, target, tmp_path / f"{host}") for host in (0, 1)]
         assert [process.wait(timeout=200) for process in both] == [2, 2]
+        said = (tmp_path / "0").read_text().splitlines()
+        assert said[-1] == "the run has ended on another node, with exit code 2"
 
     def test_ranks_that_saved_for_a_new_node_start_again(self, net: Hosts, tmp_path: Path) -> None:
         """The first node's rank ends with 75 because a second one comes, and then with 0."""
