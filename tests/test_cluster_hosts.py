@@ -10,8 +10,8 @@ from pathlib import Path
 
 import hosts
 import pytest
+from drills import Run, largest_difference
 from hosts import Hosts
-from nodes import Run, largest_difference
 
 pytestmark = [
     pytest.mark.timeout(1500),
@@ -105,8 +105,11 @@ def test_a_node_is_lost_and_comes_back_later(run: Run, undisturbed: Path) -> Non
     run.processes[1].kill()
     alone = run.again(step)
     run.reach(run.starts()[-1] + 2)
-    step = run.last()
+    step, lonely = run.last(), run.rank(0)
+    lonely.suspend()  # or the run might be over before the other is there
     run.start(1, NNODES="1:2")
+    run.wait(lambda: "a node has come" in run.said(0))
+    lonely.resume()
     together = run.again(step)
     finish(run, undisturbed, 0, 1, most=1e-5)
     tell("a node is lost, and one comes later", run, alone, together)

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 import sshd
+from drills import ROOT, Run, largest_difference
 from hosts import Hosts
-from nodes import ROOT, Run, largest_difference
 from sshd import Sshd
 
 pytestmark = [
