@@ -94,7 +94,7 @@ def test_every_node_counts(desk: Desk) -> None:
     mistake = desk.submit("2,0", options="--nodes=2")
     assert desk.end(mistake) == ("FAILED", "2:0", 0)
     assert "1: 2 nodes sq0:" in desk.said(mistake)
-    hangs = desk.submit("1,s60", "0,0", options="--nodes=2", SHUTDOWN_TIMEOUT="2")
+    hangs = desk.submit("1,s600", "0,0", options="--nodes=2", SHUTDOWN_TIMEOUT="2")
     assert desk.end(hangs) == ("COMPLETED", "0:0", 1)
 
 
