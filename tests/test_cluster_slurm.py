@@ -114,6 +114,14 @@ def yard(tmp_path_factory: pytest.TempPathFactory, dataset: Path) -> Iterator[Ya
         yield Yard(slurm, folder, dataset)
 
 
+@pytest.fixture(autouse=True)
+def empty(yard: Yard) -> Iterator[None]:
+    """Every test has the nodes for itself, after one that failed, too."""
+    yield
+    yard.slurm.run("scancel", "--user=root")
+    wait_for(lambda: yard.slurm.states() == ["idle", "idle"], 100, "idle nodes")
+
+
 @pytest.fixture(scope="module")
 def whole(yard: Yard) -> Path:
     """A run that nobody disturbs."""
