@@ -71,6 +71,13 @@ class Job:
             if not all(re.match(r"step +\d+", each) for each in (before, line, after)):
                 print(line)
 
+    def status(self) -> str:
+        """The first line of ``hourglass status``; shows all of it."""
+        done = self.slurm.run(Path(sys.executable).with_name("hourglass"), "status", self.run)
+        print(done.stdout)
+        assert done.stdout, done.stderr
+        return done.stdout.splitlines()[0]
+
     def tell(self, *command: object) -> str:
         """Run a command of Slurm, which must work; returns what it says."""
         done = self.slurm.run(*command)
@@ -156,6 +163,7 @@ def test_time_limit_and_requeue(yard: Yard, whole: Path) -> None:
     """Its time is up; then somebody requeues it."""
     job = yard.launch("limit")
     job.wait_for_step(5)
+    assert "running" in job.status()
     began = time.time()
     job.tell("scontrol", "update", f"JobId={job.number}", "EndTime=now+120")
     job.slurm.wait_for_state(job.number, "PENDING")
@@ -167,6 +175,7 @@ def test_time_limit_and_requeue(yard: Yard, whole: Path) -> None:
     assert report(job, "scontrol requeue", began, 3) == 0
     assert "stopped by SIGTERM after step" in job.said(2)
     job.finish()
+    assert "finished" in job.status()
     require_equal(job, whole)
 
 

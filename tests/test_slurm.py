@@ -3,7 +3,9 @@ every node ends with the codes that a test gives; real runs are in test_cluster_
 
 from __future__ import annotations
 
+import re
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -112,6 +114,28 @@ def test_crashes_without_end_are_ended(desk: Desk) -> None:
 def test_a_preflight_is_not_tried_again(desk: Desk) -> None:
     number = desk.submit("1", HOURGLASS_PROGRAM="preflight")
     assert desk.end(number) == ("FAILED", "1:0", 0)
+
+
+@pytest.mark.cluster
+def test_the_preflight_is_shown_and_ends_as_it_did(
+    desk: Desk, tiny_config: Path, dataset: Path
+) -> None:
+    """A real one; then one that finds something."""
+    machines = desk.folder / "cluster.yaml"
+    machines.write_text("{nodes: 2, gpus_per_node: 1, join_minutes: 2}")
+    command = [Path(sys.executable).with_name("hourglass"), "launch", "slurm", tiny_config]
+    command += ["run.dir=looked", f"--cluster={machines}", "--preflight-only"]
+    done = desk.slurm.run(*command, f"data.dataset={dataset}", cwd=desk.folder)
+    print(done.stdout)
+    assert done.returncode == 0, done.stdout + done.stderr
+    number = re.match(r"job (\d+): look at looked/preflight-\1.out", done.stdout)
+    assert number
+    assert (desk.folder / f"looked/preflight-{number[1]}.out").read_text() in done.stdout
+    done = desk.slurm.run(*command, "data.dataset=/nowhere", cwd=desk.folder)
+    print(done.stdout)
+    assert done.returncode == 2
+    assert "error: " in done.stdout
+    assert desk.slurm.job(str(int(number[1]) + 1))["Restarts"] == "0"
 
 
 def test_a_cancelled_job_is_not_queued_again(desk: Desk) -> None:
