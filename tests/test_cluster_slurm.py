@@ -232,7 +232,7 @@ def test_a_mistake_is_said_and_not_tried_again(yard: Yard) -> None:
     assert (found["ExitCode"], found["Restarts"]) == ("2:0", "0")
     job.show()
     assert [line for line in job.said().splitlines() if "error" in line and "srun" not in line] == [
-        "error: /nowhere/index.json: no such file"
+        "error: /nowhere: expected a dataset folder, found none"
     ]
 
 
