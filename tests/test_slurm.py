@@ -146,6 +146,7 @@ def test_a_cancelled_job_is_not_queued_again(desk: Desk) -> None:
     wait_for(lambda: "ended by Slurm" in desk.said(number), 60, "the script's last line")
 
 
+@pytest.mark.cluster
 def test_a_controller_that_is_away_for_a_while_is_waited_for(desk: Desk) -> None:
     """Nothing is lost when a job has to be queued again just then."""
     number = desk.submit("s5:75", "0")
@@ -156,6 +157,7 @@ def test_a_controller_that_is_away_for_a_while_is_waited_for(desk: Desk) -> None
     assert desk.end(number) == ("COMPLETED", "0:0", 1)
 
 
+@pytest.mark.cluster
 def test_with_fewer_nodes_the_others_go_on(desk: Desk) -> None:
     """NNODES=MIN:MAX: a node is lost, the other goes on to its end."""
     number = desk.submit("s20", options="--nodes=1-2 --no-kill", NNODES="1:2", SHUTDOWN_TIMEOUT="1")
