@@ -71,6 +71,13 @@ class Job:
             if not all(re.match(r"step +\d+", each) for each in (before, line, after)):
                 print(line)
 
+    def status(self) -> str:
+        """The first line of ``hourglass status``; shows all of it."""
+        done = self.slurm.run(Path(sys.executable).with_name("hourglass"), "status", self.run)
+        print(done.stdout)
+        assert done.stdout, done.stderr
+        return done.stdout.splitlines()[0]
+
     def tell(self, *command: object) -> str:
         """Run a command of Slurm, which must work; returns what it says."""
         done = self.slurm.run(*command)
@@ -114,6 +121,14 @@ def yard(tmp_path_factory: pytest.TempPathFactory, dataset: Path) -> Iterator[Ya
         yield Yard(slurm, folder, dataset)
 
 
+@pytest.fixture(autouse=True)
+def empty(yard: Yard) -> Iterator[None]:
+    """Every test has the nodes for itself, after one that failed, too."""
+    yield
+    yard.slurm.run("scancel", "--user=root")
+    wait_for(lambda: yard.slurm.states() == ["idle", "idle"], 100, "idle nodes")
+
+
 @pytest.fixture(scope="module")
 def whole(yard: Yard) -> Path:
     """A run that nobody disturbs."""
@@ -148,6 +163,7 @@ def test_time_limit_and_requeue(yard: Yard, whole: Path) -> None:
     """Its time is up; then somebody requeues it."""
     job = yard.launch("limit")
     job.wait_for_step(5)
+    assert "running" in job.status()
     began = time.time()
     job.tell("scontrol", "update", f"JobId={job.number}", "EndTime=now+120")
     job.slurm.wait_for_state(job.number, "PENDING")
@@ -159,6 +175,7 @@ def test_time_limit_and_requeue(yard: Yard, whole: Path) -> None:
     assert report(job, "scontrol requeue", began, 3) == 0
     assert "stopped by SIGTERM after step" in job.said(2)
     job.finish()
+    assert "finished" in job.status()
     require_equal(job, whole)
 
 
@@ -215,7 +232,7 @@ def test_a_mistake_is_said_and_not_tried_again(yard: Yard) -> None:
     assert (found["ExitCode"], found["Restarts"]) == ("2:0", "0")
     job.show()
     assert [line for line in job.said().splitlines() if "error" in line and "srun" not in line] == [
-        "error: /nowhere/index.json: no such file"
+        "error: /nowhere: expected a dataset folder, found none"
     ]
 
 

@@ -3,7 +3,9 @@ every node ends with the codes that a test gives; real runs are in test_cluster_
 
 from __future__ import annotations
 
+import re
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -94,7 +96,7 @@ def test_every_node_counts(desk: Desk) -> None:
     mistake = desk.submit("2,0", options="--nodes=2")
     assert desk.end(mistake) == ("FAILED", "2:0", 0)
     assert "1: 2 nodes sq0:" in desk.said(mistake)
-    hangs = desk.submit("1,s60", "0,0", options="--nodes=2", SHUTDOWN_TIMEOUT="2")
+    hangs = desk.submit("1,s600", "0,0", options="--nodes=2", SHUTDOWN_TIMEOUT="2")
     assert desk.end(hangs) == ("COMPLETED", "0:0", 1)
 
 
@@ -114,6 +116,28 @@ def test_a_preflight_is_not_tried_again(desk: Desk) -> None:
     assert desk.end(number) == ("FAILED", "1:0", 0)
 
 
+@pytest.mark.cluster
+def test_the_preflight_is_shown_and_ends_as_it_did(
+    desk: Desk, tiny_config: Path, dataset: Path
+) -> None:
+    """A real one; then one that finds something."""
+    machines = desk.folder / "cluster.yaml"
+    machines.write_text("{nodes: 2, gpus_per_node: 1, join_minutes: 2}")
+    command = [Path(sys.executable).with_name("hourglass"), "launch", "slurm", tiny_config]
+    command += ["run.dir=looked", f"--cluster={machines}", "--preflight-only"]
+    done = desk.slurm.run(*command, f"data.dataset={dataset}", cwd=desk.folder)
+    print(done.stdout)
+    assert done.returncode == 0, done.stdout + done.stderr
+    number = re.match(r"job (\d+): look at looked/preflight-\1.out", done.stdout)
+    assert number
+    assert (desk.folder / f"looked/preflight-{number[1]}.out").read_text() in done.stdout
+    done = desk.slurm.run(*command, "data.dataset=/nowhere", cwd=desk.folder)
+    print(done.stdout)
+    assert done.returncode == 2
+    assert "error: " in done.stdout
+    assert desk.slurm.job(str(int(number[1]) + 1))["Restarts"] == "0"
+
+
 def test_a_cancelled_job_is_not_queued_again(desk: Desk) -> None:
     number = desk.submit("s60")
     wait_for(lambda: ": s60" in desk.said(number), 60, "its start")
@@ -122,6 +146,7 @@ def test_a_cancelled_job_is_not_queued_again(desk: Desk) -> None:
     wait_for(lambda: "ended by Slurm" in desk.said(number), 60, "the script's last line")
 
 
+@pytest.mark.cluster
 def test_a_controller_that_is_away_for_a_while_is_waited_for(desk: Desk) -> None:
     """Nothing is lost when a job has to be queued again just then."""
     number = desk.submit("s5:75", "0")
@@ -132,6 +157,7 @@ def test_a_controller_that_is_away_for_a_while_is_waited_for(desk: Desk) -> None
     assert desk.end(number) == ("COMPLETED", "0:0", 1)
 
 
+@pytest.mark.cluster
 def test_with_fewer_nodes_the_others_go_on(desk: Desk) -> None:
     """NNODES=MIN:MAX: a node is lost, the other goes on to its end."""
     number = desk.submit("s20", options="--nodes=1-2 --no-kill", NNODES="1:2", SHUTDOWN_TIMEOUT="1")

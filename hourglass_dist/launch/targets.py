@@ -183,9 +183,10 @@ def submit(launch: Launch, environment: dict[str, str]) -> int:
     ) as process:
         assert process.stdout
         number = process.stdout.readline().strip().partition(";")[0]
-        output = Path(str(launch.output).replace("%j", number))
+        output, waits = Path(str(launch.output).replace("%j", number)), "--wait" in launch.command
         if number:
-            print(f"job {number}: look at {output}, or: hourglass status {run}", flush=True)
-    if "--wait" in launch.command and output.exists():
+            more = "which is shown when it has ended" if waits else f"or: hourglass status {run}"
+            print(f"job {number}: look at {output}, {more}", flush=True)
+    if waits and output.exists():
         print(output.read_text(), end="")
     return process.returncode
