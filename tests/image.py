@@ -11,6 +11,7 @@ import json
 import os
 import re
 import shutil
+import socket
 import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -121,6 +122,7 @@ class Image:
     ) -> subprocess.CompletedProcess[str]:
         """Run a command as in a container of the image."""
         shutil.copyfile("/etc/resolv.conf", self.root / "etc/resolv.conf")
+        (self.root / "etc/hosts").write_text(f"127.0.0.1 localhost {socket.gethostname()}\n")
         given = dict(extra or {})
         script = MOUNT + "".join(f'mount --rbind {p} "$1{p}"; ' for p in self._lend(given))
         inside = ["bash", "-c", f'cd {self.workdir} && exec "$@"', "bash", *command]
