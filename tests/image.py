@@ -11,6 +11,7 @@ import json
 import os
 import re
 import shutil
+import socket
 import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -121,7 +122,9 @@ class Image:
     ) -> subprocess.CompletedProcess[str]:
         """Run a command as in a container of the image."""
         shutil.copyfile("/etc/resolv.conf", self.root / "etc/resolv.conf")
-        script = MOUNT + "".join(f'mount --rbind {p} "$1{p}"; ' for p in self._pip_places())
+        (self.root / "etc/hosts").write_text(f"127.0.0.1 localhost {socket.gethostname()}\n")
+        given = dict(extra or {})
+        script = MOUNT + "".join(f'mount --rbind {p} "$1{p}"; ' for p in self._lend(given))
         inside = ["bash", "-c", f'cd {self.workdir} && exec "$@"', "bash", *command]
         return subprocess.run(
             [
@@ -132,23 +135,23 @@ class Image:
             capture_output=True,
             text=True,
             timeout=timeout,
-            env={"PATH": os.environ["PATH"]} | self.environment | dict(extra or {}),
+            env={"PATH": os.environ["PATH"]} | self.environment | given,
         )
 
-    def _pip_places(self) -> list[str]:
-        """Files and folders of this machine that its pip is told to use, made to be there."""
-        found = []
-        for word in {word for value in machine_pip().values() for word in value.split()}:
-            path = Path(word.removeprefix("file://"))
-            if path.is_absolute() and path.exists():
-                there = self.root / str(path).lstrip("/")
-                if path.is_dir():
-                    there.mkdir(parents=True, exist_ok=True)
-                else:
-                    there.parent.mkdir(parents=True, exist_ok=True)
-                    there.touch()
-                found.append(str(path))
-        return found
+    def _lend(self, variables: dict[str, str]) -> list[str]:
+        """The folders of this machine that variables name, made to be there; a file that they name
+        is copied, and named anew."""
+        found = set()
+        for name, value in variables.items():
+            for word in value.split() if name.startswith("PIP_") else ():
+                path = Path(word.removeprefix("file://"))
+                if path.is_absolute() and path.is_file():
+                    variables[name] = f"/{path.name}.lent"
+                    shutil.copyfile(path, self.root / f"{path.name}.lent")
+                elif path.is_absolute() and path.exists():
+                    (self.root / str(path).lstrip("/")).mkdir(parents=True, exist_ok=True)
+                    found.add(str(path))
+        return sorted(found)
 
 
 def machine_pip() -> dict[str, str]:

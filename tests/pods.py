@@ -42,6 +42,7 @@ class Pod:
     counted: int = 0
     kill_at: float = field(default=float("inf"))
     start_at: float = 0.0
+    is_pending: bool = False
 
 
 class IndexedJob:
@@ -127,12 +128,12 @@ class IndexedJob:
             text = "\n".join(["127.0.0.1 localhost", *([own] * bool(pod.address)), *lines, ""])
             (self._etc(pod) / "hosts").write_text(text)
 
-    def kill(self, index: int, *conditions: str) -> None:
+    def kill(self, index: int, *conditions: str, for_good: bool = False) -> None:
         """SIGKILL to all of a pod, as when memory is short; with DisruptionTarget, when its node is
-        gone."""
+        gone. ``for_good``: there is no other node that a new pod could run on."""
         self._say(f"pod {index} gets SIGKILL")
         pod = self.pods[index]
-        pod.conditions = conditions
+        pod.conditions, pod.is_pending = conditions, for_good
         assert pod.process
         pod.process.kill()
 
@@ -151,7 +152,7 @@ class IndexedJob:
         for pod in self.pods:
             now = time.monotonic()
             if pod.process is None:
-                if now > pod.start_at and not self.status:
+                if now > pod.start_at and not pod.is_pending and not self.status:
                     self._create(pod)
             elif pod.process.poll() is not None:
                 self._ended(pod, pod.process.returncode)

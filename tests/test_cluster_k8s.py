@@ -7,8 +7,10 @@ from pathlib import Path
 
 import hosts
 import pytest
+import torch
 from pods import IndexedJob
 from ranks import hourglass
+from safetensors.torch import load as load_weights
 
 from hourglass_dist.config import load
 from hourglass_dist.launch.cluster import ClusterConfig
@@ -90,6 +92,22 @@ def test_a_killed_pod_is_made_again_and_nothing_is_lost(
     finally:
         running.close()
     assert weights(tmp_path / "run") == undisturbed
+
+
+def test_a_node_that_does_not_come_back_is_done_without(
+    two: hosts.Hosts, tmp_path: Path, tiny_config: Path, dataset: Path, undisturbed: bytes
+) -> None:
+    running = job(two, tmp_path, tiny_config, f"data.dataset={dataset}", min_nodes=1)
+    try:
+        running.wait_for_step(tmp_path / "run", 8, 240)
+        running.kill(1, "DisruptionTarget", for_good=True)
+        assert running.wait(450) == "Complete", running.story()
+    finally:
+        running.close()
+    found, expected = load_weights(weights(tmp_path / "run")), load_weights(undisturbed)
+    assert found.keys() == expected.keys()
+    for name, tensor in found.items():
+        assert torch.allclose(tensor, expected[name], rtol=0, atol=1e-5), name
 
 
 def test_an_evicted_pod_saves_and_is_made_again(
