@@ -349,7 +349,7 @@ def _failures(found: Forecast) -> str:
     now = found.plan.config.checkpoint.every
     share = goodput(now * found.step_s, saving, back, mtbf)
     return (
-        f"  failures: {7 * DAY / mtbf:.2g} a week; checkpoint.every: {now:,} leaves {share:.1%} of "
+        f"  failures: {7 * DAY / mtbf:.2g} a week; checkpoint.every: {now:,} leaves {share:.2%} of "
         f"the time, {most:,} or less is as good as it gets"
     )
 
