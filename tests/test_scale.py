@@ -135,7 +135,7 @@ def test_rings_are_bandwidth_when_much_is_sent_and_latency_when_little_is() -> N
 
 
 def counted(ranks: int, cases: list[tuple[int, int]]) -> list[dict[str, float]]:
-    run = {"file": str(LARGE), "overrides": ["model.levels.2.layers=6"], "cases": cases}
+    run = {"file": str(LARGE), "overrides": ["model.levels.2.layers=14"], "cases": cases}
     rows: list[dict[str, float]] = on_ranks(
         ranks, "hourglass_dist.bench.traffic_worker", json.dumps(run)
     )
