@@ -350,7 +350,7 @@ def _failures(found: Forecast) -> str:
     share = goodput(now * found.step_s, saving, back, mtbf)
     return (
         f"  failures: {7 * DAY / mtbf:.2g} a week; checkpoint.every: {now:,} leaves {share:.2%} of "
-        f"the time, {most:,} or less is as good as it gets"
+        f"the time; up to {most:,} is as good"
     )
 
 

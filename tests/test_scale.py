@@ -204,7 +204,7 @@ def test_more_ranks_than_rows_take_a_larger_batch_and_longer_to_start() -> None:
 def test_the_plan_says_how_often_to_save() -> None:
     found = forecast(load(LARGE), cluster("h100", 8, 8))
     text = render(found, None, None)
-    assert "  failures: 0.21 a week; checkpoint.every: 500 leaves 99.95% of the time, " in text
+    assert "  failures: 0.21 a week; checkpoint.every: 500 leaves 99.95% of the time; " in text
 
 
 def test_the_page_shows_what_the_command_prints() -> None:
