@@ -349,8 +349,8 @@ def _failures(found: Forecast) -> str:
     now = found.plan.config.checkpoint.every
     share = goodput(now * found.step_s, saving, back, mtbf)
     return (
-        f"  failures: {7 * DAY / mtbf:.2g} a week; checkpoint.every: {now:,} leaves {share:.1%} of "
-        f"the time, {most:,} or less is as good as it gets"
+        f"  failures: {7 * DAY / mtbf:.2g} a week; checkpoint.every: {now:,} leaves {share:.2%} of "
+        f"the time; up to {most:,} is as good"
     )
 
 

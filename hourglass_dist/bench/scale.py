@@ -42,7 +42,10 @@ OPENS = 50_000.0
 """Files a second that the metadata server of a shared file system opens or makes: an assumption."""
 START_S = 60.0
 """Processes, imports, communicators, the model, a first step: an assumption."""
+PIECE_S = 14e-6
+"""Of one core for a piece of a tensor in an index, measured on a Zen 4 core."""
 QUEUE_SPREAD = 0.5
+"""Of the logarithm of the time that a job waits for machines; the mean is in ``Return``."""
 SAVE_OPERATIONS = 8
 """Of each rank in a checkpoint: folder, create, mode, sync, size, two reads, one removal later."""
 GROUPS = 0.7
@@ -180,21 +183,23 @@ def _steps(sizes: Sequence[Size]) -> Report:
 
 
 @cache
-def header_bytes(model: str) -> int:
-    """About how long the index of a rank's file is, for a model given as JSON: three pieces of each
-    trained tensor, and all shapes."""
+def index_of(model: str) -> tuple[int, int]:
+    """Pieces in the index of a rank's file, and about how many bytes long it is, for a model given
+    as JSON: three pieces of each trained tensor, and all shapes."""
     with torch.device("meta"):
         made = HourglassLM(ModelConfig.model_validate_json(model))
-    return sum(3 * (len(name) + 92) + len(name) + 18 for name, _ in made.named_parameters())
+    names = [name for name, _ in made.named_parameters()]
+    return 3 * len(names), sum(3 * (len(name) + 80) + len(name) + 18 for name in names)
 
 
 def restart(made: Forecast) -> Restart:
     """Reading the newest checkpoint of a run with the same number of ranks."""
     gpus, nodes = made.cluster.gpus, made.cluster.nodes
-    opens = gpus * gpus
-    headers = nodes * gpus * header_bytes(made.plan.model.model_dump_json())
+    pieces, length = index_of(made.plan.model.model_dump_json())
+    opens, headers = gpus * gpus, nodes * gpus * length
     reads = 2 * made.plan.checkpoint_bytes + headers
-    return Restart(opens, headers, START_S + opens / OPENS + reads / WRITES)
+    looking = gpus * pieces * PIECE_S
+    return Restart(opens, headers, START_S + opens / OPENS + reads / WRITES + looking)
 
 
 def _checkpoints(sizes: Sequence[Size]) -> Report:
