@@ -16,6 +16,7 @@ import pytest
 import torch
 import yaml
 from conftest import TINY
+from ranks import hourglass
 from slurm_cluster import SlurmCluster, missing, wait_for
 from test_resume import losses, state
 
@@ -72,8 +73,8 @@ class Job:
                 print(line)
 
     def status(self) -> str:
-        """The first line of ``hourglass status``; shows all of it."""
-        done = self.slurm.run(Path(sys.executable).with_name("hourglass"), "status", self.run)
+        """The first line of ``hourglass status``, asked from elsewhere; shows all of it."""
+        done = hourglass("status", self.run)
         print(done.stdout)
         assert done.stdout, done.stderr
         return done.stdout.splitlines()[0]

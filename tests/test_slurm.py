@@ -160,11 +160,12 @@ def test_a_controller_that_is_away_for_a_while_is_waited_for(desk: Desk) -> None
 @pytest.mark.cluster
 def test_with_fewer_nodes_the_others_go_on(desk: Desk) -> None:
     """NNODES=MIN:MAX: a node is lost, the other goes on to its end."""
-    number = desk.submit("s20", options="--nodes=1-2 --no-kill", NNODES="1:2", SHUTDOWN_TIMEOUT="1")
-    wait_for(lambda: desk.said(number).count("s20") == 2, 60, "its start")
+    number = desk.submit("s60", options="--nodes=1-2 --no-kill", NNODES="1:2", SHUTDOWN_TIMEOUT="1")
+    wait_for(lambda: desk.said(number).count("s60") == 2, 60, "its start")
     assert "0: 1:2 nodes" in desk.said(number)
     desk.slurm.kill_node(1)
     try:
         assert desk.end(number) == ("COMPLETED", "0:0", 0)
+        assert "Node failure on sq1" in desk.said(number)
     finally:
         desk.slurm.start_node(1)
