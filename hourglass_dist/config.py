@@ -34,9 +34,10 @@ class RunConfig(Section):
     """Seeds the weights, dropout and the order of the data."""
     time_limit_hours: PositiveFloat | None = None
     """Hours after which the run saves and ends with exit code 75. Less than a scheduler gives."""
-    hang_minutes: PositiveFloat = 20.0
+    hang_minutes: PositiveFloat = 10.0
     """Minutes without a step (or a batch of an evaluation) after which every rank writes its stacks
-    into the run folder and ends. More than a save may take; the start has ten at least."""
+    into the run folder and ends: also how long a cut network stays unnoticed. More than a save may
+    take; the start has ten at least."""
 
 
 class OptimConfig(Section):

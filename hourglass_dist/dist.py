@@ -10,6 +10,7 @@ import atexit
 import ctypes
 import hashlib
 import os
+import re
 import signal
 import sys
 import time
@@ -28,7 +29,7 @@ from torch._C._distributed_c10d import HashStore
 T = TypeVar("T")
 
 TIMEOUT = timedelta(minutes=10)
-"""How long a collective may wait for a rank that does not come."""
+"""How long a collective may wait for a rank that does not come, where nobody watches."""
 POST_TIMEOUT = timedelta(minutes=30)
 """How long a note of another rank is waited for: longer than its part of a checkpoint takes."""
 
@@ -47,9 +48,9 @@ class World:
         return self.rank == 0
 
 
-def init() -> World:
+def init(timeout: timedelta = TIMEOUT) -> World:
     """Join the process group: nccl where there is a GPU, gloo otherwise. Calling it again changes
-    nothing."""
+    nothing. ``timeout``: how long a collective may wait for a rank that does not come."""
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     on_gpu = torch.cuda.is_available()
     device = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
@@ -60,10 +61,10 @@ def init() -> World:
     if not td.is_initialized():
         backend = "nccl" if on_gpu else "gloo"
         if "RANK" in os.environ:
-            td.init_process_group(backend, timeout=TIMEOUT)
+            td.init_process_group(backend, timeout=timeout)
         else:
             os.environ.setdefault("LOCAL_RANK", "0")
-            td.init_process_group(backend, store=HashStore(), rank=0, world_size=1, timeout=TIMEOUT)
+            td.init_process_group(backend, store=HashStore(), rank=0, world_size=1, timeout=timeout)
         atexit.register(shutdown)
     return World(td.get_rank(), td.get_world_size(), device)
 
@@ -95,6 +96,16 @@ def leave(code: int) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
+
+
+def lost_rank(error: RuntimeError) -> str | None:
+    """What a collective says when another rank is gone, in a few words; None for other errors."""
+    found = re.search(
+        r"Connection (closed|reset) by peer( \[[^]]*\](:\d+)?)?|Timed out waiting \d+ms"
+        r"|remote process exited|Broken pipe",
+        str(error),
+    )
+    return found[0] if found else None
 
 
 def is_main_process() -> bool:

@@ -9,11 +9,13 @@ batches and losses that an uninterrupted run would have had.
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, replace
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -96,7 +98,8 @@ def run_to_the_end(job: Job) -> None:
 
 def prepare(config: Config, history: History) -> Job | None:
     """Data, run folder, engine, the state to continue from; None when all steps are done."""
-    world = dist.init()
+    # the watchdog, which writes down what hangs, comes before a collective gives up
+    world = dist.init(dist.TIMEOUT + timedelta(minutes=config.run.hang_minutes))
     deepspeed_settings(config, world.size)  # refuses what does not fit, before anything is written
     require_writers(config.metrics.writers)
     datasets, tokenizer = dist.together(lambda: open_data(config), world.device)
@@ -331,6 +334,13 @@ def main(arguments: Sequence[str]) -> int:
     except FloatingPointError as error:
         if dist.is_main_process():
             print(f"stopped: {error}", file=sys.stderr, flush=True)
+        return 1
+    except RuntimeError as error:
+        words = dist.lost_rank(error)
+        if words is None:
+            raise
+        rank = os.environ.get("RANK", "0")
+        print(f"rank {rank} has lost another one: {words}", file=sys.stderr, flush=True)
         return 1
     except Interrupted as error:
         if dist.is_main_process():

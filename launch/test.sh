@@ -1,13 +1,20 @@
 #!/usr/bin/env bash
 # Makes the environment and runs every check; arguments go to pytest: bash launch/test.sh tests/test_config.py -k lists
+#
+#   bash launch/test.sh --cluster      instead the drills of minutes: hosts that die, cables that are cut, real ssh, Slurm and pods.
+#                                      Needs root and Linux; what else is missing is said by the tests that are skipped for it.
 set -euo pipefail
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bash launch/setup.sh
 source "${VIRTUAL_ENV:-.venv}/bin/activate"
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # the tests' models are tiny: more threads take longer
 
+if [[ ${1:-} == --cluster ]]; then
+  shift
+  exec python -m pytest -m cluster -s --timeout 1500 "$@" </dev/null
+fi
 ruff check --quiet
 ruff format --check --quiet
 mypy
-export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}  # the tests' models are tiny: more threads take longer
 exec python -m pytest "$@" </dev/null

@@ -19,26 +19,34 @@
 #   HOURGLASS_PROGRAM  train, or preflight                         (default: train)
 set -euo pipefail
 
+refuse() {
+  echo "launch/torchrun.sh: $1" >&2
+  exit 2
+}
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 environment=${VIRTUAL_ENV:-$root/.venv}
 if [[ :$PATH: != *:$environment/bin:* && -f $environment/bin/activate ]]; then
   source "$environment/bin/activate"
 fi
-if ! command -v hourglass >/dev/null; then
-  echo "launch/torchrun.sh: no environment: run bash launch/setup.sh first" >&2
-  exit 2
-fi
-if [[ $# -eq 0 ]]; then
-  echo "usage: bash launch/torchrun.sh CONFIG [key=value ...]" >&2
-  exit 2
+command -v hourglass >/dev/null || refuse "no environment: run bash launch/setup.sh first"
+[[ $# -gt 0 ]] || refuse "expected CONFIG [key=value ...], for example configs/quickstart.yaml"
+
+nodes=${NNODES:-1} address=${MASTER_ADDR:-} port=${MASTER_PORT:-29500}
+if [[ ! $nodes =~ ^[1-9][0-9]*(:[1-9][0-9]*)?$ || ${nodes%:*} -gt ${nodes#*:} ]]; then
+  refuse "NNODES: expected a number of nodes, or MIN:MAX, given $nodes"
+elif [[ $nodes == 1 ]]; then
+  meeting=(--standalone --local-addr 127.0.0.1)
+elif [[ -z $address ]]; then
+  refuse "NNODES is $nodes: MASTER_ADDR must name one of the nodes"
+elif [[ -z ${NODE_RANK:-} ]]; then
+  meeting=(--rdzv-backend c10d --rdzv-endpoint "$address:$port" --rdzv-id "${JOB_ID:-hourglass}")
+elif [[ $nodes == *:* ]]; then
+  refuse "NODE_RANK counts nodes that are all there, and NNODES is $nodes: leave one of them out"
+else
+  meeting=(--node-rank "$NODE_RANK" --master-addr "$address" --master-port "$port")
 fi
 hourglass config "$@" >/dev/null
 
-nodes=${NNODES:-1}
-if [[ ! $nodes =~ ^[1-9][0-9]*(:[1-9][0-9]*)?$ || ${nodes%:*} -gt ${nodes#*:} ]]; then
-  echo "launch/torchrun.sh: NNODES: expected a number of nodes, or MIN:MAX, given $nodes" >&2
-  exit 2
-fi
 ranks=${NPROC_PER_NODE:-$(python -c 'import torch; print(torch.cuda.device_count() or 2)')}
 threads=$(($(nproc) / ranks))
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((threads > 0 ? threads : 1))}
@@ -47,24 +55,6 @@ if [[ -n ${NETWORK_INTERFACE:-} ]]; then
 fi
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 TORCH_CPP_LOG_LEVEL=${TORCH_CPP_LOG_LEVEL:-ERROR}
 export JOIN_TIMEOUT=${JOIN_TIMEOUT:-600}
-
-if [[ $nodes == 1 ]]; then
-  meeting=(--standalone --local-addr 127.0.0.1)
-else
-  address=${MASTER_ADDR:-} port=${MASTER_PORT:-29500}
-  if [[ -z $address ]]; then
-    echo "launch/torchrun.sh: NNODES is $nodes: MASTER_ADDR must name one of the nodes" >&2
-    exit 2
-  fi
-  if [[ -z ${NODE_RANK:-} ]]; then
-    meeting=(--rdzv-backend c10d --rdzv-endpoint "$address:$port" --rdzv-id "${JOB_ID:-hourglass}")
-  elif [[ $nodes == *:* ]]; then
-    echo "launch/torchrun.sh: NODE_RANK counts nodes that are all there, and NNODES is $nodes: leave one of them out" >&2
-    exit 2
-  else
-    meeting=(--node-rank "$NODE_RANK" --master-addr "$address" --master-port "$port")
-  fi
-fi
 
 exec python "$root/launch/torchrun.py" \
   --nnodes "$nodes" --nproc-per-node "$ranks" --max-restarts "${MAX_RESTARTS:-0}" "${meeting[@]}" \

@@ -10,14 +10,15 @@ from pathlib import Path
 
 import hosts
 import pytest
+from drills import Run, largest_difference
 from hosts import Hosts
-from nodes import Run, largest_difference
 
 pytestmark = [
+    pytest.mark.timeout(1500),
     pytest.mark.cluster,
     pytest.mark.skipif(bool(hosts.missing()), reason=f"hosts: {hosts.missing()}"),
 ]
-STEPS = 60
+STEPS = 30
 
 
 @pytest.fixture(scope="module")
@@ -40,13 +41,15 @@ def undisturbed(
 
 
 @pytest.fixture
-def run(net: Hosts, tmp_path: Path, tiny_config: Path, dataset: Path) -> Run:
-    return Run(net, tmp_path / "run", tiny_config, dataset, STEPS)
+def run(net: Hosts, tmp_path: Path, tiny_config: Path, dataset: Path) -> Iterator[Run]:
+    made = Run(net, tmp_path / "run", tiny_config, dataset, STEPS)
+    yield made
+    made.stop()
 
 
 def tell(what: str, run: Run, *lines: str) -> None:
     """For a person who runs the drills with -s."""
-    print("", f"=== {what}", *lines, run.all_said(), sep="\n")
+    print("", f"=== {what}", *lines, run.all_said(), sep="\n", flush=True)
 
 
 def finish(run: Run, undisturbed: Path, *hosts_that_end: int, most: float = 0.0) -> None:
@@ -68,7 +71,7 @@ def test_plain(undisturbed: Path) -> None:
 
 
 def test_a_rank_is_killed(run: Run, undisturbed: Path) -> None:
-    begin(run, 22)
+    begin(run, 12)
     step = run.last()
     run.rank(1).kill()
     cost = run.again(step)
@@ -77,7 +80,7 @@ def test_a_rank_is_killed(run: Run, undisturbed: Path) -> None:
 
 
 def test_a_node_is_killed_and_replaced(run: Run, undisturbed: Path) -> None:
-    begin(run, 22)
+    begin(run, 12)
     step = run.last()
     run.processes[1].kill()
     run.start(1)
@@ -87,7 +90,7 @@ def test_a_node_is_killed_and_replaced(run: Run, undisturbed: Path) -> None:
 
 
 def test_the_node_where_all_meet_is_killed_and_replaced(run: Run, undisturbed: Path) -> None:
-    begin(run, 22)
+    begin(run, 12)
     step = run.last()
     run.processes[0].kill()
     run.start(0)
@@ -97,20 +100,23 @@ def test_the_node_where_all_meet_is_killed_and_replaced(run: Run, undisturbed: P
 
 
 def test_a_node_is_lost_and_comes_back_later(run: Run, undisturbed: Path) -> None:
-    begin(run, 22, NNODES="1:2")
+    begin(run, 12, NNODES="1:2")
     step = run.last()
     run.processes[1].kill()
     alone = run.again(step)
     run.reach(run.starts()[-1] + 2)
-    step = run.last()
+    step, lonely = run.last(), run.rank(0)
+    lonely.suspend()  # or the run might be over before the other is there
     run.start(1, NNODES="1:2")
+    run.wait(lambda: "a node has come" in run.said(0))
+    lonely.resume()
     together = run.again(step)
     finish(run, undisturbed, 0, 1, most=1e-5)
     tell("a node is lost, and one comes later", run, alone, together)
 
 
 def test_a_node_is_lost_for_good(run: Run, undisturbed: Path) -> None:
-    begin(run, 22, NNODES="1:2")
+    begin(run, 12, NNODES="1:2")
     step = run.last()
     run.processes[1].kill()
     cost = run.again(step)
@@ -119,7 +125,7 @@ def test_a_node_is_lost_for_good(run: Run, undisturbed: Path) -> None:
 
 
 def test_one_node_is_told_to_stop(run: Run, undisturbed: Path) -> None:
-    begin(run, 22)
+    begin(run, 12)
     run.agent(1).send_signal(signal.SIGTERM)
     assert [run.ends(host) for host in (0, 1)] == [75, 75], run.all_said()
     step = run.last()
@@ -134,7 +140,7 @@ def test_one_node_is_told_to_stop(run: Run, undisturbed: Path) -> None:
 
 
 def test_the_cable_is_out_for_ten_seconds(run: Run, undisturbed: Path) -> None:
-    begin(run, 22)
+    begin(run, 12)
     step = run.last()
     run.hosts.cut(1)
     time.sleep(10)
@@ -146,7 +152,7 @@ def test_the_cable_is_out_for_ten_seconds(run: Run, undisturbed: Path) -> None:
 
 
 def test_the_cable_is_out_for_good(run: Run, undisturbed: Path) -> None:
-    begin(run, 22, "run.hang_minutes=0.2", NNODES="1:2", JOIN_TIMEOUT="30")
+    begin(run, 12, "run.hang_minutes=0.2", NNODES="1:2", JOIN_TIMEOUT="30")
     step = run.last()
     run.hosts.cut(1)
     try:

@@ -185,7 +185,7 @@ def describe(failures: Mapping[int, ProcessFailure]) -> str:
 def main(arguments: Sequence[str]) -> int:
     """torchrun with these arguments; returns the exit code: the ranks', 1 when nodes do not come
     together, 2 for settings under which they cannot."""
-    logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)
+    logging.disable(logging.ERROR)  # what torch has to say is said below, in fewer words
     for name in SIGNALS:  # torch listens only while ranks run
         signal.signal(signal.Signals[name], _raise)
     args = run.parse_args(list(arguments))

@@ -51,6 +51,7 @@ class Meeting:
         self._expected, self._here = list(names), set[str]()
         self._until, self._noticed = time.monotonic() + seconds, False
         self.has_met = self.serves = False
+        self._sign: socket.socket | None = None
 
     @property
     def place(self) -> str:
@@ -105,13 +106,14 @@ class Meeting:
             with socket.socket() as tried, suppress(OSError):
                 tried.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
                 tried.bind(("", self.port))
+                if self._sign is None:
+                    self._sign = socket.socket(socket.AF_UNIX)
+                    self._sign.bind(f"\0hourglass/{self.port}/{job}")
                 return True
-            with suppress(RuntimeError, ValueError):
-                store = TCPStore(
-                    *(self.host, self.port, None, False, timedelta(seconds=2)),
-                    wait_for_workers=False,
-                )
-                if store.check([f"torch.rendezvous.{job}"]):
+            with socket.socket(socket.AF_UNIX) as sign:
+                try:
+                    sign.bind(f"\0hourglass/{self.port}/{job}")
+                except OSError:  # held by the one who serves
                     return False
             time.sleep(0.5)
         raise ValueError(

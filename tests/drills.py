@@ -87,12 +87,12 @@ class Run:
         """Wait until the ranks train again after a fault at ``step``; what that cost."""
         begun = time.monotonic()
         count = len(self.starts())
-        self.wait(lambda: len(self.starts()) > count, 300)
+        self.wait(lambda: len(self.starts()) > count)
         back = self.starts()[count]
         self.wait(lambda: self.last() > back)
         return f"training again after {time.monotonic() - begun:.0f} s, {step - back} steps lost"
 
-    def wait(self, what: Callable[[], bool], seconds: float = 120) -> float:
+    def wait(self, what: Callable[[], bool], seconds: float = 400) -> float:
         """Until ``what`` is so; returns the seconds that took. Fails with all logs."""
         begun = time.monotonic()
         while not what():
@@ -112,7 +112,13 @@ class Run:
         """Until this step is noted."""
         return self.wait(lambda: self.last() >= step)
 
-    def ends(self, host: int, seconds: float = 240) -> int:
+    def stop(self) -> None:
+        """Kill whatever still runs."""
+        for process in self.processes.values():
+            process.kill()
+            process.wait(timeout=30)
+
+    def ends(self, host: int, seconds: float = 400) -> int:
         """The exit code of a host's torchrun."""
         process = self.processes[host]
         self.wait(lambda: process.poll() is not None, seconds)
