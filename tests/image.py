@@ -77,6 +77,7 @@ class Image:
     workdir: str = "/"
     user: int = 0
     entrypoint: list[str] = field(default_factory=list)
+    healthcheck: list[str] = field(default_factory=list)
 
     def build(self, arguments: Mapping[str, str]) -> None:
         """Carry out every instruction; ``arguments`` are those of --build-arg."""
@@ -101,8 +102,10 @@ class Image:
                 self.user = int(rest)
             elif word == "ENTRYPOINT":
                 self.entrypoint = json.loads(rest)
+            elif word == "HEALTHCHECK":
+                self.healthcheck = json.loads(rest.partition("CMD ")[2])
             else:
-                assert word in ("FROM", "HEALTHCHECK"), word
+                assert word == "FROM", word
 
     def _copy(self, rest: str) -> None:
         options = [part for part in rest.split() if part.startswith("--")]

@@ -44,6 +44,8 @@ def test_the_image_is_made_and_trains_as_a_user(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "step 6: held out" in done.stdout
     assert '"revision": "0a1b2c3"' in (volume / "run/history.jsonl").read_text()
+    assert image.run(image.healthcheck).returncode == 0  # of no run
+    assert image.run(image.healthcheck, {"HOURGLASS_RUN": "/data/none"}).returncode == 1
     refused = image.run([*image.entrypoint, "/data/tiny.yaml", "modle.dim=2"])
     assert refused.returncode == 2
     assert image.run(["touch", "/workspace/launch/torchrun.sh"]).returncode != 0

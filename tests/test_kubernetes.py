@@ -173,8 +173,9 @@ def test_what_a_person_adds_to_a_manifest_stays(tmp_path: Path) -> None:
     ):
         assert old in text
         text = text.replace(old, new)
+    text += "---\napiVersion: v1\nkind: Secret\nmetadata: {name: keys}\n"
     (tmp_path / "job.yaml").write_text(text)
-    cluster = {"nodes": 2, "kubernetes": {}}
+    cluster = {"nodes": 2, "kubernetes": {"namespace": "research"}}
     shown = filled(cluster, folder=tmp_path, run="/nfs/runs/mine")
     assert problems(shown) == []
     container = pod(documents(shown))["containers"][0]
@@ -182,6 +183,7 @@ def test_what_a_person_adds_to_a_manifest_stays(tmp_path: Path) -> None:
     assert ("WANDB_MODE", "offline") in variables
     assert [value for name, value in variables if name == "NNODES"] == ["2"]
     assert container["resources"]["limits"] == {"rdma/ib": 1, "memory": "64Gi"}
+    assert documents(shown)["Secret"]["metadata"] == {"name": "keys", "namespace": "research"}
 
 
 @pytest.mark.parametrize(

@@ -132,12 +132,22 @@ def manifest(
     _fill_volumes(filled, places, cluster, name, config)
     text = {"config.yaml": Path(arguments[0]).read_text(encoding="utf-8")}
     filled.documents.insert(0, {"apiVersion": "v1", "kind": "ConfigMap", "data": text})
-    where = {"namespace": settings.namespace} if settings.namespace else {}
-    for index, document in enumerate(filled.documents):
-        named = {**document.pop("metadata", {}), "name": name, **where}
-        start = {key: document.pop(key) for key in ("apiVersion", "kind")}
-        filled.documents[index] = {**start, "metadata": named, **document}
+    own = filled.at(places.document, "metadata").get("name")
+    for document in filled.documents:
+        _name(document, name, settings.namespace, own)
     return filled.text()
+
+
+def _name(document: dict[str, Any], name: str, namespace: str | None, own: str | None) -> None:
+    """Give a document its name, if it had that of the template (``own``), and its namespace."""
+    given = document.pop("metadata", None) or {"name": own}
+    about = {key: document.pop(key, "") for key in ("apiVersion", "kind")}
+    found = {**given, "name": name if given.get("name") == own else given.get("name")}
+    if namespace:
+        found["namespace"] = namespace
+    rest = dict(document)
+    document.clear()
+    document.update({**about, "metadata": found, **rest})
 
 
 def _meeting(
@@ -145,7 +155,7 @@ def _meeting(
 ) -> dict[str, str]:
     """How pods find each other."""
     if places.group:
-        pods = f"{name}-{filled.at(places.document, places.group)['name']}-0"
+        pods = f"{name}-{filled.at(places.document, places.group).get('name')}-0"
     else:
         pods = name if places.job else f"{name}-worker"
     first = f"{pods}-0.{name}" if places.job else f"{pods}-0"
@@ -204,8 +214,8 @@ def _fill_container(
     if cluster.gpus_per_node:
         limits["nvidia.com/gpu"] = str(cluster.gpus_per_node)
     resources = filled.at(kind, f"{path}.resources")
-    resources["requests"] = {**resources.get("requests", {}), **asked}
-    resources["limits"] = {**resources.get("limits", {}), **limits}
+    resources["requests"] = {**(resources.get("requests") or {}), **asked}
+    resources["limits"] = {**(resources.get("limits") or {}), **limits}
 
 
 def _fill_volumes(
@@ -233,16 +243,20 @@ def _fill_volumes(
     spec["volumes"] = _merged(filled.at(kind, f"{path}.spec.volumes"), volumes, "name")
     mounted = _merged(filled.at(kind, f"{path}.spec.containers.0.volumeMounts"), mounts, "name")
     container["volumeMounts"] = mounted
-    _require_volume(config.run.dir, [mount["mountPath"] for mount in mounted])
+    _require_volume(
+        config.run.dir,
+        [str(mount.get("mountPath")) for mount in mounted if isinstance(mount, dict)],
+    )
     if settings.node_selector:
-        spec["nodeSelector"] = {**spec.get("nodeSelector", {}), **settings.node_selector}
+        spec["nodeSelector"] = {**(spec.get("nodeSelector") or {}), **settings.node_selector}
     spec["terminationGracePeriodSeconds"] = cluster.save_seconds + GRACE_SECONDS
 
 
 def _merged(there: list[Any], new: list[dict[str, Any]], key: str) -> list[Any]:
     """What the template has, then what is filled in; of equal names the latter."""
     names = {item[key] for item in new}
-    return [item for item in there if item.get(key) not in names] + new
+    kept = [item for item in there if not isinstance(item, dict) or item.get(key) not in names]
+    return kept + new
 
 
 def _require_volume(run: str, places: Sequence[str]) -> None:
