@@ -159,8 +159,8 @@ class Forecast:
         if machines.gpus == 1:
             return 0.0
         time = all_reduce_s if calls.kind == "all-reduce" else ring_s
-        each = calls.sent / calls.count
-        return calls.count * time(each, machines.gpus, machines.nodes, machines.bandwidth)
+        each = calls.sent / calls.number
+        return calls.number * time(each, machines.gpus, machines.nodes, machines.bandwidth)
 
     @property
     def optimizer_s(self) -> float:
@@ -210,7 +210,7 @@ class Calls(NamedTuple):
     """Collectives of one kind."""
 
     kind: str
-    count: int
+    number: int
     sent: float
     """Bytes that a rank sends in all of them."""
 

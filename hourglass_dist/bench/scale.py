@@ -149,7 +149,8 @@ def _counted(file: Path, overrides: Sequence[str], count: Sequence[int]) -> Repo
 
 
 def _steps(sizes: Sequence[Size]) -> Report:
-    rows, speeds = [], {}
+    rows: list[dict[str, Any]] = []
+    speeds: dict[int, float] = {}
     for size in sizes:
         for stage, made in size.stages.items():
             speed = made.tokens_per_day / size.gpus
@@ -162,7 +163,7 @@ def _steps(sizes: Sequence[Size]) -> Report:
                     "rows": size.rows,
                     "each": size.rows // size.gpus,
                     "sent": made.plan.traffic / 1e9,
-                    "calls": sum(c.count for c in [*made.calls, *made.calls_after]),
+                    "calls": sum(c.number for c in [*made.calls, *made.calls_after]),
                     "products": made.products_s,
                     "ideal": ideal,
                     "wires": wires,
@@ -224,8 +225,8 @@ def _checkpoints(sizes: Sequence[Size]) -> Report:
     columns |= {"stall ms": "{stall:.1f}", "write s": "{write:.1f}"}
     columns |= {"file calls": "{operations:,}", "store calls": "{notes:,}"}
     columns |= {"a start: opens": "{opens:,}", "indexes": "{headers}", "start s": "{seconds:,.0f}"}
-    size = show_bytes(sizes[0].chosen.plan.checkpoint_bytes)
-    return f"A checkpoint of {size}, at {WRITES / 1e9:.0f} GB/s", rows, columns
+    whole = show_bytes(sizes[0].chosen.plan.checkpoint_bytes)
+    return f"A checkpoint of {whole}, at {WRITES / 1e9:.0f} GB/s", rows, columns
 
 
 # --- failures ------------------------------------------------------------------------------------
