@@ -94,7 +94,8 @@ def read_status(run: Path) -> Status:
     state, why = find_state(run, starts, beats, now)
     trained = [record for record in records if "train/loss" in record]
     last = trained[-1] if trained else {}
-    step = max([int(last.get("step", 0)), *(beat.step for beat in beats)])
+    noted = (int(entry["step"]) for entry in (last, *history[-1:]) if entry)
+    step = max([0, *noted, *(beat.step for beat in beats)])
     scores = [r["heldout/bits_per_byte"] for r in records if "heldout/bits_per_byte" in r]
     hosts = {beat.rank: beat.host for beat in beats}
     over = [start for start in starts if start.ending or start is not starts[-1]]
