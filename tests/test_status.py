@@ -123,7 +123,7 @@ def test_a_run_while_it_goes_on_and_after(tiny_config: Path, dataset: Path, tmp_
 
 def hangs(run: Path) -> None:
     """Ranks on hosts elsewhere, whose processes cannot be looked at: their last words decide."""
-    for age, state in ((1, "running"), (1300, "hanging"), (9000, "crashed")):
+    for age, state in ((1, "running"), (650, "hanging"), (9000, "crashed")):
         for beat in read_heartbeats(run):
             path = run / "heartbeats" / f"rank_{beat.rank:05d}.json"
             other = {"host": f"node{beat.rank}", "time": time.time() - age * (1 + beat.rank)}
