@@ -242,7 +242,9 @@ def outcome(codes: Sequence[int], is_stopped: bool) -> int:
         return BAD_SETTINGS
     if is_stopped and all(code in (INTERRUPTED, 128 + signal.SIGTERM) for code in bad):
         return INTERRUPTED
-    return 1 if SSH_FAILED in bad[:1] else (bad or [0])[0]
+    if 0 in codes and all(code == SSH_FAILED for code in bad):
+        return 0  # the run is done, whatever has become of the connection
+    return 1 if SSH_FAILED in bad[:1] or not codes else bad[0]
 
 
 def last_line(text: str) -> str:
