@@ -88,8 +88,9 @@ class Run:
         begun = time.monotonic()
         count = len(self.starts())
         self.wait(lambda: len(self.starts()) > count)
-        back = self.starts()[count]
-        self.wait(lambda: self.last() > back)
+        back, log = self.starts()[count], self.folder / "metrics.jsonl"
+        changed = log.stat().st_mtime_ns  # what is noted past that step is forgotten first
+        self.wait(lambda: log.stat().st_mtime_ns > changed and self.last() > back)
         return f"training again after {time.monotonic() - begun:.0f} s, {step - back} steps lost"
 
     def wait(self, what: Callable[[], bool], seconds: float = 400) -> float:

@@ -151,6 +151,24 @@ class TestTwoHosts:
             "waiting for nodes at hga0:29500: 1 of 2 nodes are there (hga0), missing: hga1"
         ]
 
+    @pytest.mark.cluster
+    def test_a_node_that_does_not_come_back_is_named(self, net: Hosts, tmp_path: Path) -> None:
+        target, logs = (
+            program(tmp_path, "time.sleep(8)\nsys.exit(1)"),
+            [tmp_path / "0", tmp_path / "1"],
+        )
+        names = {"NODE_NAMES": " ".join(net.names), "JOIN_TIMEOUT": "25"}
+        first, second = (self.start(net, i, target, logs[i], **names) for i in (0, 1))
+        for _ in range(2000):
+            if second.poll() is None and "start again" in logs[1].read_text():
+                second.kill()
+            if first.poll() is not None:
+                break
+            threading.Event().wait(0.1)
+        assert first.wait(timeout=1) == 1
+        *_, line = logs[0].read_text().splitlines()
+        assert line.startswith("hga0:29500: 1 of 2 nodes are there (hga0), missing: hga1 after 25")
+
     def test_the_exit_code_of_one_node_is_that_of_all(self, net: Hosts, tmp_path: Path) -> None:
         """Rank 1 has bad settings; rank 0 crashes without it, and would start again."""
         gone = str(tmp_path / "gone")

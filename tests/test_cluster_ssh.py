@@ -91,7 +91,7 @@ def finish(run: Launched, undisturbed: Path) -> None:
     assert run.ends(0) == 0, run.all_said()
     assert run.steps() == list(range(1, STEPS + 1))
     assert largest_difference(run.folder, undisturbed, STEPS) == 0
-    assert not run.left()
+    run.wait(lambda: not run.left(), 20)
 
 
 def test_the_launcher_is_told_to_stop(run: Launched, undisturbed: Path) -> None:

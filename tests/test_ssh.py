@@ -87,6 +87,8 @@ def test_launch_ssh_needs_a_hostfile() -> None:
         ([75, 143], True, 75),
         ([255, 75], False, 1),
         ([0, 137], False, 137),
+        ([0, 255], False, 0),
+        ([], False, 1),
         ([], True, 75),
     ],
 )

@@ -103,6 +103,8 @@ class Agent(LocalElasticAgent):
             raise Apart(error) from error
 
     def _rendezvous(self, worker_group: WorkerGroup) -> None:
+        if self.meeting:
+            self.meeting.gather(self._handler)
         super()._rendezvous(worker_group)
         self._patience = self._shutdown_timeout
         if self.meeting:
@@ -206,6 +208,9 @@ def main(arguments: Sequence[str]) -> int:
         if code not in (BAD_SETTINGS, INTERRUPTED):
             say(describe(error.failures))
         return code
+    except Apart as error:  # of one node: its own store is lost
+        say(f"error: {error}")
+        return 1
     except SignalException as error:  # the ranks had the signal, too, and time to save
         stopped = error.sigval in (signal.SIGTERM, signal.SIGUSR1)
         return INTERRUPTED if stopped else 128 + error.sigval.value
@@ -269,7 +274,11 @@ def apart(error: Exception, meeting: Meeting, args: Any) -> int | None:
     if isinstance(cause, TimeoutError):
         say(str(cause))
         return 1
-    if isinstance(cause, RendezvousTimeoutError) or meeting.left() <= 0:
+    if args.rdzv_backend == "static":
+        say(f"{meeting.place}: counted nodes do not meet, or have lost each other: {cause}")
+        return 1
+    is_timeout = isinstance(cause, RendezvousTimeoutError)
+    if is_timeout or (not meeting.has_met and meeting.left() <= 0):
         say(f"{meeting.place}: {meeting.roll()} after {meeting.seconds:g} s: given up")
         return 1
     if meeting.has_met:

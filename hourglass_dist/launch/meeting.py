@@ -49,8 +49,8 @@ class Meeting:
         self.port = int(port)
         self.fewest, self.most, self.seconds = *nodes, seconds
         self._expected, self._here = list(names), set[str]()
-        self._until, self._noticed = time.monotonic() + seconds, False
-        self.has_met = self.serves = False
+        self._until = self._since = time.monotonic() + seconds
+        self._is_waiting = self._noticed = self.has_met = self.serves = False
         self._sign: socket.socket | None = None
 
     @property
@@ -66,7 +66,7 @@ class Meeting:
         """Nodes are apart, or were never together; ``is_first``: for the first time."""
         if is_first or self.has_met:
             self._until = time.monotonic() + self.seconds
-        self._here, self._noticed, self.has_met = set(), False, False
+        self._here, self.has_met = set(), False
 
     # --- before torchrun ------------------------------------------------------------------------
 
@@ -125,22 +125,29 @@ class Meeting:
 
     def watch(self, handler: Any) -> None:
         """Look at who is there whenever torch's c10d rendezvous does."""
-        holder = handler._state_holder
+        holder, this = handler._state_holder, handler._this_node
         sync = holder.sync
-        begun = time.monotonic()
 
         def look() -> Any:
             result = sync()
-            state = holder.state
-            self._here |= {node.addr for node in [*state.participants, *state.wait_list]}
-            late = time.monotonic() - begun > NOTICE
-            if not self.has_met and late and not self._noticed:
+            there = {*holder.state.participants, *holder.state.wait_list}
+            if this in there:  # who gives up has left before it says so
+                self._here = {node.addr for node in there}
+            late = time.monotonic() - self._since > NOTICE
+            if self._is_waiting and late and not self._noticed:
                 say(f"waiting for nodes at {self.place}: {self.roll()}; {self.left():.0f} s left")
                 self._noticed = True
             return result
 
         holder.sync = look
         impatient(self.port)
+
+    def gather(self, handler: Any) -> None:
+        """Nodes are about to meet, for the first time or after they were together."""
+        if self.has_met:
+            self._until = time.monotonic() + self.seconds
+            handler.settings.timeout._join = timedelta(seconds=self.seconds)
+        self._since, self._is_waiting, self._noticed = time.monotonic(), True, False
 
     def roll(self) -> str:
         """How many are there of how many, and who."""
@@ -155,7 +162,7 @@ class Meeting:
 
     def complete(self, names: Mapping[str, int], is_main: bool) -> None:
         """All that are needed have met: ``names`` of nodes, and their ranks."""
-        self.has_met = True
+        self.has_met, self._is_waiting = True, False
         if is_main and len(names) < self.most:
             say(f"{len(names)} of {self.most} nodes: {', '.join(sorted(names))}")
 

@@ -101,7 +101,7 @@ class Host:
 
     @property
     def is_there(self) -> bool:
-        """Whether an ssh to it runs."""
+        """Whether an ssh to it runs, or has ended unnoticed."""
         return self._process is not None
 
     def is_due(self) -> bool:
@@ -165,7 +165,7 @@ class Launcher:
         for host in self.hosts:
             if host.lost_at is None:
                 host.start(self._command())
-        while [host for host in self.hosts if host.live()] or self._is_waiting():
+        while any(host.is_there for host in self.hosts) or self._is_waiting():
             for host in self.hosts:
                 code = host.ended()
                 if code is not None:
@@ -242,7 +242,9 @@ def outcome(codes: Sequence[int], is_stopped: bool) -> int:
         return BAD_SETTINGS
     if is_stopped and all(code in (INTERRUPTED, 128 + signal.SIGTERM) for code in bad):
         return INTERRUPTED
-    return 1 if SSH_FAILED in bad[:1] or not codes else (bad or [0])[0]
+    if 0 in codes and all(code == SSH_FAILED for code in bad):
+        return 0  # the run is done, whatever has become of the connection
+    return 1 if SSH_FAILED in bad[:1] or not codes else bad[0]
 
 
 def last_line(text: str) -> str:
