@@ -26,7 +26,9 @@ def problems(text: str) -> list[str]:
         documents = [d for d in yaml.safe_load_all(text) if d]
     except yaml.YAMLError as error:
         return [f"no YAML: {error}"]
-    found = []
+    if not all(isinstance(document, dict) for document in documents):
+        return ["expected documents of fields"]
+    found = [] if documents else ["nothing in it"]
     for document in documents:
         wrong = list(type_problems(document)) or list(name_problems(document))
         found += [f"{document.get('kind')}: {line}" for line in wrong]

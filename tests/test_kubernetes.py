@@ -330,6 +330,11 @@ def broken(text: str, kind: str, path: str, value: object) -> str:
     return yaml.safe_dump_all(found.values())
 
 
+@pytest.mark.parametrize("text", ["", "---\n", "a: [", "kind: Job\n", "- 1\n"])
+def test_the_check_sees_what_is_no_manifest(text: str) -> None:
+    assert problems(text)
+
+
 @pytest.mark.parametrize(("file", "kind", "path", "value", "words"), BROKEN)
 def test_the_check_sees_what_is_wrong(
     file: str, kind: str, path: str, value: object, words: str
