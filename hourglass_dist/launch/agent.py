@@ -259,7 +259,9 @@ def meet(args: Any, meeting: Meeting) -> int:
         args.rdzv_conf = f"timeout={left}"
     else:
         Agent.meeting = meeting
-        args.rdzv_conf = f"join_timeout={left},is_host={int(meeting.serves)}"
+        last_call = max(1, min(30, int(meeting.seconds / 2)))  # for more nodes than are needed
+        where = f"is_host={int(meeting.serves)}"
+        args.rdzv_conf = f"join_timeout={left},last_call_timeout={last_call},{where}"
     run.run(args)
     return 0
 
