@@ -1,7 +1,8 @@
 """A sign of life of every rank, for ``hourglass status``: ``RUN/heartbeats/rank_00003.json``.
 
-    {"time": 1770000000.0, "rank": 3, "ranks": 8, "host": "node0", "pid": 4711, "doing": "training",
-     "step": 500, "seconds": 0.31, "loss": 1.93, "limit": 1200.0}
+    {"time": 1770000000.0, "rank": 3, "ranks": 8, "host": "node0", "pid": 4711,
+     "space": "pid:[4026531836]", "doing": "training", "step": 500, "seconds": 0.31, "loss": 1.93,
+     "limit": 600.0}
 
 ``time`` is in seconds since 1970, ``step`` how many are done, ``seconds`` what the last one took,
 ``loss`` its loss (on the main rank), ``limit`` how many seconds the rank may be silent. A run that
@@ -30,6 +31,8 @@ class Beat:
     ranks: int
     host: str
     pid: int
+    space: str
+    """Where ``pid`` means something: see ``process_space``."""
     doing: str
     step: int
     seconds: float | None
@@ -59,7 +62,8 @@ class Heart:
         self._written = time.monotonic()
         host = socket.gethostname()
         self._beat = Beat(
-            *(time.time(), rank, ranks, host, os.getpid(), "starting", step, None, None, limit)
+            *(time.time(), rank, ranks, host, os.getpid(), process_space(), "starting", step),
+            *(None, None, limit),
         )
         with suppress(OSError):
             self._folder.mkdir(parents=True, exist_ok=True)
@@ -109,6 +113,15 @@ def read_heartbeats(run: Path) -> list[Beat]:
             entry = json.loads(path.read_text())
             found.append(Beat(**{name: entry[name] for name in names & entry.keys()}))
     return found
+
+
+def process_space() -> str:
+    """Linux's name for the processes that this one sees: containers of one host have their own;
+    empty elsewhere."""
+    try:
+        return os.readlink("/proc/self/ns/pid")
+    except OSError:
+        return ""
 
 
 def process_state(pid: int) -> tuple[str, int] | None:

@@ -30,6 +30,7 @@ from hourglass_dist.heartbeat import (
     Beat,
     clock_time,
     pause_between,
+    process_space,
     process_state,
     read_heartbeats,
 )
@@ -167,7 +168,8 @@ def silent_ranks(beats: Sequence[Beat], now: float) -> list[str]:
 
 
 def _here(beat: Beat) -> bool:
-    return beat.host == socket.gethostname() and Path("/proc/self/stat").exists()
+    """Whether this process can look at that of a rank."""
+    return beat.host == socket.gethostname() and beat.space == process_space() != ""
 
 
 def _names(beats: Sequence[Beat]) -> str:
