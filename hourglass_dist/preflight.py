@@ -163,7 +163,7 @@ def look_at_folder(ranks: Ranks, found: Findings) -> None:
         free, need = agreement.room(config, world, count)
         note = (
             f"{folder}: seen by all; {show_bytes(free)} are free, {show_bytes(need)} needed for "
-            f"{count} checkpoints"
+            f"{count} checkpoint{'s' if count > 1 else ''}"
         )
         for path in missing:
             if path.exists() and not any(path.iterdir()):
