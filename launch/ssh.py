@@ -9,6 +9,7 @@ without a password. See hourglass_dist/launch/remote.py.
 import sys
 from pathlib import Path
 
+# the code beside this file, also where another checkout, or none, is installed
 sys.path[0] = str(Path(__file__).parents[1])
 from hourglass_dist.launch.remote import main  # noqa: E402
 

@@ -5,6 +5,7 @@ import os
 import sys
 from pathlib import Path
 
+# the code beside this file, also where another checkout, or none, is installed
 sys.path[0] = str(Path(__file__).parents[1])
 from hourglass_dist.launch.agent import main  # noqa: E402
 
