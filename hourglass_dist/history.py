@@ -17,6 +17,7 @@ import socket
 import subprocess
 import time
 from contextlib import suppress
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from types import TracebackType
@@ -98,6 +99,7 @@ def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
+@cache
 def revision() -> str | None:
     """The commit of the checkout that this code lies in, or that an image was made of; None where
     that is not known."""

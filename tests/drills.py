@@ -83,15 +83,21 @@ class Run:
         """The steps after which the ranks have begun to train."""
         return [entry["step"] for entry in read_history(self.folder) if entry["event"] == "start"]
 
-    def again(self, step: int) -> str:
-        """Wait until the ranks train again after a fault at ``step``; what that cost."""
-        begun = time.monotonic()
-        count = len(self.starts())
-        self.wait(lambda: len(self.starts()) > count)
+    def again(self) -> str:
+        """Wait until the ranks train again after a fault; what that cost."""
+        begun, count, noted = time.monotonic(), len(self.starts()), self.last()
+
+        def started() -> bool:
+            nonlocal noted
+            noted = max(noted, self.last())  # before it is forgotten
+            return len(self.starts()) > count
+
+        self.wait(started)
         back, log = self.starts()[count], self.folder / "metrics.jsonl"
         changed = log.stat().st_mtime_ns  # what is noted past that step is forgotten first
         self.wait(lambda: log.stat().st_mtime_ns > changed and self.last() > back)
-        return f"training again after {time.monotonic() - begun:.0f} s, {step - back} steps lost"
+        lost = max(0, noted - back)  # ranks that saved may have done one more than they noted
+        return f"training again after {time.monotonic() - begun:.0f} s, {lost} steps lost"
 
     def wait(self, what: Callable[[], bool], seconds: float = 400) -> float:
         """Until ``what`` is so; returns the seconds that took. Fails with all logs."""

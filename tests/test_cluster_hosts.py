@@ -72,54 +72,41 @@ def test_plain(undisturbed: Path) -> None:
 
 def test_a_rank_is_killed(run: Run, undisturbed: Path) -> None:
     begin(run, 12)
-    step = run.last()
     run.rank(1).kill()
-    cost = run.again(step)
+    cost = run.again()
     finish(run, undisturbed, 0, 1)
     tell("a rank is killed", run, cost)
 
 
-def test_a_node_is_killed_and_replaced(run: Run, undisturbed: Path) -> None:
+@pytest.mark.parametrize("host", [1, 0], ids=["other", "where_all_meet"])
+def test_a_node_is_killed_and_replaced(host: int, run: Run, undisturbed: Path) -> None:
     begin(run, 12)
-    step = run.last()
-    run.processes[1].kill()
-    run.start(1)
-    cost = run.again(step)
+    run.processes[host].kill()
+    run.start(host)
+    cost = run.again()
     finish(run, undisturbed, 0, 1)
-    tell("a node is killed and replaced", run, cost)
-
-
-def test_the_node_where_all_meet_is_killed_and_replaced(run: Run, undisturbed: Path) -> None:
-    begin(run, 12)
-    step = run.last()
-    run.processes[0].kill()
-    run.start(0)
-    cost = run.again(step)
-    finish(run, undisturbed, 0, 1)
-    tell("the node where all meet is killed and replaced", run, cost)
+    tell(f"node {host} is killed and replaced", run, cost)
 
 
 def test_a_node_is_lost_and_comes_back_later(run: Run, undisturbed: Path) -> None:
     begin(run, 12, NNODES="1:2")
-    step = run.last()
     run.processes[1].kill()
-    alone = run.again(step)
+    alone = run.again()
     run.reach(run.starts()[-1] + 2)
-    step, lonely = run.last(), run.rank(0)
+    lonely = run.rank(0)
     lonely.suspend()  # or the run might be over before the other is there
     run.start(1, NNODES="1:2")
     run.wait(lambda: "a node has come" in run.said(0))
     lonely.resume()
-    together = run.again(step)
+    together = run.again()
     finish(run, undisturbed, 0, 1, most=1e-5)
     tell("a node is lost, and one comes later", run, alone, together)
 
 
 def test_a_node_is_lost_for_good(run: Run, undisturbed: Path) -> None:
     begin(run, 12, NNODES="1:2")
-    step = run.last()
     run.processes[1].kill()
-    cost = run.again(step)
+    cost = run.again()
     finish(run, undisturbed, 0, most=1e-5)
     tell("a node is lost for good", run, cost)
 
@@ -153,10 +140,9 @@ def test_the_cable_is_out_for_ten_seconds(run: Run, undisturbed: Path) -> None:
 
 def test_the_cable_is_out_for_good(run: Run, undisturbed: Path) -> None:
     begin(run, 12, "run.hang_minutes=0.2", NNODES="1:2", JOIN_TIMEOUT="30")
-    step = run.last()
     run.hosts.cut(1)
     try:
-        cost = run.again(step)
+        cost = run.again()
         finish(run, undisturbed, 0, most=1e-5)
         begun = time.monotonic()
         assert run.ends(1) == 1, run.all_said()

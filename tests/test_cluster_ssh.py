@@ -127,10 +127,9 @@ def test_the_launcher_is_killed(run: Launched, undisturbed: Path) -> None:
 def test_a_host_dies_and_comes_back(run: Launched, undisturbed: Path, host: int) -> None:
     run.launch()
     run.reach(12)
-    step = run.last()
     run.servers.servers[host].kill()
     time.sleep(3)
     run.servers.start(host)
-    cost = run.again(step)
+    cost = run.again()
     finish(run, undisturbed)
     print("", f"=== host {host} dies and comes back: {cost}", run.all_said(), sep="\n")
