@@ -45,6 +45,8 @@ warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distri
 deepspeed.runtime.bf16_optimizer.see_memory_usage = lambda *_, **__: None  # 18 lines at a start
 # The shared-memory collectives compile for about a minute at start and serve inference only.
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+# Its own Muon is imported at every start, though nobody uses it; to compile it took a second.
+deepspeed.runtime.compiler.compile = lambda: lambda function: function
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 Rows = Mapping[str, Tensor | None]

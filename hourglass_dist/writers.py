@@ -13,8 +13,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from torch.utils.tensorboard import SummaryWriter
-
 from hourglass_dist.files import replace
 from hourglass_dist.sections import ConfigError
 
@@ -39,6 +37,8 @@ class TensorBoard:
     """Event files in the run folder."""
 
     def __init__(self, run: Path, name: str, step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter  # slow to import: by rank 0 alone
+
         self._events = SummaryWriter(str(run), purge_step=step + 1)
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
