@@ -7,6 +7,7 @@ not there.
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import subprocess
@@ -39,7 +40,8 @@ def missing() -> str | None:
 
 
 class Hosts:
-    """A context with ``count`` hosts NAME0, NAME1, ... at SUBNET.1, SUBNET.2, ..."""
+    """A context with ``count`` hosts NAME0, NAME1, ... at SUBNET.1, SUBNET.2, ...; another process
+    that wants hosts of this name waits until these are gone."""
 
     def __init__(self, count: int, name: str = "hg", subnet: str = "10.91.0") -> None:
         self.names = [f"{name}{index}" for index in range(count)]
@@ -51,6 +53,8 @@ class Hosts:
         return f"{self._subnet}.{host + 1}"
 
     def __enter__(self) -> Hosts:
+        self._lock = Path(tempfile.gettempdir(), f"{self._switch}.lock").open("w")
+        fcntl.flock(self._lock, fcntl.LOCK_EX)
         self._folder = Path(tempfile.mkdtemp(prefix="hosts-"))
         lines = [f"{self.address(i)} {name}" for i, name in enumerate(self.names)]
         self.hosts_file = self._folder / "hosts"
@@ -160,6 +164,7 @@ class Hosts:
         for name in [*self.names, self._switch]:
             subprocess.run(["ip", "netns", "del", name], capture_output=True)
         shutil.rmtree(self._folder)
+        self._lock.close()
 
 
 def ip(*words: str) -> None:
