@@ -109,7 +109,7 @@ def kept_bytes(
         saved.append(tensor)
         return tensor
 
-    gc.freeze()  # what is there by now, dead or not, is not looked at: looking takes most of the time
+    gc.freeze()  # what is there by now is not looked at: that would take the most time
     try:
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             nll, _ = model(tokens_BL, documents_BL=ids_BL, targets_BL=tokens_BL)
