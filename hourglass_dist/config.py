@@ -175,8 +175,8 @@ class MetricsConfig(Section):
 class ZeroConfig(Section):
     """DeepSpeed's ``zero_optimization`` block: the keys that were tried with our state files.
 
-    Others are refused: some change where DeepSpeed keeps weights (``round_robin_gradients`` and
-    ``zero_hpz_partition_size`` were seen to make wrong checkpoints). null is DeepSpeed's default.
+    Others are refused: some change where DeepSpeed keeps weights (``round_robin_gradients`` was
+    seen to make wrong checkpoints). null is DeepSpeed's default.
     """
 
     stage: Literal[0, 1, 2, 3] = 1
@@ -195,6 +195,9 @@ class ZeroConfig(Section):
     """Weights with fewer elements are kept whole on every rank."""
     stage3_max_live_parameters: PositiveInt | None = None
     """Elements that are gathered at a time, at most."""
+    zero_hpz_partition_size: Annotated[int, Field(ge=2)] | None = None
+    """Ranks that keep a second copy of all weights among them, those of a node: only the first
+    gathering of a step goes beyond them (stage 3; ZeRO++'s hpZ, arXiv 2306.10209)."""
     offload_optimizer: Literal["cpu"] | None = None
     """Keep master weights and moments in the host's memory, and step there (stages 1 to 3)."""
     offload_param: Literal["cpu"] | None = None
@@ -213,6 +216,22 @@ class DeepSpeedConfig(Section):
     def stage(self) -> int:
         """ZeRO stage, 0 to 3."""
         return self.zero_optimization.stage
+
+    def group_size(self, world_size: int) -> int | None:
+        """Ranks that keep a second copy of the weights among them; None where nobody does, as where
+        all ranks are in one group.
+
+        Raises ConfigError when ``world_size`` ranks are not groups of ``zero_hpz_partition_size``.
+        """
+        size = self.zero_optimization.zero_hpz_partition_size
+        if size is None or self.stage < 3 or world_size <= size:
+            return None
+        if world_size % size:
+            raise ConfigError(
+                "deepspeed.zero_optimization.zero_hpz_partition_size: expected a size that divides "
+                f"the {world_size} ranks, given {size}"
+            )
+        return size
 
 
 class Config(Section):
@@ -298,6 +317,11 @@ class Config(Section):
         if zero.offload_param and zero.stage < 3:
             raise ValueError(
                 f"deepspeed.zero_optimization.offload_param: expected stage 3, given {zero.stage}"
+            )
+        if zero.zero_hpz_partition_size and (zero.stage < 3 or zero.offload_param):
+            raise ValueError(
+                "deepspeed.zero_optimization.zero_hpz_partition_size: expected stage 3 without "
+                f"offload_param, given stage {zero.stage} and {zero.offload_param}"
             )
 
     def accumulation_steps(self, world_size: int) -> int:

@@ -12,9 +12,11 @@ from hourglass_dist.config import Config
 def deepspeed_settings(config: Config, world_size: int) -> dict[str, Any]:
     """DeepSpeed's configuration for a run.
 
-    Raises ConfigError when ``world_size`` ranks cannot share the batch.
+    Raises ConfigError when ``world_size`` ranks cannot share the batch or the weights.
     """
     zero = config.deepspeed.zero_optimization.model_dump(exclude_none=True)
+    if config.deepspeed.group_size(world_size) is None:
+        zero.pop("zero_hpz_partition_size", None)
     for name in zero.keys() & {"offload_optimizer", "offload_param"}:
         zero[name] = {"device": zero[name], "pin_memory": torch.cuda.is_available()}
     if config.deepspeed.stage == 3:

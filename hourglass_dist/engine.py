@@ -123,8 +123,7 @@ class Engine:
         for group in self._engine.optimizer.param_groups:
             group["lr"] = lr * group["lr_scale"]
         norm = math.nan
-        nll = torch.zeros((), dtype=torch.float64, device=self._world.device)
-        count = torch.zeros((), dtype=torch.float64, device=self._world.device)
+        nll, count = torch.zeros(2, dtype=torch.float64, device=self._world.device)
         for micro in self._micro_batches(rows):
             micro_nll, micro_count = self._engine(**micro)
             self._engine.backward(micro_nll / micro["targets_BL"].numel())
@@ -363,12 +362,8 @@ class Engine:
         """This rank's fp32 partitions at stages 1 and 2 (bf16 at stage 1 has an optimizer of its
         own)."""
         optimizer = self._engine.optimizer
-        own_bf16 = hasattr(optimizer, "fp32_groups_flat_partition")
-        flats: list[Tensor] = (
-            optimizer.fp32_groups_flat_partition
-            if own_bf16
-            else optimizer.single_partition_of_fp32_groups
-        )
+        own = getattr(optimizer, "fp32_groups_flat_partition", None)
+        flats: list[Tensor] = own or optimizer.single_partition_of_fp32_groups
         return flats
 
     def _frozen(self) -> Iterator[tuple[str, int, Tensor, bool]]:
@@ -410,6 +405,9 @@ class Engine:
         if self.stage in (1, 2):
             optimizer.update_lp_params()
         elif self.stage == 3:
+            parameters: list[Any] = list(self._module.parameters())
+            for parameter in parameters:
+                parameter.ds_secondary_tensor = None  # hpZ's copy, of the weights before
             for index in range(len(optimizer.fp16_groups)):
                 optimizer._reassign_or_swap_out_partitioned_parameters(index)
             if optimizer.persistent_parameters:
@@ -431,6 +429,19 @@ def making_weights(
         if config.deepspeed.stage == 3 and own:
             for parameter in own:
                 parameter.data = parameter.data.to(dtype)
-            deepspeed.zero.Init(nn.ParameterList(own), dtype=dtype, mem_efficient_linear=False)
+            deepspeed.zero.Init(
+                nn.ParameterList(own),
+                dtype=dtype,
+                mem_efficient_linear=False,
+                zero_param_parallel_group=_node_group(config, world),
+            )
 
     return made
+
+
+def _node_group(config: Config, world: dist.World) -> Any:
+    """The ranks that keep a second copy of the weights among them; None where nobody does."""
+    size, groups = config.deepspeed.group_size(world.size), deepspeed.utils.groups
+    if size and groups._get_zero_param_intra_parallel_group() is None:
+        groups._create_zero_param_parallel_group(size)
+    return groups._get_zero_param_intra_parallel_group()

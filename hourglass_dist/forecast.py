@@ -76,8 +76,12 @@ class Cluster:
     @property
     def bandwidth(self) -> float:
         """Bytes a second that one accelerator sends in a collective over all of them."""
+        return self.bandwidth_between(self.nodes)
+
+    def bandwidth_between(self, nodes: int) -> float:
+        """The same in a collective over so many nodes."""
         inside, outside = self.node.inside, self.node.outside * self.gpus_per_node
-        return LINKS * (min(inside, outside) if self.nodes > 1 else inside)
+        return LINKS * (min(inside, outside) if nodes > 1 else inside)
 
 
 def cluster(gpu: str, nodes: int, gpus_per_node: int, price: float | None = None) -> Cluster:
@@ -120,20 +124,28 @@ class Forecast:
     def calls(self) -> list[Calls]:
         """The collectives during the passes of a step."""
         made, zero = self.plan, self.plan.config.deepspeed.zero_optimization
-        trained, sent = made.cost.trained_parameters, made.traffic - made.gathered_after
+        trained = made.cost.trained_parameters
+        sent = made.traffic - made.gathered_after - made.gathered_inside
         bucket = zero.reduce_bucket_size or REDUCE_BUCKET
         if zero.stage < 3:
             at_once = bucket if zero.stage == 2 else FLAT_COPY
             passes = made.micro_batches if zero.stage == 2 else 1
             return [Calls("all-reduce", passes * -(-trained // at_once), sent)]
         moved = 3 * trained - staying(made.config, trained)  # gathered, gathered again, reduced
-        reduced = sent * trained / moved
         ahead = zero.stage3_prefetch_bucket_size or PREFETCH_BUCKET
         # the forward pass gathers in halves of a bucket, as the tensors of a layer come
-        gathers = max(1, round(moved / ahead))
+        gathers = made.micro_batches * max(1, round(moved / ahead))
+        reduces = made.micro_batches * -(-trained // bucket)
+        if group := made.config.deepspeed.group_size(made.world_size):
+            first = max(1, round(2 * trained / ahead))
+            reduced = sent * made.micro_batches / (made.micro_batches + 1)
+            again = Calls("all-gather", max(1, gathers - first), made.gathered_inside, group)
+            around = Calls("all-gather", first, sent - reduced)
+            return [around, again, Calls("reduce-scatter", reduces, reduced)]
+        reduced = sent * trained / moved
         return [
-            Calls("all-gather", made.micro_batches * gathers, sent - reduced),
-            Calls("reduce-scatter", made.micro_batches * -(-trained // bucket), reduced),
+            Calls("all-gather", gathers, sent - reduced),
+            Calls("reduce-scatter", reduces, reduced),
         ]
 
     @property
@@ -159,8 +171,9 @@ class Forecast:
         if machines.gpus == 1:
             return 0.0
         time = all_reduce_s if calls.kind == "all-reduce" else ring_s
-        each = calls.sent / calls.number
-        return calls.number * time(each, machines.gpus, machines.nodes, machines.bandwidth)
+        each, ranks = calls.sent / calls.number, calls.ranks or machines.gpus
+        nodes = -(-ranks // machines.gpus_per_node)
+        return calls.number * time(each, ranks, nodes, machines.bandwidth_between(nodes))
 
     @property
     def optimizer_s(self) -> float:
@@ -213,6 +226,8 @@ class Calls(NamedTuple):
     number: int
     sent: float
     """Bytes that a rank sends in all of them."""
+    ranks: int = 0
+    """Of how many ranks; 0 for all."""
 
 
 @cache

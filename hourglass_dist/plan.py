@@ -29,6 +29,9 @@ A rank sends, with rings:
            what the forward pass used last stays for the backward pass and is gathered once: as
            many elements as ``stage3_max_live_parameters``, and at least 500 M (half of DeepSpeed's
            default of ``stage3_max_reuse_distance``)
+
+With ``zero_hpz_partition_size`` G each weight is gathered from all ranks once a step, and from then
+on from a second copy among G ranks, which takes b P / G on top until the step is over.
 """
 
 from __future__ import annotations
@@ -64,7 +67,7 @@ class RankMemory:
     """fp32 copies of the weights, in the optimizer."""
     moments: int
     gathered: int
-    """At most: weights of other ranks that are here for the moment."""
+    """At most: weights of other ranks that are here for the moment, and hpZ's second copy."""
     buffer: int
     """At most: where gradients wait for their reduction, and copies of them."""
     activations: int
@@ -103,6 +106,8 @@ class Plan:
     """Bytes that one rank sends in one optimizer step."""
     gathered_after: int
     """How many of these when it has changed its part of the weights, so that all have all."""
+    gathered_inside: int
+    """How many of these inside a group of ``zero_hpz_partition_size`` ranks."""
 
     @property
     def checkpoint_bytes(self) -> int:
@@ -129,7 +134,7 @@ class Plan:
 def plan(config: Config, world_size: int) -> Plan:
     """The cost of ``config`` on ``world_size`` ranks.
 
-    Raises ConfigError when the batch cannot be dealt to that many ranks, ValueError when
+    Raises ConfigError when batch or weights cannot be dealt to that many ranks, ValueError when
     activations do not fit ``train.activation_memory`` whatever is recomputed.
     """
     micro_batches = config.accumulation_steps(world_size)
@@ -150,6 +155,9 @@ def plan(config: Config, world_size: int) -> Plan:
         memory=_memory(config, cost, world_size, micro_batches),
         traffic=_traffic(config, cost.trained_parameters, world_size, micro_batches),
         gathered_after=_gathered_after(config, cost.trained_parameters, world_size),
+        gathered_inside=_gathered_inside(
+            config, cost.trained_parameters, world_size, micro_batches
+        )[1],
     )
 
 
@@ -218,6 +226,8 @@ def _memory_anywhere(
     trained = cost.trained_parameters
     share = -(-trained // world_size)
     summed_apart = stage == 1 and weight_bytes < SUM_BYTES
+    group = config.deepspeed.group_size(world_size)
+    second_copy = -(-cost.parameters // group) if group else 0
     return RankMemory(
         weights=weight_bytes
         * (-(-cost.parameters // world_size) if stage == 3 else cost.parameters),
@@ -225,7 +235,7 @@ def _memory_anywhere(
         + (weight_bytes * trained if summed_apart else 0),
         master=MASTER_BYTES * share if stage > 0 else 0,
         moments=_moments(config, cost) // (world_size if stage > 0 else 1),
-        gathered=weight_bytes * staying(config, cost.parameters) if stage == 3 else 0,
+        gathered=weight_bytes * (staying(config, cost.parameters) + second_copy),
         buffer=_reduction_bytes(config, trained, share, micro_batches),
         activations=cost.activation_bytes,
     )
@@ -259,13 +269,26 @@ def _reduction_bytes(config: Config, trained: int, share: int, micro_batches: in
 
 def _traffic(config: Config, trained: int, world_size: int, micro_batches: int) -> int:
     # In units of (W - 1) / W times all elements: an all-reduce is 2, the other two are 1.
+    inside, sent_inside = _gathered_inside(config, trained, world_size, micro_batches)
     elements = {
         0: 2 * trained,
         1: (2 + 1) * trained,
         2: (2 * micro_batches + 1) * trained,
-        3: (3 * trained - staying(config, trained)) * micro_batches,
+        3: (3 * trained - staying(config, trained)) * micro_batches - inside,
     }[config.deepspeed.stage]
-    return _weight_bytes(config) * elements * (world_size - 1) // world_size
+    return _weight_bytes(config) * elements * (world_size - 1) // world_size + sent_inside
+
+
+def _gathered_inside(
+    config: Config, trained: int, world_size: int, micro_batches: int
+) -> tuple[int, int]:
+    """Elements gathered inside groups of hpZ in a step, all but the first gathering of each weight,
+    and the bytes that a rank sends there."""
+    group = config.deepspeed.group_size(world_size)
+    if group is None:
+        return 0, 0
+    elements = (2 * trained - staying(config, trained)) * micro_batches - trained
+    return elements, _weight_bytes(config) * elements * (group - 1) // group
 
 
 def _gathered_after(config: Config, trained: int, world_size: int) -> int:
@@ -274,7 +297,9 @@ def _gathered_after(config: Config, trained: int, world_size: int) -> int:
 
 
 def staying(config: Config, parameters: int) -> int:
-    """Elements that stay gathered from the forward to the backward pass at stage 3."""
+    """Elements that stay gathered from the forward to the backward pass: at stage 3, else none."""
+    if config.deepspeed.stage < 3:
+        return 0
     live = config.deepspeed.zero_optimization.stage3_max_live_parameters or MAX_LIVE_PARAMETERS
     return min(parameters, max(live, REUSE_DISTANCE // 2))
 

@@ -16,9 +16,11 @@ from typing import Any
 
 import torch
 from deepspeed.accelerator import get_accelerator
+from torch import Tensor
 from toy import make_batch, make_config, make_model, plain_pytorch
 
 from hourglass_dist import dist, fragments, loss_scale
+from hourglass_dist.config import Config
 from hourglass_dist.engine import Engine
 
 
@@ -26,9 +28,8 @@ def run(case: dict[str, Any], world: dist.World) -> dict[str, Any]:
     if "plain" in case:
         losses = plain_pytorch(case["steps"], case["plain"], case["steps"], world.rank, world.size)
         return {"losses": losses}
-    more = {
-        key: case[key] for key in ("micro_batch_size", "checkpointing", "offload") if key in case
-    }
+    keys = ("micro_batch_size", "checkpointing", "offload", "hpz")
+    more = {key: case[key] for key in keys if key in case}
     if case.get("precision") == "fp16":  # torch can on any CPU; DeepSpeed asks for fast ones
         get_accelerator().is_fp16_supported = lambda: True
     total = case.get("total_steps", 20)
@@ -43,6 +44,8 @@ def run(case: dict[str, Any], world: dist.World) -> dict[str, Any]:
     if case.get("rehearse"):
         tokens = torch.zeros(config.train.micro_batch_size, config.data.seq_len, dtype=torch.int64)
         engine.rehearse({"tokens_BL": tokens, "targets_BL": tokens})
+    if case.get("look"):
+        engine.eval_loss(rows_of(10_000, config, slice(None)))
     if "load" in case:
         engine.load(Path(case["load"]))
     if "resave" in case:
@@ -50,24 +53,33 @@ def run(case: dict[str, Any], world: dist.World) -> dict[str, Any]:
     losses, norms, applied = [], [], []
     size = config.data.batch_size // world.size
     for step in range(case.get("first", 0), case["steps"]):
-        tokens, targets = make_batch(step, config)
         share = slice(world.rank * size, (world.rank + 1) * size)
-        rows = {"tokens_BL": tokens[share], "targets_BL": targets[share]}
-        result = engine.step(rows, step)
+        result = engine.step(rows_of(step, config, share), step)
         losses.append(result.loss)
         norms.append(result.grad_norm)
         applied.append(result.applied)
     if "save" in case:
         write(engine, Path(case["save"]), world)
-    tokens, targets = make_batch(10_000, config)
-    nats = engine.eval_loss({"tokens_BL": tokens, "targets_BL": targets})
+    rows = rows_of(10_000, config, slice(None))
+    nats = engine.eval_loss(rows)
     return {
         "losses": losses,
         "norms": norms,
         "applied": applied,
         "scale": scale_of(engine).get("cur_scale"),
-        "eval": float(nats.sum() / (targets >= 0).sum()),
+        "second_copy": sum(tensor.numel() for tensor in second_copy(engine)),
+        "eval": float(nats.sum() / (rows["targets_BL"] >= 0).sum()),
     }
+
+
+def rows_of(number: int, config: Config, share: slice) -> dict[str, Tensor]:
+    tokens, targets = make_batch(number, config)
+    return {"tokens_BL": tokens[share], "targets_BL": targets[share]}
+
+
+def second_copy(engine: Engine) -> list[Tensor]:
+    found = (getattr(p, "ds_secondary_tensor", None) for p in engine.module.parameters())
+    return [tensor for tensor in found if tensor is not None]
 
 
 def scale_of(engine: Engine) -> dict[str, float]:

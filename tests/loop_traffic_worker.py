@@ -19,7 +19,7 @@ from hourglass_dist.stop import StopRequests
 
 torch.set_num_threads(1)
 world = dist.init()
-collectives = Collectives(world.size)
+collectives = Collectives()
 steps: list[dict[str, float]] = []
 inside = [0.0, 0.0]
 engine_step, reason = Engine.step, StopRequests.reason

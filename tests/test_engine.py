@@ -12,7 +12,10 @@ from ranks import run_worker
 from toy import make_config, plain_pytorch
 
 from hourglass_dist import fragments, optim
-from hourglass_dist.sections import ConfigError
+from hourglass_dist.config import Config
+from hourglass_dist.deepspeed_settings import deepspeed_settings
+from hourglass_dist.model.hourglass import HourglassLM
+from hourglass_dist.sections import ConfigError, parse
 
 
 def run_cases(tmp_path: Path, ranks: int, cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -77,6 +80,24 @@ def test_state_moves_between_stages_and_world_sizes(tmp_path: Path) -> None:
                 )
 
 
+def test_a_second_copy_in_every_node_changes_nothing(tmp_path: Path) -> None:
+    """Groups of two among four ranks, two micro batches: bit for bit the losses of stage 3, resumed
+    (after a look that makes the copies, of other weights) or not, and a state for other stages."""
+    plain: dict[str, Any] = {"stage": 3, "steps": 10, "micro_batch_size": 2}
+    copies = plain | {"hpz": 2}
+    folder = str(tmp_path / "state")
+    cases = [plain, copies | {"steps": 6, "save": folder}]
+    cases += [copies | {"first": 6, "load": folder, "look": True}]
+    whole, begun, resumed = run_cases(tmp_path, 4, cases)
+    assert begun["losses"] + resumed["losses"] == whole["losses"]
+    assert resumed["eval"] == whole["eval"]
+    parameters = sum(p.numel() for p in HourglassLM(make_config(3).model).parameters())
+    assert whole["second_copy"] == 0
+    assert resumed["second_copy"] == pytest.approx(parameters / 2, rel=0.03)  # frozen ones unread
+    moved, *_ = run_cases(tmp_path, 2, [{"stage": 1, "first": 6, "steps": 10, "load": folder}])
+    assert moved["losses"] == pytest.approx(whole["losses"][6:], abs=4e-6)
+
+
 def test_at_stage_3_the_model_is_never_whole(tmp_path: Path, tiny_config: Path) -> None:
     """And its parts are those of the whole one."""
     run_worker(2, "meta_worker.py", tmp_path / "out.json", tiny_config)
@@ -128,6 +149,21 @@ def test_fp16_follows_fp32_and_resumes_with_its_loss_scale(tmp_path: Path) -> No
 def test_fp16_at_stage_0_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"fp16 needs .*stage 1, 2 or 3"):
         make_config(0, "fp16")
+
+
+@pytest.mark.parametrize(
+    ("zero", "ranks", "message"),
+    [
+        ({"stage": 3}, 8, "expected a size that divides the 8 ranks, given 3"),
+        ({"stage": 2}, 3, "expected stage 3 without offload_param, given stage 2"),
+        ({"stage": 3, "offload_param": "cpu"}, 3, "expected stage 3 without offload_param"),
+    ],
+)
+def test_groups_that_cannot_be_are_refused(zero: dict[str, Any], ranks: int, message: str) -> None:
+    plain = make_config(0).model_dump()
+    plain["deepspeed"]["zero_optimization"] = zero | {"zero_hpz_partition_size": 3}
+    with pytest.raises(ConfigError, match=f"zero_hpz_partition_size: {message}"):
+        deepspeed_settings(parse(Config, plain, source="test"), ranks)
 
 
 def test_world_size_that_does_not_divide_the_batch_is_refused() -> None:

@@ -10,11 +10,14 @@ import pytest
 
 from hourglass_dist.bench.zero import HELD_WITHIN, SENT_WITHIN, bench_zero, difference
 from hourglass_dist.config import Config, load
+from hourglass_dist.forecast import cluster, forecast
 from hourglass_dist.model.cost import model_cost
 from hourglass_dist.plan import plan, render, show_bytes, show_count
 from hourglass_dist.sections import ConfigError
 
 CONFIGS = Path(__file__).parent.parent / "configs"
+LARGE = CONFIGS / "large_zero3.yaml"
+HPZ = "deepspeed.zero_optimization.zero_hpz_partition_size"
 
 
 def quickstart(stage: int, precision: str = "fp32", *more: str) -> Config:
@@ -93,15 +96,26 @@ def test_traffic_on_two_ranks(stage: int, precision: str, sent: float) -> None:
 
 
 def test_weights_that_do_not_stay_are_gathered_twice() -> None:
-    large = CONFIGS / "large_zero3.yaml"
-    one_pass = load(large, ["data.batch_size=64"])
+    one_pass = load(LARGE, ["data.batch_size=64", f"{HPZ}=null"])
     made = plan(one_pass, 64)
     trained, stays = made.cost.trained_parameters, 10**9  # stage3_max_live_parameters
     assert made.memory.gathered == 2 * stays
     assert made.traffic == 2 * (3 * trained - stays) * 63 // 64
     few = "deepspeed.zero_optimization.stage3_max_live_parameters=1000"
-    made = plan(load(large, ["data.batch_size=64", few]), 64)
+    made = plan(load(LARGE, ["data.batch_size=64", f"{HPZ}=null", few]), 64)
     assert made.memory.gathered == 2 * 500_000_000  # nearer than DeepSpeed's reuse distance
+
+
+def test_a_second_copy_takes_memory_and_stays_inside_a_node() -> None:
+    groups, alone = (load(LARGE, [f"{HPZ}={size}"]) for size in ("8", "null"))
+    one, other = plan(groups, 64), plan(alone, 64)
+    assert one.memory.gathered - other.memory.gathered == 2 * -(-one.cost.parameters // 8)
+    beyond = one.traffic - one.gathered_inside
+    trained = one.cost.trained_parameters
+    assert beyond == 2 * (1 + one.micro_batches) * trained * 63 // 64
+    assert plan(groups, 8).traffic == plan(alone, 8).traffic, "all ranks are in one group"
+    slow = cluster("h100", 8, 8)
+    assert forecast(groups, slow).collectives_s < 0.9 * forecast(alone, slow).collectives_s
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
@@ -147,7 +161,7 @@ def test_sizes_are_shown_in_their_unit() -> None:
 def test_a_plan_needs_neither_deepspeed_nor_a_model_in_memory() -> None:
     code = (
         "import sys; from hourglass_dist.config import load; from hourglass_dist.plan import plan;"
-        f"plan(load({str(CONFIGS / 'large_zero3.yaml')!r}), 64);"
+        f"plan(load({str(LARGE)!r}), 64);"
         "assert 'deepspeed' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

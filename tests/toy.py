@@ -32,11 +32,12 @@ def make_config(
     checkpointing: str | None = None,
     steps: int = 20,
     offload: bool = False,
+    hpz: int | None = None,
     **optim: Any,
 ) -> Config:
     """16 rows a step; ``checkpointing`` is that of all levels, or else full at the outer one."""
     outer, inner = checkpointing or "full", checkpointing or "none"
-    zero: dict[str, object] = {"stage": stage}
+    zero: dict[str, object] = {"stage": stage, "zero_hpz_partition_size": hpz}
     if offload:
         zero["offload_optimizer"] = "cpu"
         zero |= {"offload_param": "cpu"} if stage == 3 else {}

@@ -62,7 +62,7 @@ class Size(NamedTuple):
     gpus: int
     rows: int
     """Of a batch: that of the settings, or one for each accelerator."""
-    stages: dict[int, Forecast]
+    stages: dict[str, Forecast]
     chosen: Forecast
     """At the stage of the settings."""
 
@@ -121,13 +121,17 @@ def size_of(file: Path, overrides: Sequence[str], gpu: str, gpus: int) -> Size:
     if gpus * config.train.micro_batch_size > rows:
         rows = gpus * config.train.micro_batch_size
         config = load(file, [*overrides, f"data.batch_size={rows}"])
-    stages = {stage: forecast(at_stage(config, stage), machines) for stage in (1, 2, 3)}
-    return Size(gpus, rows, stages, forecast(config, machines))
+    stages = {str(stage): forecast(at_stage(config, stage), machines) for stage in (1, 2, 3)}
+    chosen = forecast(config, machines)
+    if group := config.deepspeed.group_size(gpus):
+        stages[f"3, hpZ {group}"] = chosen
+    return Size(gpus, rows, stages, chosen)
 
 
 def at_stage(config: Config, stage: int) -> Config:
-    """The same run at another ZeRO stage."""
-    zero = config.deepspeed.zero_optimization.model_copy(update={"stage": stage})
+    """The same run at another ZeRO stage, nothing kept twice."""
+    update = {"stage": stage, "zero_hpz_partition_size": None}
+    zero = config.deepspeed.zero_optimization.model_copy(update=update)
     engine = config.deepspeed.model_copy(update={"zero_optimization": zero})
     return config.model_copy(update={"deepspeed": engine})
 
@@ -150,7 +154,7 @@ def _counted(file: Path, overrides: Sequence[str], count: Sequence[int]) -> Repo
 
 def _steps(sizes: Sequence[Size]) -> Report:
     rows: list[dict[str, Any]] = []
-    speeds: dict[int, float] = {}
+    speeds: dict[str, float] = {}
     for size in sizes:
         for stage, made in size.stages.items():
             speed = made.tokens_per_day / size.gpus

@@ -57,7 +57,9 @@ def twin(file: str, overrides: Sequence[str], ranks: int, stage: int, passes: in
     changes += [f"{block}.{name}={size // SMALLER}" for name, size in sizes.items()]
     changes += [f"{block}.stage={stage}"]
     changes += [f"{block}.stage3_param_persistence_threshold={SMALL_TENSORS}"]
-    return load(file, [*overrides, *changes])
+    group = f"{block}.zero_hpz_partition_size"
+    changes += [f"{group}={(stage == 3 and zero.zero_hpz_partition_size) or 'null'}"]
+    return load(file, [*(o for o in overrides if not o.startswith(group)), *changes])
 
 
 def _narrow(width: int) -> int:
@@ -92,7 +94,7 @@ def count(config: Config, world: dist.World) -> dict[str, Any]:
     rows = {"tokens_BL": tokens_BL, "targets_BL": tokens_BL}
     made.step(rows, 0)
     made.step(rows, 1)
-    with Collectives(world.size) as collectives:
+    with Collectives() as collectives:
         made.step(rows, 2)
     machines = forecast.cluster("h100", 1, world.size)
     planned = forecast.forecast(config, machines)

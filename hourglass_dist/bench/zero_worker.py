@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as td
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -63,7 +64,7 @@ def settings(case: Mapping[str, Any], world_size: int, micro_batches: int) -> Co
     )
 
 
-def sent_by_a_ring(name: str, given: tuple[Any, ...], ranks: int) -> float:
+def sent_by_a_ring(name: str, given: tuple[Any, ...]) -> float:
     """Bytes that each rank sends in a collective of PyTorch's ``c10d``, with a ring: an all-reduce
     is a reduce-scatter and an all-gather, and each of these sends (W - 1) / W of what is whole
     (Patarasuk and Yuan 2009). A broadcast is taken as a pipeline: everything once."""
@@ -78,7 +79,15 @@ def sent_by_a_ring(name: str, given: tuple[Any, ...], ranks: int) -> float:
         "barrier": (0, 0),
     }
     times, place = whole[name]
-    return times * sum(map(_bytes, _tensors(given[place]))) * (ranks - 1) / ranks if times else 0.0
+    ranks = _group_size(given)
+    return times * sum(map(_bytes, _tensors(given[place]))) * (ranks - 1) / ranks
+
+
+def _group_size(given: tuple[Any, ...]) -> int:
+    """Ranks of the process group among the arguments of a collective, its first object of C++."""
+    boxed = next(argument for argument in given if isinstance(argument, torch.ScriptObject))
+    group: Any = td.ProcessGroup.unbox(boxed)
+    return int(group.size())
 
 
 def _tensors(given: Any) -> Iterable[Tensor]:
@@ -96,11 +105,11 @@ def _bytes(tensor: Tensor) -> int:
 class Collectives(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts what is sent while it is active, and calls ``look`` before every collective."""
 
-    def __init__(self, ranks: int, look: Callable[[], None] = lambda: None) -> None:
+    def __init__(self, look: Callable[[], None] = lambda: None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.sent = 0.0
         self.calls = 0
-        self._ranks, self._look = ranks, look
+        self._look = look
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -108,7 +117,7 @@ class Collectives(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if func.namespace == "c10d":
             self._look()
             self.calls += 1
-            self.sent += sent_by_a_ring(func.name().split("::")[1], args, self._ranks)
+            self.sent += sent_by_a_ring(func.name().split("::")[1], args)
         return func(*args, **(kwargs or {}))
 
 
@@ -154,7 +163,7 @@ def measure(case: dict[str, Any], world: dist.World) -> dict[str, Any]:
         engine.step(
             batch(n), 2 * steps_before
         )  # makes the moments, and learns the order at stage 3
-        with Collectives(world.size) as collectives:
+        with Collectives() as collectives:
             engine.step(batch(n), 2 * steps_before + 1)
         found[f"sent {n}"] = round(collectives.sent)
     found |= memory(engine, micro_batches, world)
@@ -196,7 +205,7 @@ def memory(engine: Engine, micro_batches: int, world: dist.World) -> dict[str, i
             before_collectives.append(held(engine))
 
     engine._engine.step = step
-    with Collectives(world.size, look):
+    with Collectives(look):
         engine.step(batch(micro_batches), 4)
     engine._engine.step = deepspeed_step
     found = {kind: max(each[kind] for each in after_passes) for kind in KINDS}
