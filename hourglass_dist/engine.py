@@ -443,5 +443,6 @@ def _node_group(config: Config, world: dist.World) -> Any:
     """The ranks that keep a second copy of the weights among them; None where nobody does."""
     size, groups = config.deepspeed.group_size(world.size), deepspeed.utils.groups
     if size and groups._get_zero_param_intra_parallel_group() is None:
+        deepspeed.init_distributed(verbose=False)  # takes PyTorch's, which is there
         groups._create_zero_param_parallel_group(size)
     return groups._get_zero_param_intra_parallel_group()

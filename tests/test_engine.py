@@ -99,11 +99,12 @@ def test_a_second_copy_in_every_node_changes_nothing(tmp_path: Path) -> None:
 
 
 def test_at_stage_3_the_model_is_never_whole(tmp_path: Path, tiny_config: Path) -> None:
-    """And its parts are those of the whole one."""
-    run_worker(2, "meta_worker.py", tmp_path / "out.json", tiny_config)
+    """Its parts are those of the whole one, and know their group for a second copy."""
+    run_worker(4, "meta_worker.py", tmp_path / "out.json", tiny_config)
     found = json.loads((tmp_path / "out.json").read_text())
     assert found["same"]
     assert found["most"] < 0.1 * found["total"]
+    assert found["groups"] == [2]
 
 
 def test_bf16_follows_fp32_and_resumes_exactly(tmp_path: Path) -> None:
