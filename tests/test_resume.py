@@ -34,7 +34,7 @@ from ranks import (
 
 from hourglass_dist import fragments
 
-STEPS = 20
+STEPS = 60  # a save is over in milliseconds: enough of them for a busy machine to meet one
 MOMENTS = ("in a step", "in a save", "after the rename", "after a resume")
 VICTIMS = ("one rank", "all", "torchrun")
 
@@ -44,6 +44,10 @@ def command(config: Path, dataset: Path, run: Path, stage: int) -> list[str]:
         *("-m", "hourglass_dist.train", str(config), f"data.dataset={dataset}", f"run.dir={run}"),
         f"deepspeed.zero_optimization={{stage: {stage}, {PERSIST if stage == 3 else ''}}}",
     ]
+
+
+def often(steps: int) -> list[str]:
+    return [f"train.steps={steps}", "checkpoint.every=3", f"eval.every={steps}"]
 
 
 PERSIST = "stage3_param_persistence_threshold: 0"  # or weights this small are not partitioned
@@ -144,7 +148,7 @@ def drill(
     folder: Path, config: Path, dataset: Path, stage: int, kills: int, steps: int, seed: int = 0
 ) -> tuple[Counter[str], list[str]]:
     """The kills that were done, and the differences from an undisturbed run."""
-    more = [f"train.steps={steps}", "checkpoint.every=3", f"eval.every={steps}"]
+    more = often(steps)
     whole, broken = folder / "whole", folder / "broken"
     done = torchrun(2, *command(config, dataset, whole, stage), *more)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -170,8 +174,9 @@ def test_killed_and_continued_equals_undisturbed(
     assert done.total() == kills
     assert not wrong
     if stage == 1:
-        again = torchrun(2, *command(tiny_config, dataset, tmp_path / "broken", stage))
-        assert "finished: all 20 steps are done" in again.stdout
+        arguments = command(tiny_config, dataset, tmp_path / "broken", stage)
+        again = torchrun(2, *arguments, *often(STEPS))
+        assert f"finished: all {STEPS} steps are done" in again.stdout
 
 
 def test_one_rank_continues_what_two_began(
