@@ -405,6 +405,7 @@ class Engine:
         if self.stage in (1, 2):
             optimizer.update_lp_params()
         elif self.stage == 3:
+            optimizer._partition_all_parameters()  # an evaluation leaves the old ones gathered
             parameters: list[Any] = list(self._module.parameters())
             for parameter in parameters:
                 parameter.ds_secondary_tensor = None  # hpZ's copy, of the weights before

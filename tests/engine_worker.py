@@ -52,8 +52,8 @@ def run(case: dict[str, Any], world: dist.World) -> dict[str, Any]:
         write(engine, Path(case["resave"]), world)
     losses, norms, applied = [], [], []
     size = config.data.batch_size // world.size
+    share = slice(world.rank * size, (world.rank + 1) * size)
     for step in range(case.get("first", 0), case["steps"]):
-        share = slice(world.rank * size, (world.rank + 1) * size)
         result = engine.step(rows_of(step, config, share), step)
         losses.append(result.loss)
         norms.append(result.grad_norm)
@@ -62,8 +62,14 @@ def run(case: dict[str, Any], world: dist.World) -> dict[str, Any]:
         write(engine, Path(case["save"]), world)
     rows = rows_of(10_000, config, slice(None))
     nats = engine.eval_loss(rows)
+    again = []
+    if "back" in case:  # with what the evaluation has gathered still there
+        engine.load(Path(case["back"]))
+        for step in range(case["back_at"], case["steps"]):
+            again.append(engine.step(rows_of(step, config, share), step).loss)
     return {
         "losses": losses,
+        "again": again,
         "norms": norms,
         "applied": applied,
         "scale": scale_of(engine).get("cur_scale"),

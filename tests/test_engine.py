@@ -98,6 +98,17 @@ def test_a_second_copy_in_every_node_changes_nothing(tmp_path: Path) -> None:
     assert moved["losses"] == pytest.approx(whole["losses"][6:], abs=4e-6)
 
 
+def test_a_state_loaded_after_an_evaluation_is_what_is_trained(tmp_path: Path) -> None:
+    """An evaluation leaves weights gathered, which are those of before the load."""
+    folder = str(tmp_path / "state")
+    begun = {"stage": 1, "steps": 4, "save": folder}
+    back = {"first": 4, "steps": 7, "load": folder, "back": folder, "back_at": 4}
+    cases = [{"stage": stage, "micro_batch_size": 2} | back for stage in (1, 3)]
+    cases.append(cases[-1] | {"hpz": 2})
+    for result in run_cases(tmp_path, 4, [begun, *cases])[1:]:
+        assert result["again"] == result["losses"]
+
+
 def test_at_stage_3_the_model_is_never_whole(tmp_path: Path, tiny_config: Path) -> None:
     """Its parts are those of the whole one, and know their group for a second copy."""
     run_worker(4, "meta_worker.py", tmp_path / "out.json", tiny_config)
