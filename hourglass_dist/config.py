@@ -198,8 +198,15 @@ class ZeroConfig(Section):
     zero_hpz_partition_size: Annotated[int, Field(ge=2)] | None = None
     """Ranks that keep a second copy of all weights among them, those of a node: only the first
     gathering of a step goes beyond them (stage 3; ZeRO++'s hpZ, arXiv 2306.10209)."""
-    offload_optimizer: Literal["cpu"] | None = None
-    """Keep master weights and moments in the host's memory, and step there (stages 1 to 3)."""
+    offload_optimizer: Literal["cpu", "nvme"] | None = None
+    """``cpu``: keep master weights and moments in the host's memory, and step there (stages 1 to
+    3). ``nvme``: keep them in files between steps (stage 3)."""
+    offload_folder: str | None = None
+    """Where ``nvme`` has its files: a folder on a fast disk of every machine. 12 bytes of each
+    parameter of the machine's ranks, under a path made of ``run.dir``."""
+    sub_group_size: PositiveInt | None = None
+    """Elements of a rank that are stepped at a time (stage 3). ``nvme`` keeps four copies of so
+    many in the host's memory, 4 bytes each; fewer than 262,144 stay there."""
     offload_param: Literal["cpu"] | None = None
     """Keep this rank's part of the weights in the host's memory (stage 3)."""
 
@@ -313,6 +320,11 @@ class Config(Section):
             raise ValueError(
                 "deepspeed.zero_optimization.offload_optimizer: expected stage 1, 2 or 3 and "
                 f"optim.name adamw, given stage {zero.stage} and {self.optim.name}"
+            )
+        if zero.offload_optimizer == "nvme" and (zero.stage < 3 or not zero.offload_folder):
+            raise ValueError(
+                "deepspeed.zero_optimization.offload_optimizer: nvme needs stage 3 and "
+                f"offload_folder, given stage {zero.stage} and {zero.offload_folder}"
             )
         if zero.offload_param and zero.stage < 3:
             raise ValueError(

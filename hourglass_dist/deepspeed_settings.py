@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import torch
@@ -17,8 +18,12 @@ def deepspeed_settings(config: Config, world_size: int) -> dict[str, Any]:
     zero = config.deepspeed.zero_optimization.model_dump(exclude_none=True)
     if config.deepspeed.group_size(world_size) is None:
         zero.pop("zero_hpz_partition_size", None)
+    folder = zero.pop("offload_folder", None)
     for name in zero.keys() & {"offload_optimizer", "offload_param"}:
         zero[name] = {"device": zero[name], "pin_memory": torch.cuda.is_available()}
+    if config.deepspeed.zero_optimization.offload_optimizer == "nvme":
+        # DeepSpeed names files by rank only: two runs would overwrite each other's.
+        zero["offload_optimizer"]["nvme_path"] = folder + os.path.abspath(config.run.dir)
     if config.deepspeed.stage == 3:
         # DeepSpeed's own linear adds its bias in place on a tensor that checkpointing may keep.
         zero["memory_efficient_linear"] = False

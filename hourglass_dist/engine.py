@@ -34,10 +34,10 @@ os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else
 
 import deepspeed
 
-from hourglass_dist import dist, fragments, loss_scale, optim
+from hourglass_dist import dist, fragments, loss_scale, optim, swapped
 from hourglass_dist.config import Config
 from hourglass_dist.deepspeed_settings import deepspeed_settings
-from hourglass_dist.fragments import Key
+from hourglass_dist.fragments import Fragment, Key
 from hourglass_dist.muon import Exchange, MuonAdamW, Piece
 
 deepspeed.utils.logger.setLevel(logging.WARNING)
@@ -72,20 +72,6 @@ class StepResult(NamedTuple):
         return self.nll / max(1, self.tokens)
 
 
-class Fragment(NamedTuple):
-    """A range of a parameter whose master weights and moments live on this rank."""
-
-    name: str
-    start: int  # in the flattened parameter
-    numel: int
-    flat: Tensor  # the fp32 tensor that the optimizer knows
-    offset: int  # where the range begins in ``flat``
-    mine: bool  # whether this rank is the one that saves it
-
-    def view(self, tensor: Tensor) -> Tensor:
-        return tensor.detach().view(-1).narrow(0, self.offset, self.numel)
-
-
 class Engine:
     """A model, its AdamW and DeepSpeed around both.
 
@@ -97,6 +83,10 @@ class Engine:
         self._world = world
         self.stage = config.deepspeed.stage
         settings = deepspeed_settings(config, world.size)
+        if config.deepspeed.zero_optimization.offload_optimizer == "nvme":
+            folder = Path(settings["zero_optimization"]["offload_optimizer"]["nvme_path"])
+            builder = deepspeed.ops.op_builder.AsyncIOBuilder()
+            dist.together(lambda: swapped.require_files(builder, folder), world.device)
         optimizer = optim.make_optimizer(model, config.optim)
         names = {id(p): name for name, p in model.named_parameters()}
         muons = [p for group in optimizer.param_groups if group["muon"] for p in group["params"]]
@@ -151,9 +141,7 @@ class Engine:
         with loss_scale.kept(self._engine.optimizer):
             self._engine.backward(nats / micro["targets_BL"].numel())
             self._engine.step()
-        for state in self._engine.optimizer.state.values():
-            for tensor in state.values():
-                tensor.zero_()
+        swapped.forget_moments(self._engine.optimizer)
 
     @property
     def module(self) -> nn.Module:
@@ -234,20 +222,22 @@ class Engine:
 
     def snapshot(self) -> fragments.Snapshot:
         """A copy of this rank's part of the state; the next one overwrites it."""
-        pieces: dict[Key, Tensor] = {}
-        steps = 0
-        for part in self._fragments():
-            state = self._state(part)
-            steps = int(state["step"])
+        states = self._engine.optimizer.state.values()
+        steps = max((int(state["step"]) for state in states if state), default=0)
+        scale = loss_scale.state(self._engine.optimizer)
+        return self._room.snapshot(self._pieces(), self._shapes(), steps, scale)
+
+    def _pieces(self) -> Iterator[tuple[Key, Tensor]]:
+        """What this rank saves. A tensor may hold something else when the next one is asked for."""
+        for part in swapped.each_here(self._engine.optimizer, self._fragments()):
             if part.mine and part.numel:
-                pieces[Key("fp32", part.name, part.start)] = part.view(part.flat)
+                state = self._state(part)
+                yield Key("fp32", part.name, part.start), part.view(part.flat)
                 for kind in self._moments(part.name):
-                    pieces[Key(kind, part.name, part.start)] = part.view(state[kind])
+                    yield Key(kind, part.name, part.start), part.view(state[kind])
         for name, start, tensor, mine in self._frozen():
             if mine and tensor.numel():
-                pieces[Key("frozen", name, start)] = tensor
-        scale = loss_scale.state(self._engine.optimizer)
-        return self._room.snapshot(pieces, self._shapes(), steps, scale)
+                yield Key("frozen", name, start), tensor
 
     def load(self, folder: Path) -> None:
         """Take weights and moments from a folder of snapshots, of any stage and world size.
@@ -268,7 +258,7 @@ class Engine:
                     f"the checkpoint {reader.shapes.get(name)}"
                 )
         loss_scale.restore(self._engine.optimizer, reader.loss_scale)
-        for part in self._fragments():
+        for part in swapped.each_here(self._engine.optimizer, self._fragments(), changed=True):
             state = self._state(part)
             state["step"].fill_(reader.optimizer_steps)
             kinds = self._moments(part.name)
@@ -409,8 +399,9 @@ class Engine:
             parameters: list[Any] = list(self._module.parameters())
             for parameter in parameters:
                 parameter.ds_secondary_tensor = None  # hpZ's copy, of the weights before
-            for index in range(len(optimizer.fp16_groups)):
-                optimizer._reassign_or_swap_out_partitioned_parameters(index)
+            for index, flat in enumerate(optimizer.fp32_partitioned_groups_flat):
+                with swapped.here(optimizer, flat):
+                    optimizer._reassign_or_swap_out_partitioned_parameters(index)
             if optimizer.persistent_parameters:
                 optimizer.persistent_parameters[0].all_gather(optimizer.persistent_parameters)
 

@@ -17,7 +17,7 @@ from __future__ import annotations
 import json
 import os
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -47,6 +47,20 @@ class Key(NamedTuple):
         return cls(kind, name, int(start))
 
 
+class Fragment(NamedTuple):
+    """A range of a parameter whose master weights and moments live on this rank."""
+
+    name: str
+    start: int  # in the flattened parameter
+    numel: int
+    flat: Tensor  # the fp32 tensor that the optimizer knows
+    offset: int  # where the range begins in ``flat``
+    mine: bool  # whether this rank is the one that saves it
+
+    def view(self, tensor: Tensor) -> Tensor:
+        return tensor.detach().view(-1).narrow(0, self.offset, self.numel)
+
+
 def file_name(rank: int) -> str:
     """The name of a rank's file."""
     return f"rank_{rank:05d}.safetensors"
@@ -72,15 +86,17 @@ class Room:
 
     def snapshot(
         self,
-        fragments: Mapping[Key, Tensor],
+        fragments: Iterable[tuple[Key, Tensor]],
         shapes: Mapping[str, tuple[int, ...]],
         optimizer_steps: int,
         loss_scale: Mapping[str, float],
     ) -> Snapshot:
-        """Copy one rank's flat fragments (any device), and note the full shapes of all tensors of
-        the model."""
-        for key, piece in fragments.items():
-            self._buffer(str(key), piece).copy_(piece.detach(), non_blocking=True)
+        """Copy one rank's flat fragments (any device), each when its turn comes, and note the full
+        shapes of all tensors of the model."""
+        taken = {}
+        for key, piece in fragments:
+            taken[str(key)] = self._buffer(str(key), piece)
+            taken[str(key)].copy_(piece.detach(), non_blocking=True)
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         metadata = {
@@ -88,7 +104,7 @@ class Room:
             "optimizer_steps": str(optimizer_steps),
             "loss_scale": json.dumps(dict(loss_scale)),
         }
-        return Snapshot({str(key): self._buffers[str(key)] for key in fragments}, metadata)
+        return Snapshot(taken, metadata)
 
     def _buffer(self, name: str, like: Tensor) -> Tensor:
         buffer = self._buffers.get(name)

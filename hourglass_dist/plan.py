@@ -53,6 +53,9 @@ MASTER_BYTES, MOMENT_BYTES, SUM_BYTES = 4, 8, 4
 """Of one parameter: the fp32 weight, AdamW's two moments in fp32, the fp32 sum of its gradients."""
 REDUCE_BUCKET, MAX_LIVE_PARAMETERS, REUSE_DISTANCE = 500_000_000, 1_000_000_000, 1_000_000_000
 """DeepSpeed's defaults, in elements."""
+SUB_GROUP, SWAP_BUFFERS = 1_000_000_000, 4
+"""DeepSpeed's defaults: elements that are stepped at a time, and buffers of so many (weights,
+gradients, two moments) for those whose state is in files."""
 FLAT_COPY = 500_000_000
 """Elements that stage 0, and stage 1 in bf16, reduce at a time: a constant of DeepSpeed's."""
 
@@ -69,11 +72,14 @@ class RankMemory:
     gathered: int
     """At most: weights of other ranks that are here for the moment, and hpZ's second copy."""
     buffer: int
-    """At most: where gradients wait for their reduction, and copies of them."""
+    """At most: where gradients wait for their reduction, and copies of them; and what is stepped at
+    a time, where its state is in files."""
     activations: int
     """Of one micro batch."""
     host: int = 0
     """How much of this lies in the host's memory, where the settings say so."""
+    files: int = 0
+    """How much of this lies in files between steps, and in nobody's memory."""
 
     @property
     def total(self) -> int:
@@ -87,6 +93,7 @@ class RankMemory:
             + self.buffer
             + self.activations
             - self.host
+            - self.files
         )
 
 
@@ -214,9 +221,15 @@ def _memory(config: Config, cost: ModelCost, world_size: int, micro_batches: int
     zero = config.deepspeed.zero_optimization
     memory = _memory_anywhere(config, cost, world_size, micro_batches)
     host = memory.weights if zero.offload_param else 0
-    if zero.offload_optimizer:  # the gradients wait there for the step, too
-        host += memory.master + memory.moments + (memory.gradients if zero.stage >= 2 else 0)
-    return replace(memory, host=host)
+    if not zero.offload_optimizer:
+        return replace(memory, host=host)
+    host += memory.gradients if zero.stage >= 2 else 0  # they wait there for the step, too
+    kept = memory.master + memory.moments
+    if zero.offload_optimizer == "cpu":
+        return replace(memory, host=host + kept)
+    share = -(-cost.trained_parameters // world_size)
+    stepped = SWAP_BUFFERS * SUM_BYTES * min(zero.sub_group_size or SUB_GROUP, share)
+    return replace(memory, host=host + stepped, buffer=memory.buffer + stepped, files=kept)
 
 
 def _memory_anywhere(
@@ -373,7 +386,7 @@ def _rank_table(plan: Plan) -> Table:
         "optimizer: fp32 weights": memory.master,
         "optimizer: moments": memory.moments,
         "gathered weights": memory.gathered,
-        "reduction buffer": memory.buffer,
+        "buffers": memory.buffer,
         "activations": memory.activations,
     }
     for name, value in rows.items():
@@ -381,6 +394,8 @@ def _rank_table(plan: Plan) -> Table:
     table.add_section()
     if memory.host:
         table.add_row("in the host's memory", show_bytes(memory.host))
+    if memory.files:
+        table.add_row("in files", show_bytes(memory.files))
     table.add_row("in all on the device" if memory.host else "in all", show_bytes(memory.total))
     return table
 

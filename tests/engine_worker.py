@@ -28,7 +28,7 @@ def run(case: dict[str, Any], world: dist.World) -> dict[str, Any]:
     if "plain" in case:
         losses = plain_pytorch(case["steps"], case["plain"], case["steps"], world.rank, world.size)
         return {"losses": losses}
-    keys = ("micro_batch_size", "checkpointing", "offload", "hpz")
+    keys = ("micro_batch_size", "checkpointing", "offload", "hpz", "dim", "zero_more")
     more = {key: case[key] for key in keys if key in case}
     if case.get("precision") == "fp16":  # torch can on any CPU; DeepSpeed asks for fast ones
         get_accelerator().is_fp16_supported = lambda: True

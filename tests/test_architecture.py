@@ -53,6 +53,7 @@ ORDER = [
         "deepspeed_settings",
         "fragments",
         "loss_scale",
+        "swapped",
         "engine",
         "mirror",
         "checkpoint",

@@ -27,7 +27,7 @@ ROOM = fragments.Room()
 def take() -> fragments.Snapshot:
     weight = torch.arange(600.0)
     pieces = {Key("fp32", "w", 0): weight[:400], Key("fp32", "w", 400): weight[400:]}
-    return ROOM.snapshot(pieces, {"w": (20, 30)}, optimizer_steps=7, loss_scale={})
+    return ROOM.snapshot(pieces.items(), {"w": (20, 30)}, optimizer_steps=7, loss_scale={})
 
 
 def make(folder: Path, **settings: Any) -> Checkpoints:
@@ -87,7 +87,7 @@ def test_training_goes_on_with_the_state_while_it_is_written(tmp_path: Path) -> 
     kept, room = make(tmp_path / "checkpoints"), fragments.Room()
 
     def take_weight() -> fragments.Snapshot:
-        return room.snapshot({Key("fp32", "w", 0): weight}, {"w": weight.shape}, 1, {})
+        return room.snapshot([(Key("fp32", "w", 0), weight)], {"w": weight.shape}, 1, {})
 
     for step in range(1, 6):
         weight.fill_(step)

@@ -118,6 +118,20 @@ def test_a_second_copy_takes_memory_and_stays_inside_a_node() -> None:
     assert forecast(groups, slow).collectives_s < 0.9 * forecast(alone, slow).collectives_s
 
 
+def test_state_in_files_is_in_no_memory() -> None:
+    zero = "deepspeed.zero_optimization"
+    more = [f"{zero}.offload_optimizer=nvme", f"{zero}.offload_folder=/ssd"]
+    alone, files = plan(quickstart(3), 2), plan(quickstart(3, "fp32", *more), 2)
+    stepped = 16 * -(-alone.cost.trained_parameters // 2)  # all of a rank at a time
+    assert files.memory.files == alone.memory.master + alone.memory.moments
+    assert files.memory.host == alone.memory.gradients + stepped
+    gone = alone.memory.gradients + files.memory.files
+    assert files.memory.total == alone.memory.total - gone
+    fewer = plan(quickstart(3, "fp32", *more, f"{zero}.sub_group_size=1000"), 2)
+    assert fewer.memory.host == alone.memory.gradients + 16 * 1000
+    assert " in files " in render(files)
+
+
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_one_rank_sends_nothing(stage: int) -> None:
     assert plan(quickstart(stage), 1).traffic == 0

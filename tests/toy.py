@@ -33,6 +33,8 @@ def make_config(
     steps: int = 20,
     offload: bool = False,
     hpz: int | None = None,
+    dim: int = 24,
+    zero_more: dict[str, object] | None = None,
     **optim: Any,
 ) -> Config:
     """16 rows a step; ``checkpointing`` is that of all levels, or else full at the outer one."""
@@ -43,11 +45,12 @@ def make_config(
         zero |= {"offload_param": "cpu"} if stage == 3 else {}
     if stage == 3:
         zero["stage3_param_persistence_threshold"] = 0  # or a model this small is not partitioned
+    zero |= zero_more or {}
     settings = {
         "run": {"dir": "unused", "seed": 5},
         "data": {"dataset": "unused", "seq_len": LENGTH, "batch_size": 16},
         "model": {
-            "dim": 24,
+            "dim": dim,
             "heads": 3,
             "dim_head": 7,
             "max_seq_len": LENGTH,
