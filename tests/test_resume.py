@@ -91,7 +91,9 @@ class Drill:
         old = checkpoints(self.run, "step_*")
         process = self.start()
         came: dict[str, Callable[[], bool]] = {
-            "in a step": lambda: last_step(self.run) > before + 2,
+            "in a step": lambda: (
+                last_step(self.run) > before + 2 and bool(checkpoints(self.run, "step_*"))
+            ),
             "in a save": lambda: bool(checkpoints(self.run, ".unfinished_*")),
             "after the rename": lambda: bool(checkpoints(self.run, "step_*") - old),
             "after a resume": lambda: "continuing after" in self.log.read_text()[-4000:],
