@@ -185,20 +185,17 @@ def together(action: Callable[[], T], device: torch.device) -> T:
     waiting in their next collective.
     """
     result: T | None = None
-    message, exception = b"", None
+    exception: Exception | None = None
     try:
         result = action()
     except (ValueError, OSError) as error:
         exception = error
-        message = str(error).encode()[:4000] or type(error).__name__.encode()
-    lengths = [length for (length,) in gather_ints([len(message)], device)]
-    if any(lengths):
-        first = next(rank for rank, length in enumerate(lengths) if length)
-        text = torch.zeros(lengths[first], dtype=torch.uint8, device=device)
-        if td.get_rank() == first:
-            text.copy_(torch.tensor(list(message), dtype=torch.uint8))
-        td.broadcast(text, src=first)
-        raise ValueError(bytes(text.tolist()).decode(errors="replace")) from exception
+    size = td.get_world_size()
+    first = torch.tensor(size - td.get_rank() if exception else 0, device=device)
+    td.all_reduce(first, td.ReduceOp.MAX)  # the lowest rank that failed; one collective if none did
+    if first:
+        message = str(exception)[:4000] or type(exception).__name__
+        raise ValueError(gather_texts(message, device)[size - int(first)]) from exception
     return result  # type: ignore[return-value]  # no rank raised, so action returned
 
 
@@ -235,4 +232,7 @@ def seed_step(seed: int, step: int, rank: int) -> None:
 
     A resumed run therefore needs no saved generator states.
     """
-    torch.manual_seed(zlib.crc32(f"{seed}/{step}/{rank}".encode()))
+    number = zlib.crc32(f"{seed}/{step}/{rank}".encode())
+    torch.default_generator.manual_seed(number)  # torch.manual_seed takes half a millisecond
+    if torch.cuda.is_available():
+        torch.cuda.manual_seed(number)

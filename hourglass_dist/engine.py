@@ -22,7 +22,7 @@ import math
 import os
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -65,6 +65,8 @@ class StepResult(NamedTuple):
     lr: float
     applied: bool
     """Whether the weights were changed: not when the gradient is no number."""
+    votes: list[int]
+    """What the ranks had to say, summed."""
 
     @property
     def loss(self) -> float:
@@ -100,9 +102,10 @@ class Engine:
             optimizer.exchanges = self._exchanges()
         self._room = fragments.Room()
 
-    def step(self, rows: Rows, step: int) -> StepResult:
+    def step(self, rows: Rows, step: int, votes: Callable[[], Sequence[int]] = tuple) -> StepResult:
         """One optimizer step, number ``step`` (0 is the first), on this rank's rows of the global
-        batch.
+        batch. ``votes`` is asked at its end: the numbers travel with the loss, so they cost no
+        collective of their own.
 
         The gradient is that of nats summed over the batch and divided by its number of positions,
         so it does not depend on how the rows are dealt to ranks and micro batches.
@@ -122,12 +125,13 @@ class Engine:
             self._engine.step()
             nll += micro_nll.detach()
             count += micro_count
-        total_nll, total_count = dist.sum_over_ranks([nll.item(), count.item()], nll.device)
+        mine = [nll.item(), count.item(), *votes()]
+        total_nll, total_count, *told = dist.sum_over_ranks(mine, nll.device)
         applied = math.isfinite(norm)
         if self.stage > 0:
             applied = not self._engine.optimizer.overflow
             norm = float(self._engine.get_global_grad_norm()) if applied else math.nan
-        return StepResult(total_nll, int(total_count), norm, lr, applied)
+        return StepResult(total_nll, int(total_count), norm, lr, applied, [int(n) for n in told])
 
     def rehearse(self, rows: Rows) -> None:
         """One step with the learning rate 0, on one micro batch: all memory that a step takes, and

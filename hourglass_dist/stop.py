@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import signal
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 
@@ -21,7 +22,7 @@ from hourglass_dist.files import replace
 
 EXIT_CODE = 75
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-_WAYS = {1: "SIGTERM", 2: "SIGUSR1", 3: "the file STOP", 4: "run.time_limit_hours"}
+WAYS = (*(number.name for number in SIGNALS), "the file STOP", "run.time_limit_hours")
 
 
 class Interrupted(Exception):
@@ -36,26 +37,29 @@ class StopRequests:
         interruption."""
         self._stop, self._interrupted, self._world = run / "STOP", run / "INTERRUPTED", world
         self._ends = time.monotonic() + 3600 * time_limit_hours if time_limit_hours else None
-        self._asked = 0
+        self._asked: str | None = None
         for number in SIGNALS:
             signal.signal(number, self._note)
         if world.is_main:
             self._interrupted.unlink(missing_ok=True)
 
     def _note(self, number: int, _: FrameType | None) -> None:
-        self._asked = 1 + SIGNALS.index(signal.Signals(number))
+        self._asked = signal.Signals(number).name
 
-    def reason(self) -> str | None:
-        """What asks for a stop, the same on every rank; None when nothing does. Called by all ranks
-        together."""
+    def votes(self) -> list[int]:
+        """1 for each way in which this rank is asked, in the order of ``WAYS``; the main rank looks
+        for the file and at the clock."""
         asked = self._asked
         if self._world.is_main and not asked:
             if self._stop.exists():
-                asked = 3
+                asked = WAYS[2]
             elif self._ends is not None and time.monotonic() > self._ends:
-                asked = 4
-        asked = max(way for (way,) in dist.gather_ints([asked], self._world.device))
-        return _WAYS.get(asked)
+                asked = WAYS[3]
+        return [int(way == asked) for way in WAYS]
+
+    def reason(self, votes: Sequence[int]) -> str | None:
+        """What asks for a stop by the summed votes of all ranks; None when nothing does."""
+        return next((way for way, count in zip(WAYS, votes, strict=True) if count), None)
 
     def honoured(self, reason: str, step: int) -> Interrupted:
         """Note that the run was saved after ``step`` and ends now; returns what to raise."""

@@ -168,7 +168,7 @@ def run_steps(job: Job) -> None:
         while step < total:
             batch = dist.together(lambda: next(batches), job.world.device)
             with metrics.watch(step + 1), job.profiler.step(step + 1):
-                result = job.engine.step(batch.rows, step)
+                result = job.engine.step(batch.rows, step, job.requests.votes)
             rows = stream.rows_of(job.spikes.data_step(step))
             step += 1
             job.watchdog.step(step, result.loss)
@@ -176,7 +176,7 @@ def run_steps(job: Job) -> None:
             metrics.record(step, result, batch, stream.epochs_read, job.skipped.total)
             job.spikes.look(step, result.loss)
             last = step == total
-            stop = None if last else job.requests.reason()
+            stop = None if last else job.requests.reason(result.votes)
             evaluate = due(step, config.eval.every) or last
             score = job.evaluations.make(step, metrics) if evaluate else None
             if due(step, config.checkpoint.every) or last or stop:

@@ -2,17 +2,16 @@
 
     python -m hourglass_dist.bench.loop_worker OUT.json STEPS CONFIG.yaml key=value ...
 
-``train.train`` runs as it is: stream, checks, metrics, stop requests. After each of its steps, when
-it has asked for stop requests, a bare engine takes a step on one batch that is always the same, and
-on one rank PyTorch alone, too: a busy machine slows all of them. Nothing is evaluated or saved
-before the last step.
+``train.train`` runs as it is: stream, checks, metrics, stop requests. After each step of it a bare
+engine takes a step on one batch that is always the same, and on one rank PyTorch alone, too: a busy
+machine slows all of them. Nothing is evaluated or saved before the last step.
 """
 
 from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from json import dumps
 from pathlib import Path
 from typing import Any
@@ -87,8 +86,8 @@ def main() -> None:
     times.watch(type(bare))
     look = StopRequests.reason
 
-    def look_and_compare(requests: StopRequests) -> str | None:
-        found = look(requests)
+    def look_and_compare(requests: StopRequests, votes: Sequence[int]) -> str | None:
+        found = look(requests, votes)
         times.after_step()
         return found
 
