@@ -8,6 +8,8 @@ from typing import Any
 import torch
 
 from hourglass_dist.config import Config
+from hourglass_dist.model.cost import model_cost
+from hourglass_dist.plan import reduce_bucket, settle_checkpointing
 
 
 def deepspeed_settings(config: Config, world_size: int) -> dict[str, Any]:
@@ -18,6 +20,8 @@ def deepspeed_settings(config: Config, world_size: int) -> dict[str, Any]:
     zero = config.deepspeed.zero_optimization.model_dump(exclude_none=True)
     if config.deepspeed.group_size(world_size) is None:
         zero.pop("zero_hpz_partition_size", None)
+    trained = model_cost(settle_checkpointing(config), config.data.longest).trained_parameters
+    zero["reduce_bucket_size"] = reduce_bucket(config, trained)
     folder = zero.pop("offload_folder", None)
     for name in zero.keys() & {"offload_optimizer", "offload_param"}:
         zero[name] = {"device": zero[name], "pin_memory": torch.cuda.is_available()}

@@ -32,9 +32,9 @@ from hourglass_dist.model.hourglass import HourglassLM
 from hourglass_dist.model_config import ModelConfig
 from hourglass_dist.plan import (
     FLAT_COPY,
-    REDUCE_BUCKET,
     Plan,
     plan,
+    reduce_bucket,
     show_bytes,
     show_count,
     staying,
@@ -126,7 +126,7 @@ class Forecast:
         made, zero = self.plan, self.plan.config.deepspeed.zero_optimization
         trained = made.cost.trained_parameters
         sent = made.traffic - made.gathered_after - made.gathered_inside
-        bucket = zero.reduce_bucket_size or REDUCE_BUCKET
+        bucket = reduce_bucket(made.config, trained)
         if zero.stage < 3:
             at_once = bucket if zero.stage == 2 else FLAT_COPY
             passes = made.micro_batches if zero.stage == 2 else 1

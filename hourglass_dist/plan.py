@@ -12,7 +12,8 @@ passes of a step; ``hourglass bench zero`` measures them, and what a rank sends:
     3      fp32       4 P / W  4 P / W      4 P / W   8 P / W
     3      bf16       2 P / W  4 P / W      4 P / W   8 P / W
 
-On top, at most, while gradients are reduced (R is ``reduce_bucket_size``, b bytes of a weight):
+On top, at most, while gradients are reduced (R is ``reduce_bucket_size``, or P where that is less,
+b bytes of a weight):
 
     0        both   a flat copy of the gradients, 4 P, of 500 M elements at most
     1        bf16   a copy in fp32 and one in bf16, 6 P, of as many
@@ -271,13 +272,19 @@ def _reduction_bytes(config: Config, trained: int, share: int, micro_batches: in
         return SUM_BYTES * min(trained, FLAT_COPY)
     if stage == 1 and weight_bytes < SUM_BYTES:
         return (SUM_BYTES + weight_bytes) * min(trained, FLAT_COPY)
-    bucket = zero.reduce_bucket_size or REDUCE_BUCKET
+    bucket = reduce_bucket(config, trained)
     if stage == 1:  # gradients move into the bucket
         return bucket * weight_bytes + SUM_BYTES * share
     filling = 2 if zero.overlap_comm else 1  # one is filled while the other is reduced
     waiting = bucket * filling if zero.contiguous_gradients is not False else 0
     summed_beside = stage == 2 and weight_bytes == SUM_BYTES and micro_batches > 1
-    return (waiting + min(bucket, trained)) * weight_bytes + SUM_BYTES * share * summed_beside
+    return (waiting + bucket) * weight_bytes + SUM_BYTES * share * summed_beside
+
+
+def reduce_bucket(config: Config, trained: int) -> int:
+    """Elements reduced at a time: not more than are trained, because DeepSpeed makes a buffer of so
+    many, 1 or 2 GB by default, for the smallest model, too."""
+    return min(config.deepspeed.zero_optimization.reduce_bucket_size or REDUCE_BUCKET, trained)
 
 
 def _traffic(config: Config, trained: int, world_size: int, micro_batches: int) -> int:

@@ -73,6 +73,7 @@ def run(case: dict[str, Any], world: dist.World) -> dict[str, Any]:
         "norms": norms,
         "applied": applied,
         "scale": scale_of(engine).get("cur_scale"),
+        "buffer": sum(tensor.numel() for tensor in engine.tensors()["buffer"]),
         "second_copy": sum(tensor.numel() for tensor in second_copy(engine)),
         "eval": float(nats.sum() / (rows["targets_BL"] >= 0).sum()),
     }

@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 import torch
 from ranks import run_worker
-from toy import make_config, plain_pytorch
+from toy import LENGTH, make_config, plain_pytorch
 
 from hourglass_dist import fragments, optim
 from hourglass_dist.config import Config
 from hourglass_dist.deepspeed_settings import deepspeed_settings
+from hourglass_dist.model.cost import model_cost
 from hourglass_dist.model.hourglass import HourglassLM
 from hourglass_dist.sections import ConfigError, parse
 
@@ -42,6 +43,8 @@ def test_every_stage_agrees_with_plain_pytorch(tmp_path: Path) -> None:
         print(f"{stage:5}  {worst:.1e}")
         assert worst < 1e-5
     assert all(norm > 0 for result in results for norm in result["norms"])
+    trained = model_cost(make_config(2).model, LENGTH).trained_parameters
+    assert results[3]["buffer"] == trained  # not DeepSpeed's 500 M elements
 
 
 def whole_state(folder: Path) -> dict[str, torch.Tensor]:

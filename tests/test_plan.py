@@ -79,6 +79,8 @@ def test_live_ranks_hold_and_send_what_is_planned() -> None:
             assert abs(difference(row, name)) < HELD_WITHIN, (name, row)
         for name in ("sent 1", "sent 2"):
             assert abs(difference(row, name)) < SENT_WITHIN, (name, row)
+        # buffers of the size of the model, which is smaller than the bucket asked for
+        assert row["measured"]["moment"] < 1.03 * row["planned"]["moment"], row
 
 
 @pytest.mark.parametrize(
