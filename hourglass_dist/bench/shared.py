@@ -130,6 +130,7 @@ def ratio(over: Sequence[float], under: Sequence[float]) -> float:
 
 def on_ranks(ranks: int, module: str, *arguments: str) -> Any:
     """What ``python -m module OUT.json *arguments`` writes on so many CPU ranks, one thread each.
+    What they print goes to standard error: it shows how far they are.
 
     Raises ValueError when it fails; its words come before.
     """
@@ -142,7 +143,7 @@ def on_ranks(ranks: int, module: str, *arguments: str) -> Any:
                 *("-m", module, str(out), *arguments),
             ],
             env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-            stdout=subprocess.DEVNULL,
+            stdout=2,
             stderr=subprocess.PIPE,
             text=True,
             check=False,

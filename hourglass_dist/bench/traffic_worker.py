@@ -86,6 +86,8 @@ def shrink_the_rest() -> None:
 
 def count(config: Config, world: dist.World) -> dict[str, Any]:
     """The third step of an engine: by then it has learned in which order it gathers."""
+    if world.is_main:
+        print(f"ranks: {world.size}, ZeRO-{config.deepspeed.stage}", flush=True)
     model = HourglassLM(config.model)
     model.init_weights(0)
     made = engine.Engine(model, config, world)

@@ -151,6 +151,8 @@ def held_at_rest(engine: Engine) -> dict[str, int]:
 
 def measure(case: dict[str, Any], world: dist.World) -> dict[str, Any]:
     """Measured and planned bytes of one case, each of the rank that has the most of it."""
+    if world.is_main:
+        print(f"ranks: {world.size}, ZeRO-{case['stage']}, {case['precision']}", flush=True)
     configs = {n: settings(case, world.size, n) for n in sorted(case["accumulation"])}
     micro_batches, config = max(configs.items())
     gc.collect()
