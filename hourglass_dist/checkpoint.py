@@ -48,8 +48,8 @@ FORMAT = 1
 MAY_CHANGE = re.compile(
     r"run\.dir|run\.time_limit_hours|run\.hang_minutes|run\.max_fruitless_starts|"
     r"data\.dataset|data\.sources\.\d+\.path|data\.cache\.|data\.skip_shards|"
-    r"train\.micro_batch_size|train\.max_skipped_steps|deepspeed\.|eval\.|checkpoint\.|metrics\.|"
-    r"model\.levels\.\d+\.activation_checkpointing"
+    r"train\.micro_batch_size|train\.max_skipped_steps|train\.compile|deepspeed\.|eval\.|"
+    r"checkpoint\.|metrics\.|model\.levels\.\d+\.activation_checkpointing"
 )
 """Settings that may differ when a run is continued: they decide where and how, not what is learned
 (a dataset is known by its id, wherever it lies; the state of the data remembers skipped shards)."""

@@ -97,6 +97,9 @@ class TrainConfig(Section):
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """``bf16``: bf16 weights with fp32 master weights at ZeRO stages 1-3, autocast at stage 0.
     ``fp16``: the same in fp16 with a dynamic loss scale, at stages 1-3, for GPUs without bf16."""
+    compile: bool = False
+    """Compile the training passes of every layer with torch.compile (ZeRO stages 0 to 2; on a CPU
+    it needs a C++ compiler). It takes minutes before the first step, and again for every length."""
     init_from: str | None = None
     """An export whose weights a new run begins with; its model and tokenizer must be the run's."""
     max_skipped_steps: PositiveInt = 8
@@ -315,6 +318,11 @@ class Config(Section):
         if self.train.precision == "fp16" and zero.stage == 0:
             raise ValueError(
                 "train.precision: fp16 needs deepspeed.zero_optimization.stage 1, 2 or 3, given 0"
+            )
+        if self.train.compile and zero.stage == 3:
+            raise ValueError(
+                "train.compile: expected deepspeed.zero_optimization.stage 0, 1 or 2, given 3: "
+                "gathering weights splits every graph"
             )
         if zero.offload_optimizer and (zero.stage == 0 or self.optim.name == "muon"):
             raise ValueError(

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
@@ -112,6 +113,7 @@ def prepare(config: Config, history: History) -> Job | None:
     require_same_start(config, world)
     deepspeed_settings(config, world.size)  # refuses what does not fit, before anything is written
     require_writers(config.metrics.writers)
+    dist.together(lambda: require_compiler(config, world.device), world.device)
     datasets, tokenizer = dist.together(lambda: open_data(config), world.device)
     stream = dist.together(lambda: open_stream(config, datasets, world), world.device)
     dist.require_agreement(stream.identity(), world.device)
@@ -286,7 +288,19 @@ def make_model(config: Config, world: dist.World, warm: WarmStart | None = None)
                 warm.fill(names[module], module)
 
     model.init_weights(config.run.seed, made)
+    if config.train.compile:
+        model.compile_layers()
     return model
+
+
+def require_compiler(config: Config, device: torch.device) -> None:
+    """Raise ValueError when layers are to be compiled and there is nothing that does it."""
+    compiler = os.environ.get("CXX", "g++")
+    if config.train.compile and device.type == "cpu" and not shutil.which(compiler):
+        raise ValueError(
+            f"train.compile: needs a C++ compiler on a CPU, {compiler} is not there "
+            "(Debian, Ubuntu: apt-get install g++)"
+        )
 
 
 def warm_start(config: Config, tokenizer: Tokenizer) -> WarmStart | None:

@@ -206,6 +206,13 @@ class HourglassLM(nn.Module):
             for level in levels
         ]
 
+    def compile_layers(self) -> None:
+        """From now on training passes run every layer, and the ways between levels, as one compiled
+        graph each."""
+        for module in self.modules():
+            if isinstance(module, Hourglass):
+                module.run.compile()
+
     @torch.no_grad()
     def init_weights(self, seed: int, made: Callable[[nn.Module], Made] = _as_they_are) -> None:
         """Draw every weight anew; the same seed gives the same weights on the same kind of device.

@@ -8,10 +8,14 @@
     offload     everything, but in pinned CPU memory until the backward pass; on the CPU as none
 
 ``auto`` is settled before a model is built (``cost.choose_checkpointing``).
+
+Compiled, a layer and its recomputation are one graph: what ``full`` and ``selective`` do again is
+fused with the rest of the backward pass.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -37,6 +41,8 @@ KEPT = {
     "flex_attention",
 }
 """Operations whose results ``selective`` keeps."""
+MOST_GRAPHS = 256
+"""Of a level's modules, shapes and numbers of rows; PyTorch gives up after 8."""
 
 
 class Recompute:
@@ -53,23 +59,32 @@ class Recompute:
             )
         self.policy = policy
         self.every = int(policy.split()[1]) if policy.startswith("every") else 1
-        self.draws = draws
+        self._run: Callable[..., Any] = _run
+        options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": draws}
+        if policy == "selective":
+            options["context_fn"] = partial(create_selective_checkpoint_contexts, _keeps)
+        self._run_again: Callable[..., Any] = partial(checkpoint, _run, **options)
+
+    def compile(self) -> None:
+        """From now on what keeps a gradient runs as one graph for each kind of module and shape."""
+        torch._dynamo.config.recompile_limit = MOST_GRAPHS
+        self._run = torch.compile(self._run, dynamic=False, fullgraph=True)
+        self._run_again = torch.compile(self._run_again, dynamic=False, fullgraph=True)
 
     def __call__(self, number: int, module: nn.Module, *inputs: Any) -> Any:
         """``module(*inputs)``, the level's module number ``number``."""
-        if not (module.training and torch.is_grad_enabled()) or self.policy == "none":
+        if not (module.training and torch.is_grad_enabled()):
             return module(*inputs)
         if self.policy == "offload":
             with _offloaded(inputs[0].device):
-                return module(*inputs)
-        if (number + 1) % self.every:
-            return module(*inputs)
-        options: dict[str, Any] = {}
-        if self.policy == "selective":
-            options["context_fn"] = partial(create_selective_checkpoint_contexts, _keeps)
-        return checkpoint(
-            module, *inputs, use_reentrant=False, preserve_rng_state=self.draws, **options
-        )
+                return self._run(module, *inputs)
+        if self.policy == "none" or (number + 1) % self.every:
+            return self._run(module, *inputs)
+        return self._run_again(module, *inputs)
+
+
+def _run(module: nn.Module, *inputs: Any) -> Any:
+    return module(*inputs)
 
 
 def _keeps(_: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
