@@ -99,7 +99,7 @@ class TrainConfig(Section):
     ``fp16``: the same in fp16 with a dynamic loss scale, at stages 1-3, for GPUs without bf16."""
     compile: bool = False
     """Compile the training passes of every layer with torch.compile (ZeRO stages 0 to 2; on a CPU
-    it needs a C++ compiler). It takes minutes before the first step, and again for every length."""
+    it needs a C++ compiler). It takes time before the first step, and again for every length."""
     init_from: str | None = None
     """An export whose weights a new run begins with; its model and tokenizer must be the run's."""
     max_skipped_steps: PositiveInt = 8

@@ -22,7 +22,8 @@ from hourglass_dist.files import replace
 
 EXIT_CODE = 75
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-WAYS = (*(number.name for number in SIGNALS), "the file STOP", "run.time_limit_hours")
+FILE, TIME = "the file STOP", "run.time_limit_hours"
+WAYS = (*(number.name for number in SIGNALS), FILE, TIME)
 
 
 class Interrupted(Exception):
@@ -52,9 +53,9 @@ class StopRequests:
         asked = self._asked
         if self._world.is_main and not asked:
             if self._stop.exists():
-                asked = WAYS[2]
+                asked = FILE
             elif self._ends is not None and time.monotonic() > self._ends:
-                asked = WAYS[3]
+                asked = TIME
         return [int(way == asked) for way in WAYS]
 
     def reason(self, votes: Sequence[int]) -> str | None:

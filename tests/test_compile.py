@@ -93,13 +93,13 @@ def test_a_compiled_run_goes_on_bit_for_bit(
         where = [f"data.dataset={dataset}", f"run.dir={tmp_path / run}", "eval.every=8"]
         return ["-m", "hourglass_dist.train", str(tiny_config), *where, *more]
 
-    def losses(run: str) -> dict[int, dict[str, float]]:
+    def losses(run: str) -> dict[int, float]:
         records = read_lines(tmp_path / run / "metrics.jsonl")
         return {int(r["step"]): r["train/loss"] for r in records if "train/loss" in r}
 
-    compiled = ["train.compile=true", "model.levels.0.activation_checkpointing=selective"]
-    compiled += [f"{ZERO}.stage=2"]
-    for run, more in (("plain", []), ("whole", compiled)):
+    plain = ["model.levels.0.activation_checkpointing=selective", f"{ZERO}.stage=2"]
+    compiled = [*plain, "train.compile=true"]
+    for run, more in (("plain", plain), ("whole", compiled)):
         done = torchrun(1, *command(run, *more))
         assert done.returncode == 0, done.stderr[-3000:]
     killed = start_torchrun(1, *command("killed", *compiled))
@@ -111,7 +111,14 @@ def test_a_compiled_run_goes_on_bit_for_bit(
     assert losses("plain") != losses("whole"), "nothing was compiled"
 
 
-def test_what_cannot_be_compiled_is_refused(tiny_config: Path, dataset: Path) -> None:
+def test_what_cannot_be_compiled_is_refused(
+    tiny_config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     done = hourglass("config", tiny_config, "train.compile=true", f"{ZERO}.stage=3")
     assert done.returncode == 2
     assert "train.compile: expected deepspeed.zero_optimization.stage 0, 1 or 2" in done.stderr
+    monkeypatch.setenv("CXX", str(tmp_path / "no-compiler"))
+    done = hourglass("train", tiny_config, "train.compile=true", f"run.dir={tmp_path / 'run'}")
+    assert done.returncode == 2
+    assert "train.compile: needs a C++ compiler on a CPU" in done.stderr
+    assert not (tmp_path / "run" / "config.yaml").exists()
