@@ -4,7 +4,7 @@
 
     CACHE/index/HASH/      index.json and tokenizer of an address, fetched at every start
     CACHE/shards/SHA256    a whole shard; its access time says who goes first when room is needed
-    CACHE/lock             held while room is made
+    CACHE/lock             held while room is made, and while a finished shard gets its name
 
 A shard is downloaded under a lock of its own, so one process of a machine does it and the others
 wait; written under a temporary name, hashed, synced, renamed. A process that finds one hashes it
@@ -259,7 +259,8 @@ class Cache:
             try:
                 download(file)
                 os.fsync(file)
-                part.rename(path)
+                with _locked(self.folder / "lock"):  # who makes room counts every file
+                    part.rename(path)
                 return
             except OSError as error:
                 part.unlink(missing_ok=True)
