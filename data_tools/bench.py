@@ -24,8 +24,8 @@ from data_tools.settings import Prepare
 from data_tools.stages import STAGES
 from data_tools.tokenizer import lines_of, train_on
 from data_tools.workspace import Show, Work, do_task, silent
+from hourglass_dist.config.loader import parse, to_yaml
 from hourglass_dist.data.tokenizer import SentencePieceTokenizer
-from hourglass_dist.sections import parse, to_yaml
 
 DOCUMENT_CHARACTERS = 3000
 TRAINING_LINES = 20_000

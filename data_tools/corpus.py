@@ -22,7 +22,7 @@ from typing import BinaryIO
 import orjson
 import zstandard
 
-from hourglass_dist.sections import show
+from hourglass_dist.config.loader import show
 
 SUFFIXES = (".txt", ".txt.gz", ".txt.zst", ".jsonl", ".jsonl.gz", ".jsonl.zst")
 _CHUNK = 1 << 20

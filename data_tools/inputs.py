@@ -14,8 +14,8 @@ from data_tools.corpus import find_inputs
 from data_tools.readers import can_be_cut, suffixes_of
 from data_tools.settings import Prepare
 from data_tools.workspace import Spec
+from hourglass_dist.config.loader import Section
 from hourglass_dist.data.tokenizer import load_tokenizer
-from hourglass_dist.sections import Section
 
 UNPACKED = {".gz": 4, ".zst": 4, ".parquet": 3}
 """About how many bytes of text a byte of such a file holds."""

@@ -15,7 +15,7 @@ from typing import Any, Literal
 from pydantic import Field, NonNegativeInt, PositiveInt, field_validator, model_validator
 
 from data_tools.split import parse_rule
-from hourglass_dist.sections import ConfigError, Section, apply_override, parse, read_yaml
+from hourglass_dist.config.loader import ConfigError, Section, apply_override, parse, read_yaml
 
 Rule = Literal["gopher_repetition", "gopher_quality", "c4", "fineweb"]
 

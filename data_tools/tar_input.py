@@ -15,7 +15,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from data_tools.corpus import Problem, Records, Wrong, text_or_wrong
-from hourglass_dist.sections import show
+from hourglass_dist.config.loader import show
 
 RUNS_CODE = (".pickle", ".pkl", ".pyd", ".pth", ".pt", ".ten", ".npy", ".npz", ".dill", ".joblib")
 """Endings that webdataset or its usual decoders would unpickle, or load as tensors."""

@@ -20,11 +20,11 @@ from contextlib import suppress
 from pathlib import Path
 
 from hourglass_dist import dist
-from hourglass_dist.config import Config
+from hourglass_dist.config.loader import differences, parse
+from hourglass_dist.config.schema import Config
 from hourglass_dist.files import replace
 from hourglass_dist.history import about_this_code
 from hourglass_dist.plan import plan, show_bytes
-from hourglass_dist.sections import differences, parse
 
 SHARED_SECONDS = 10.0
 """How long a new file may take to be seen on other hosts; over NFS some seconds are usual."""

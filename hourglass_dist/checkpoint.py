@@ -37,12 +37,12 @@ from typing import IO, Any
 import google_crc32c
 
 from hourglass_dist import dist, fragments
-from hourglass_dist.config import CheckpointConfig, Config, load
+from hourglass_dist.config.loader import ConfigError, differences, to_yaml
+from hourglass_dist.config.schema import CheckpointConfig, Config, load
 from hourglass_dist.data.tokenizer import Tokenizer
 from hourglass_dist.files import checksum, replace, sync
 from hourglass_dist.fragments import Snapshot
 from hourglass_dist.mirror import Mirror
-from hourglass_dist.sections import ConfigError, differences, to_yaml
 
 FORMAT = 1
 MAY_CHANGE = re.compile(

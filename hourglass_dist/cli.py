@@ -13,9 +13,9 @@ import typer
 
 from data_tools.cli import app as data_app
 from data_tools.cli import bench_prepare
-from hourglass_dist import config as settings
 from hourglass_dist.bench.cli import app as bench_app
-from hourglass_dist.sections import print_error, to_yaml
+from hourglass_dist.config import schema as settings
+from hourglass_dist.config.loader import print_error, to_yaml
 
 app = typer.Typer(
     no_args_is_help=True,

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from hourglass_dist.config import Config
+from hourglass_dist.config.schema import Config
 from hourglass_dist.model.cost import model_cost
 from hourglass_dist.plan import reduce_bucket, settle_checkpointing
 

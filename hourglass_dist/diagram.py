@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from hourglass_dist.model_config import ModelConfig
+from hourglass_dist.config.model import ModelConfig
 
 WIDTH = 48
 

@@ -35,7 +35,7 @@ os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else
 import deepspeed
 
 from hourglass_dist import dist, fragments, loss_scale, optim, swapped
-from hourglass_dist.config import Config
+from hourglass_dist.config.schema import Config
 from hourglass_dist.deepspeed_settings import deepspeed_settings
 from hourglass_dist.fragments import Fragment, Key
 from hourglass_dist.muon import Exchange, MuonAdamW, Piece

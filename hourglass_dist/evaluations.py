@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 from hourglass_dist import dist
-from hourglass_dist.config import Config
+from hourglass_dist.config.schema import Config
 from hourglass_dist.data.held_out import held_out_rows
 from hourglass_dist.data.mixture import Dataset
 from hourglass_dist.data.stream import Batch

@@ -25,11 +25,12 @@ from typing import NamedTuple
 
 import torch
 
-from hourglass_dist.config import Config
+from hourglass_dist.config.loader import ConfigError
+from hourglass_dist.config.model import ModelConfig
+from hourglass_dist.config.schema import Config
 from hourglass_dist.devices import Device, Node, planned_device
 from hourglass_dist.failures import DAY, RATES, Return, Saving, goodput, longest_interval, mtbf_s
 from hourglass_dist.model.hourglass import HourglassLM
-from hourglass_dist.model_config import ModelConfig
 from hourglass_dist.plan import (
     FLAT_COPY,
     Plan,
@@ -40,7 +41,6 @@ from hourglass_dist.plan import (
     staying,
 )
 from hourglass_dist.rings import all_reduce_s, ring_s
-from hourglass_dist.sections import ConfigError
 
 CONTEXT, FRAGMENTS = 2**30, 0.05
 PRODUCTS, LINKS, SELECTIVE = 0.40, 0.70, 1.03

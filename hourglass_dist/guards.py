@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from hourglass_dist import dist, watch
-from hourglass_dist.config import SpikeConfig
+from hourglass_dist.config.schema import SpikeConfig
 from hourglass_dist.engine import StepResult
 from hourglass_dist.heartbeat import Heart
 

@@ -27,7 +27,8 @@ from typing import Any
 import numpy as np
 
 from hourglass_dist import dist
-from hourglass_dist.config import Config
+from hourglass_dist.config.loader import to_yaml
+from hourglass_dist.config.schema import Config
 from hourglass_dist.data.stream import Batch
 from hourglass_dist.diagram import as_text
 from hourglass_dist.engine import Engine, StepResult
@@ -40,7 +41,6 @@ from hourglass_dist.observe import Observer
 from hourglass_dist.plan import plan, render
 from hourglass_dist.records import read_lines
 from hourglass_dist.samples import Sample
-from hourglass_dist.sections import to_yaml
 from hourglass_dist.stragglers import Stragglers, spread
 from hourglass_dist.usage import Work, memory
 from hourglass_dist.writers import Writer, open_writers

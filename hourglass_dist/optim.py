@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from hourglass_dist.config import OptimConfig
+from hourglass_dist.config.schema import OptimConfig
 from hourglass_dist.muon import MuonAdamW
 
 ADAMW_MOMENTS = ("exp_avg", "exp_avg_sq")

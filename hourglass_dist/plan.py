@@ -44,10 +44,10 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from hourglass_dist.config import Config
+from hourglass_dist.config.model import ModelConfig
+from hourglass_dist.config.schema import Config
 from hourglass_dist.model.cost import LevelCost, ModelCost, choose_checkpointing, model_cost
 from hourglass_dist.model.hourglass import HourglassLM
-from hourglass_dist.model_config import ModelConfig
 from hourglass_dist.optim import is_muons
 
 MASTER_BYTES, MOMENT_BYTES, SUM_BYTES = 4, 8, 4

@@ -29,14 +29,14 @@ import torch
 import torch.distributed as td
 
 from hourglass_dist import agreement, dist
-from hourglass_dist import config as settings
 from hourglass_dist.agreement import unequal, who
-from hourglass_dist.config import Config
+from hourglass_dist.config import schema as settings
+from hourglass_dist.config.loader import print_error
+from hourglass_dist.config.schema import Config
 from hourglass_dist.data.mixture import open_mixture
 from hourglass_dist.deepspeed_settings import deepspeed_settings
 from hourglass_dist.history import device_name
 from hourglass_dist.plan import show_bytes
-from hourglass_dist.sections import print_error
 
 SLOW = 1.5
 """Times the median of the ranks that a matrix product may take: twice the usual difference."""

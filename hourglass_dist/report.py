@@ -16,13 +16,13 @@ from pathlib import Path
 from typing import Any
 
 from hourglass_dist.charts import CLIP, line_chart, number
-from hourglass_dist.config import Config, load
+from hourglass_dist.config.loader import to_yaml
+from hourglass_dist.config.schema import Config, load
 from hourglass_dist.diagram import label, stacks
 from hourglass_dist.files import replace
 from hourglass_dist.plan import plan, render
 from hourglass_dist.records import read_history, read_lines
 from hourglass_dist.report_style import STYLE
-from hourglass_dist.sections import to_yaml
 
 NEWEST_SAMPLES, LISTED = 6, 30
 Points = list[tuple[float, float]]

@@ -13,11 +13,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from hourglass_dist.config.model import ModelConfig
 from hourglass_dist.data.stream import Batch
 from hourglass_dist.data.tokenizer import Tokenizer
 from hourglass_dist.generate import generate
 from hourglass_dist.model.hourglass import HourglassLM
-from hourglass_dist.model_config import ModelConfig
 
 PROMPT_TOKENS = 64
 """Tokens of held-out text that are continued."""

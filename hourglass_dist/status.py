@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from hourglass_dist.config import Config, load
+from hourglass_dist.config.schema import Config, load
 from hourglass_dist.heartbeat import (
     Beat,
     clock_time,

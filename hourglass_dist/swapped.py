@@ -17,8 +17,8 @@ from typing import Any
 
 import torch
 
+from hourglass_dist.config.loader import ConfigError
 from hourglass_dist.fragments import Fragment
-from hourglass_dist.sections import ConfigError
 
 
 @contextmanager

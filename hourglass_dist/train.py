@@ -22,11 +22,12 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from hourglass_dist import config as settings
 from hourglass_dist import dist
 from hourglass_dist.agreement import require_good_folder, require_same_start
 from hourglass_dist.checkpoint import Checkpoints, Progress, RunFolder
-from hourglass_dist.config import Config
+from hourglass_dist.config import schema as settings
+from hourglass_dist.config.loader import print_error, to_yaml
+from hourglass_dist.config.schema import Config
 from hourglass_dist.data.mixture import Dataset, make_plan, open_mixture
 from hourglass_dist.data.stream import Stream
 from hourglass_dist.data.tokenizer import Tokenizer, require_same
@@ -48,7 +49,6 @@ from hourglass_dist.model.hourglass import HourglassLM
 from hourglass_dist.plan import settle_checkpointing, too_large
 from hourglass_dist.profiling import Profiler
 from hourglass_dist.records import require_progress
-from hourglass_dist.sections import print_error, to_yaml
 from hourglass_dist.stop import EXIT_CODE, Interrupted, StopRequests
 from hourglass_dist.writers import require_writers
 

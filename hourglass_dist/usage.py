@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from hourglass_dist import dist
-from hourglass_dist.config import Config
+from hourglass_dist.config.schema import Config
 from hourglass_dist.devices import peak_flops
 from hourglass_dist.history import device_name
 from hourglass_dist.model.cost import ModelCost, model_cost

@@ -13,8 +13,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from hourglass_dist.config.loader import ConfigError
 from hourglass_dist.files import replace
-from hourglass_dist.sections import ConfigError
 
 
 class Writer(Protocol):

@@ -13,7 +13,7 @@ import numpy as np
 from data_tools.prepare import prepare
 from data_tools.report import Report
 from data_tools.settings import Prepare
-from hourglass_dist.sections import parse
+from hourglass_dist.config.loader import parse
 
 VOCABULARY = [
     f"{a}{b}{c}"

@@ -20,7 +20,7 @@ from torch import Tensor
 from toy import make_batch, make_config, make_model, plain_pytorch
 
 from hourglass_dist import dist, fragments, loss_scale
-from hourglass_dist.config import Config
+from hourglass_dist.config.schema import Config
 from hourglass_dist.engine import Engine
 
 

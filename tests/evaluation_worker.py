@@ -9,9 +9,10 @@ import contextlib
 import json
 import sys
 
-from hourglass_dist import config, train
+from hourglass_dist import train
+from hourglass_dist.config import schema
 from hourglass_dist.stop import Interrupted
 
 for name, *overrides in json.loads(sys.argv[1]):
     with contextlib.suppress(Interrupted):
-        train.train(config.load(name, overrides))
+        train.train(schema.load(name, overrides))

@@ -12,8 +12,9 @@ from typing import Any
 
 import torch
 
-from hourglass_dist import config, dist, train
+from hourglass_dist import dist, train
 from hourglass_dist.bench.zero_worker import Collectives
+from hourglass_dist.config import schema
 from hourglass_dist.engine import Engine
 from hourglass_dist.stop import StopRequests
 
@@ -46,7 +47,7 @@ def counted_reason(*args: Any) -> Any:
 Engine.step = counted_step  # type: ignore[method-assign]
 StopRequests.reason = counted_reason  # type: ignore[method-assign]
 with collectives:
-    train.train(config.load(sys.argv[2], sys.argv[3:]))
+    train.train(schema.load(sys.argv[2], sys.argv[3:]))
 if world.is_main:
     Path(sys.argv[1]).write_text(json.dumps(steps))
 dist.leave(0)

@@ -14,8 +14,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from hourglass_dist import config as settings
 from hourglass_dist import dist, engine, train
+from hourglass_dist.config import schema as settings
 
 world = dist.init()
 sizes = []

@@ -16,7 +16,7 @@ from hourglass_transformer_pytorch import HourglassTransformerLM
 from torch import Tensor
 from torch.nn import functional as F
 
-from hourglass_dist.config import ModelConfig
+from hourglass_dist.config.schema import ModelConfig
 from hourglass_dist.model.hourglass import HourglassLM
 from hourglass_dist.model.interop import from_lucidrains, lucidrains_kwargs, to_lucidrains
 

@@ -9,10 +9,10 @@ import sys
 import zlib
 from itertools import islice
 
+from hourglass_dist.config.data import CacheConfig
+from hourglass_dist.config.loader import print_error
 from hourglass_dist.data.mixture import open_dataset, simple_plan
 from hourglass_dist.data.stream import Stream
-from hourglass_dist.data_config import CacheConfig
-from hourglass_dist.sections import print_error
 
 
 def main() -> int:

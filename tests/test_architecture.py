@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from hourglass_dist.config import Config
-from hourglass_dist.sections import paths, read_yaml
+from hourglass_dist.config.loader import paths, read_yaml
+from hourglass_dist.config.schema import Config
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("hourglass_dist", "data_tools")
@@ -19,10 +19,10 @@ PACKAGES = ("hourglass_dist", "data_tools")
 # A file imports files above it, never one below. A new file is given its place here.
 ORDER = [
     *(
-        "sections",
-        "data_config",
-        "model_config",
-        "config",
+        "config.loader",
+        "config.data",
+        "config.model",
+        "config.schema",
         "files",
         "records",
         "heartbeat",
@@ -89,7 +89,7 @@ ORDER = [
     *("launch.cluster", "launch.kubernetes", "launch.targets"),
     "cli",
 ]
-FOR_DATA_TOOLS = ("data", "sections", "files")
+FOR_DATA_TOOLS = ("data", "config", "files")
 LONGEST_FUNCTION = 60
 LONGEST_FILE = 450
 

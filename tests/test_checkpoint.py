@@ -18,7 +18,7 @@ from ranks import hourglass
 
 from hourglass_dist import dist, fragments
 from hourglass_dist.checkpoint import Checkpoints, Progress, complete, latest, tag, verify
-from hourglass_dist.config import CheckpointConfig
+from hourglass_dist.config.schema import CheckpointConfig
 from hourglass_dist.fragments import Key
 
 ROOM = fragments.Room()

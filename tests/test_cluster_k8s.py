@@ -12,11 +12,11 @@ from pods import IndexedJob
 from ranks import hourglass
 from safetensors.torch import load as load_weights
 
-from hourglass_dist.config import load
+from hourglass_dist.config.loader import parse
+from hourglass_dist.config.schema import load
 from hourglass_dist.launch.cluster import ClusterConfig
 from hourglass_dist.launch.kubernetes import manifest
 from hourglass_dist.launch.targets import Request, node_environment
-from hourglass_dist.sections import parse
 
 pytestmark = [
     pytest.mark.cluster,

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from ranks import hourglass
 
+from hourglass_dist.config.loader import paths, read_yaml
 from hourglass_dist.launch.cluster import ClusterConfig, load_cluster, seconds_of
-from hourglass_dist.sections import paths, read_yaml
 
 ROOT = Path(__file__).parents[1]
 CONFIG = ROOT / "configs/quickstart.yaml"

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from hourglass_dist.config import Config, ModelConfig, load
-from hourglass_dist.sections import ConfigError, differences, parse, paths, to_yaml
+from hourglass_dist.config.loader import ConfigError, differences, parse, paths, to_yaml
+from hourglass_dist.config.schema import Config, ModelConfig, load
 
 QUICKSTART = Path(__file__).parents[1] / "configs" / "quickstart.yaml"
 

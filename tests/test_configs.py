@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from hourglass_dist.config import Config, ModelConfig, load
+from hourglass_dist.config.loader import to_yaml
+from hourglass_dist.config.schema import Config, ModelConfig, load
 from hourglass_dist.model.cost import choose_checkpointing
 from hourglass_dist.model.hourglass import HourglassLM
-from hourglass_dist.sections import to_yaml
 
 FILES = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
 

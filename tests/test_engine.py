@@ -12,11 +12,11 @@ from ranks import run_worker
 from toy import LENGTH, make_config, plain_pytorch
 
 from hourglass_dist import fragments, optim
-from hourglass_dist.config import Config
+from hourglass_dist.config.loader import ConfigError, parse
+from hourglass_dist.config.schema import Config
 from hourglass_dist.deepspeed_settings import deepspeed_settings
 from hourglass_dist.model.cost import model_cost
 from hourglass_dist.model.hourglass import HourglassLM
-from hourglass_dist.sections import ConfigError, parse
 
 
 def run_cases(tmp_path: Path, ranks: int, cases: list[dict[str, Any]]) -> list[dict[str, Any]]:

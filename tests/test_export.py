@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_resume import losses
 
-from hourglass_dist.config import load
+from hourglass_dist.config.schema import load
 from hourglass_dist.data.mixture import make_plan, open_dataset
 from hourglass_dist.data.plan import Plan
 from hourglass_dist.data.stream import Stream

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from ranks import hourglass
 
-from hourglass_dist.config import Config, load
+from hourglass_dist.config.schema import Config, load
 from hourglass_dist.devices import DEVICES, planned_device
 from hourglass_dist.forecast import EXACT, candidates, cluster, forecast, render, suggest
 

@@ -25,7 +25,7 @@ from safetensors.torch import load_file
 from test_resume import PERSIST, losses
 
 from hourglass_dist.checkpoint import read_manifest
-from hourglass_dist.config import SpikeConfig
+from hourglass_dist.config.schema import SpikeConfig
 from hourglass_dist.guards import LossSpikes, SpikeFound
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from image import context, instructions, is_sent
 
-from hourglass_dist.sections import read_documents
+from hourglass_dist.config.loader import read_documents
 
 ROOT = Path(__file__).parents[1]
 DOCKERFILE = ROOT / "launch/Dockerfile"

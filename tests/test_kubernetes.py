@@ -11,11 +11,11 @@ import yaml
 from k8s_check import action_for, problems
 from ranks import hourglass
 
-from hourglass_dist.config import load
+from hourglass_dist.config.loader import parse
+from hourglass_dist.config.schema import load
 from hourglass_dist.launch.cluster import ClusterConfig
 from hourglass_dist.launch.kubernetes import manifest, run_name
 from hourglass_dist.launch.targets import Request, node_environment
-from hourglass_dist.sections import parse
 
 ROOT = Path(__file__).parents[1]
 TEMPLATES = ROOT / "launch/k8s"

@@ -15,15 +15,15 @@ from ranks import TESTS, torchrun
 
 from data_tools.tokenizer import train_tokenizer
 from hourglass_dist import train
-from hourglass_dist.config import Config, load
+from hourglass_dist.config.data import DataConfig
+from hourglass_dist.config.loader import ConfigError
+from hourglass_dist.config.schema import Config, load
 from hourglass_dist.data.held_out import held_out_rows
 from hourglass_dist.data.mixture import Dataset, make_plan, open_mixture
 from hourglass_dist.data.order import locate
 from hourglass_dist.data.shards import ShardReader
 from hourglass_dist.data.stream import Stream
 from hourglass_dist.data.tokenizer import load_tokenizer
-from hourglass_dist.data_config import DataConfig
-from hourglass_dist.sections import ConfigError
 
 NAMES = ("web", "books")
 WORLDS = [w for w in range(1, 49) if 48 % w == 0]

@@ -8,10 +8,10 @@ import pytest
 import torch
 from zoo import preset
 
+from hourglass_dist.config.loader import parse
+from hourglass_dist.config.model import ModelConfig
 from hourglass_dist.model.hourglass import HourglassLM
 from hourglass_dist.model.pool import LinearPool, LinearSpread, MeanPool
-from hourglass_dist.model_config import ModelConfig
-from hourglass_dist.sections import parse
 
 LEVELS = [{"layers": [1, 2]}, {"layers": [1, 1], "shorten": 2}, {"layers": 2, "shorten": 3}]
 SEED = preset("seed") | {"max_seq_len": 128, "downsampling": "linear", "upsampling": "linear"}

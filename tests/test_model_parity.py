@@ -20,7 +20,7 @@ from parity import (
     pair_from_reference,
 )
 
-from hourglass_dist.config import ModelConfig
+from hourglass_dist.config.schema import ModelConfig
 from hourglass_dist.model.hourglass import HourglassLM
 from hourglass_dist.model.interop import from_lucidrains, lucidrains_kwargs, to_lucidrains
 

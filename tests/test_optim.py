@@ -7,9 +7,9 @@ import itertools
 import pytest
 from toy import make_config, make_model
 
-from hourglass_dist.config import OptimConfig
+from hourglass_dist.config.loader import ConfigError
+from hourglass_dist.config.schema import OptimConfig
 from hourglass_dist.optim import learning_rate, parameter_groups
-from hourglass_dist.sections import ConfigError
 
 TOTAL = 1000
 

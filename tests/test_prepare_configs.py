@@ -11,7 +11,7 @@ from test_architecture import written_keys
 
 from data_tools.settings import Prepare, load_settings
 from data_tools.verify import verify
-from hourglass_dist.sections import paths, read_yaml, to_yaml
+from hourglass_dist.config.loader import paths, read_yaml, to_yaml
 
 ROOT = Path(__file__).parent.parent
 FILES = sorted((ROOT / "configs" / "prepare").glob("*.yaml"))

@@ -28,7 +28,7 @@ from test_prepare import FULL, all_texts
 from data_tools import executors
 from data_tools.prepare import prepare
 from data_tools.stages import STAGES
-from hourglass_dist.sections import to_yaml
+from hourglass_dist.config.loader import to_yaml
 
 COMMAND = [str(Path(sys.executable).with_name("hourglass")), "data", "prepare"]
 

@@ -22,13 +22,13 @@ from datasets import assert_same, local, make, refusal, stream_of, words
 from ranks import TESTS, environment, torchrun
 from servers import Fault, WebServer, s3_server, status, web_server
 
+from hourglass_dist.config.data import CacheConfig
 from hourglass_dist.data import remote
 from hourglass_dist.data.held_out import held_out_rows
 from hourglass_dist.data.mixture import Dataset, open_dataset, simple_plan
 from hourglass_dist.data.shards import Manifest
 from hourglass_dist.data.stream import Batch, Stream
 from hourglass_dist.data.tokenizer import load_tokenizer
-from hourglass_dist.data_config import CacheConfig
 
 STEPS = 40
 

@@ -13,7 +13,7 @@ from ranks import hourglass, run_worker
 from hourglass_dist.bench.scale import index_of, reports, restart, size_of
 from hourglass_dist.bench.shared import on_ranks
 from hourglass_dist.bench.store import bench_store
-from hourglass_dist.config import load
+from hourglass_dist.config.schema import load
 from hourglass_dist.failures import (
     ENOUGH,
     RATES,

@@ -12,8 +12,8 @@ from test_engine import run_cases, whole_state
 from toy import make_config
 
 from hourglass_dist import swapped
+from hourglass_dist.config.loader import ConfigError
 from hourglass_dist.deepspeed_settings import deepspeed_settings
-from hourglass_dist.sections import ConfigError
 
 
 class Builder:

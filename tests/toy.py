@@ -11,9 +11,9 @@ import torch.distributed as td
 from torch import Tensor
 
 from hourglass_dist import optim
-from hourglass_dist.config import Config
+from hourglass_dist.config.loader import parse
+from hourglass_dist.config.schema import Config
 from hourglass_dist.model.hourglass import HourglassLM
-from hourglass_dist.sections import parse
 
 VOCAB, LENGTH = 61, 16
 

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hourglass_dist.config.loader import parse, read_yaml
+from hourglass_dist.config.model import ModelConfig
 from hourglass_dist.model.hourglass import HourglassLM
-from hourglass_dist.model_config import ModelConfig
-from hourglass_dist.sections import parse, read_yaml
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 LONGEST = 48

@@ -30,7 +30,9 @@ from pydantic import Field
 
 from hourglass_dist import dist
 from hourglass_dist.bench.shared import apart, show
-from hourglass_dist.config import OptimConfig
+from hourglass_dist.config.loader import Section, parse, read_yaml
+from hourglass_dist.config.model import ModelConfig, PositiveFloat
+from hourglass_dist.config.schema import OptimConfig
 from hourglass_dist.data.held_out import held_out_rows
 from hourglass_dist.data.mixture import open_dataset, simple_plan
 from hourglass_dist.data.shards import Manifest
@@ -40,9 +42,7 @@ from hourglass_dist.evaluate import Rows, Score, evaluate
 from hourglass_dist.files import replace
 from hourglass_dist.model.cost import ModelCost, model_cost
 from hourglass_dist.model.hourglass import HourglassLM
-from hourglass_dist.model_config import ModelConfig, PositiveFloat
 from hourglass_dist.optim import learning_rate, make_optimizer
-from hourglass_dist.sections import Section, parse, read_yaml
 
 TOLERANCE = 0.02
 """How far the training FLOPs of two arms may differ."""

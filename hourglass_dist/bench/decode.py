@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hourglass_dist import config as settings
 from hourglass_dist.bench.model import README
 from hourglass_dist.bench.shared import (
     headline,
@@ -28,10 +27,11 @@ from hourglass_dist.bench.shared import (
     seconds,
     show,
 )
+from hourglass_dist.config import schema as settings
+from hourglass_dist.config.model import ModelConfig
 from hourglass_dist.model.decode import prefill, step
 from hourglass_dist.model.hourglass import HourglassLM
 from hourglass_dist.model.interop import lucidrains_kwargs, to_lucidrains
-from hourglass_dist.model_config import ModelConfig
 
 TOKENS = 48
 """Tokens that are timed at each place."""

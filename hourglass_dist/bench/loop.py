@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from hourglass_dist.bench.shared import on_ranks, ratio, show
-from hourglass_dist.config import load
+from hourglass_dist.config.schema import load
 from hourglass_dist.data.mixture import open_mixture
 from hourglass_dist.plan import plan
 

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from hourglass_dist import dist, train
-from hourglass_dist.config import Config, load
+from hourglass_dist.config.schema import Config, load
 from hourglass_dist.engine import Engine
 from hourglass_dist.files import replace
 from hourglass_dist.optim import make_optimizer

@@ -20,10 +20,10 @@ from torch import Tensor
 from hourglass_dist import dist
 from hourglass_dist.bench.shared import headline, machine, show
 from hourglass_dist.checkpoint import Checkpoints, Progress
-from hourglass_dist.config import CheckpointConfig, Config
+from hourglass_dist.config.loader import parse
+from hourglass_dist.config.schema import CheckpointConfig, Config
 from hourglass_dist.engine import Engine
 from hourglass_dist.model.hourglass import HourglassLM
-from hourglass_dist.sections import parse
 
 ROWS, LENGTH = 1, 256
 

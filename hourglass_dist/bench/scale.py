@@ -19,7 +19,8 @@ from typing import Any, NamedTuple
 import torch
 
 from hourglass_dist.bench.shared import on_ranks, show
-from hourglass_dist.config import Config, load
+from hourglass_dist.config.model import ModelConfig
+from hourglass_dist.config.schema import Config, load
 from hourglass_dist.failures import (
     DAY,
     RATES,
@@ -34,7 +35,6 @@ from hourglass_dist.failures import (
 )
 from hourglass_dist.forecast import WRITES, Forecast, cluster, forecast
 from hourglass_dist.model.hourglass import HourglassLM
-from hourglass_dist.model_config import ModelConfig
 from hourglass_dist.plan import show_bytes
 
 GPUS_PER_NODE = 8

@@ -19,7 +19,7 @@ import torch
 
 from hourglass_dist import dist, engine, forecast, plan
 from hourglass_dist.bench.zero_worker import Collectives
-from hourglass_dist.config import Config, load
+from hourglass_dist.config.schema import Config, load
 from hourglass_dist.deepspeed_settings import deepspeed_settings
 from hourglass_dist.files import replace
 from hourglass_dist.model.hourglass import HourglassLM

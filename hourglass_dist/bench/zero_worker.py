@@ -23,12 +23,12 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hourglass_dist import dist
-from hourglass_dist.config import Config
+from hourglass_dist.config.loader import parse
+from hourglass_dist.config.schema import Config
 from hourglass_dist.engine import Engine
 from hourglass_dist.files import replace
 from hourglass_dist.model.hourglass import HourglassLM
 from hourglass_dist.plan import plan
-from hourglass_dist.sections import parse
 
 LENGTH = 16
 KINDS = ("weights", "gradients", "master", "moments")

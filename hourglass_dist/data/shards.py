@@ -30,9 +30,9 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import Field, NonNegativeInt, PositiveInt
 
+from hourglass_dist.config.loader import Section, parse
 from hourglass_dist.data.tokenizer import Fingerprint
 from hourglass_dist.files import replace, sha256_of
-from hourglass_dist.sections import Section, parse
 
 FORMAT = 2
 """The version of this format. A reader refuses manifests of another one."""

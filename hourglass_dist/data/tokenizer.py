@@ -25,8 +25,8 @@ import numpy.typing as npt
 import sentencepiece
 from pydantic import ConfigDict
 
+from hourglass_dist.config.loader import ConfigError, Section, parse
 from hourglass_dist.files import replace
-from hourglass_dist.sections import ConfigError, Section, parse
 
 Ids = npt.NDArray[np.unsignedinteger[Any]]
 """Token ids, flat: uint8 for bytes, uint32 for sentencepiece."""

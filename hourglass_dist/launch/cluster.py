@@ -11,9 +11,9 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
-from hourglass_dist.config import Config
-from hourglass_dist.model_config import PositiveFloat, PositiveInt
-from hourglass_dist.sections import ConfigError, Section, parse, read_yaml
+from hourglass_dist.config.loader import ConfigError, Section, parse, read_yaml
+from hourglass_dist.config.model import PositiveFloat, PositiveInt
+from hourglass_dist.config.schema import Config
 
 END_SECONDS = 60
 """What a Slurm job has after the seconds for saving, to end and to be queued again."""

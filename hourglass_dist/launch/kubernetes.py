@@ -20,9 +20,9 @@ from typing import Any
 
 import yaml
 
-from hourglass_dist.config import Config
+from hourglass_dist.config.loader import read_documents
+from hourglass_dist.config.schema import Config
 from hourglass_dist.launch.cluster import ClusterConfig
-from hourglass_dist.sections import read_documents
 
 CONFIG_FOLDER = "/etc/hourglass"
 LONGEST_NAME = 41  # host names have 63 letters, and some are NAME-preflight-worker-1234

@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from hourglass_dist.config import Config
+from hourglass_dist.config.schema import Config
 from hourglass_dist.launch.cluster import END_SECONDS, ClusterConfig
 from hourglass_dist.launch.hostfile import read_hostfile
 from hourglass_dist.launch.kubernetes import manifest

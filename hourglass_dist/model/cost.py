@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from itertools import product
 from typing import NamedTuple
 
+from hourglass_dist.config.model import LevelConfig, ModelConfig
 from hourglass_dist.model import cost_parts as parts
 from hourglass_dist.model.cost_units import Between, Part, Size
-from hourglass_dist.model_config import LevelConfig, ModelConfig
 
 AUTOMATIC = ("none", "selective", "full")
 """What ``auto`` chooses from."""

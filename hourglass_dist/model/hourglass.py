@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from hourglass_dist.config.model import ModelConfig
 from hourglass_dist.model.head import Head
 from hourglass_dist.model.layers import (
     Attention,
@@ -40,7 +41,6 @@ from hourglass_dist.model.resample import (
     ValleyAttention,
     make_crossing,
 )
-from hourglass_dist.model_config import ModelConfig
 
 INIT_STD = 0.02
 

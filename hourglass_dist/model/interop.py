@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hourglass_dist.config.loader import differences
+from hourglass_dist.config.model import INHERITED, ModelConfig
 from hourglass_dist.model.hourglass import Hourglass, HourglassLM
 from hourglass_dist.model.layers import Attention, FeedForward, Layer
 from hourglass_dist.model.resample import BucketAttention, EarlierAttention, ValleyAttention
-from hourglass_dist.model_config import INHERITED, ModelConfig
-from hourglass_dist.sections import differences
 
 
 def to_lucidrains(model: HourglassLM) -> dict[str, Tensor]:

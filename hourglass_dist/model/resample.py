@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from hourglass_dist.config.model import LevelConfig, ModelConfig
 from hourglass_dist.model.attend import Rule, attend, takes_flex
 from hourglass_dist.model.layers import FeedForward, Heads, Waves, drop, make_waves
 from hourglass_dist.model.layout import Rows, cut
@@ -32,7 +33,6 @@ from hourglass_dist.model.pool import (
     gather_buckets,
     lay_out,
 )
-from hourglass_dist.model_config import LevelConfig, ModelConfig
 
 MANY_KEYS = 8
 """From this many positions in a bucket on, the query is taken through the key projection, instead

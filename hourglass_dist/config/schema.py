@@ -12,15 +12,15 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from hourglass_dist.data_config import DataConfig
-from hourglass_dist.model_config import (
+from hourglass_dist.config.data import DataConfig
+from hourglass_dist.config.loader import ConfigError, Section, apply_override, parse, read_yaml
+from hourglass_dist.config.model import (
     Fraction,
     LevelConfig,
     ModelConfig,
     PositiveFloat,
     PositiveInt,
 )
-from hourglass_dist.sections import ConfigError, Section, apply_override, parse, read_yaml
 
 __all__ = ["Config", "DataConfig", "LevelConfig", "ModelConfig", "load"]
 
