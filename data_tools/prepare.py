@@ -32,8 +32,8 @@ from data_tools.settings import Prepare
 from data_tools.stages import SPLITS, STAGES, Stage, recipe_of, tokenizer_of
 from data_tools.workspace import Counts, Show, Spec, Work, identity_of, silent
 from hourglass_dist.config.loader import differences, parse, to_yaml
+from hourglass_dist.core.files import new_folder, replace
 from hourglass_dist.data.shards import Manifest, Shard, dtype_name
-from hourglass_dist.files import new_folder, replace
 
 ATTEMPTS = 3
 """How often a task is tried whose worker is killed."""

@@ -13,7 +13,7 @@ from typing import Any
 from data_tools.plots import as_image, bars, histogram_plot
 from data_tools.workspace import Work
 from hourglass_dist.config.loader import to_yaml
-from hourglass_dist.files import replace
+from hourglass_dist.core.files import replace
 
 REPORT_FILE, PAGE_FILE = "report.json", "report.html"
 Numbers = dict[str, int]

@@ -23,9 +23,9 @@ from data_tools.inspect import document_ids, documents
 from data_tools.shard import SPLITS, Piece, write_dataset
 from data_tools.workspace import Show, silent
 from hourglass_dist.config.loader import differences
+from hourglass_dist.core.files import sync
 from hourglass_dist.data.shards import Manifest, Split
 from hourglass_dist.data.tokenizer import load_tokenizer, require_same
-from hourglass_dist.files import sync
 
 
 def splits_of(manifest: Manifest) -> list[Split]:

@@ -26,6 +26,7 @@ from data_tools.runs import Run, RunPlan, gather, plan_runs, write_run
 from data_tools.split import Rule, parse_rule
 from data_tools.workspace import Show, silent
 from hourglass_dist.config.loader import differences
+from hourglass_dist.core.files import new_folder, sha256_of
 from hourglass_dist.data.shards import (
     Manifest,
     Recipe,
@@ -35,7 +36,6 @@ from hourglass_dist.data.shards import (
 )
 from hourglass_dist.data.tokenizer import Tokenizer
 from hourglass_dist.data.write import cut_blocks, write_shard
-from hourglass_dist.files import new_folder, sha256_of
 
 SPLITS: tuple[Split, ...] = get_args(Split)
 Piece = tuple[Split, int, npt.NDArray[Any]]

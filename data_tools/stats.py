@@ -9,9 +9,9 @@ import numpy as np
 
 from data_tools.blocks import read_samples
 from data_tools.workspace import Show, silent
+from hourglass_dist.core.files import replace
 from hourglass_dist.data.shards import Manifest, Split
 from hourglass_dist.data.tokenizer import load_tokenizer
-from hourglass_dist.files import replace
 
 
 def bins_of(values: np.ndarray) -> dict[str, int]:

@@ -21,8 +21,8 @@ import sentencepiece
 
 from data_tools.corpus import find_inputs, read_documents
 from data_tools.workspace import Show, silent
+from hourglass_dist.core.files import new_folder
 from hourglass_dist.data.tokenizer import SentencePieceTokenizer, Tokenizer
-from hourglass_dist.files import new_folder
 
 Kind = Literal["unigram", "bpe"]
 

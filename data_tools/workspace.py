@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from data_tools.settings import Prepare, load_settings
-from hourglass_dist.files import replace, sync
+from hourglass_dist.core.files import replace, sync
 
 Show = Callable[[str], None]
 """Shows a line about how far a long step is, over the line before."""

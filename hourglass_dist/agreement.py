@@ -19,10 +19,10 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from hourglass_dist import dist
 from hourglass_dist.config.loader import differences, parse
 from hourglass_dist.config.schema import Config
-from hourglass_dist.files import replace
+from hourglass_dist.core import ranks
+from hourglass_dist.core.files import replace
 from hourglass_dist.history import about_this_code
 from hourglass_dist.plan import plan, show_bytes
 
@@ -30,14 +30,14 @@ SHARED_SECONDS = 10.0
 """How long a new file may take to be seen on other hosts; over NFS some seconds are usual."""
 
 
-def require_same_start(config: Config, world: dist.World) -> None:
+def require_same_start(config: Config, world: ranks.World) -> None:
     """Raise ValueError, on all ranks, when one has other settings, packages or code."""
     if world.size > 1:
         hosts = hosts_of(world)
         _refuse([*other_code(world, hosts), *other_settings(config, world, hosts)])
 
 
-def require_good_folder(config: Config, world: dist.World) -> None:
+def require_good_folder(config: Config, world: ranks.World) -> None:
     """Raise ValueError, on all ranks, when the run folder is not the same on all hosts, or has no
     room for a single checkpoint."""
     if world.size > 1:
@@ -50,9 +50,9 @@ def _refuse(lines: Sequence[str]) -> None:
         raise ValueError("\n".join(lines))
 
 
-def hosts_of(world: dist.World) -> list[str]:
+def hosts_of(world: ranks.World) -> list[str]:
     """The host of every rank."""
-    return dist.gather_texts(platform.node(), world.device)
+    return ranks.gather_texts(platform.node(), world.device)
 
 
 def who(ranks: Sequence[int], hosts: Sequence[str]) -> str:
@@ -83,10 +83,10 @@ def unequal(name: str, values: Sequence[str | None], hosts: Sequence[str]) -> li
     return [f"ranks disagree: {name}: {most} on {ours}, {theirs}"]
 
 
-def other_code(world: dist.World, hosts: Sequence[str]) -> list[str]:
+def other_code(world: ranks.World, hosts: Sequence[str]) -> list[str]:
     """Versions of packages, the commit, and the files of this package themselves."""
     mine = code()
-    everyone = [json.loads(text) for text in dist.gather_texts(json.dumps(mine), world.device)]
+    everyone = [json.loads(text) for text in ranks.gather_texts(json.dumps(mine), world.device)]
     lines = []
     for name in mine:
         lines += unequal(name, [of_rank[name] for of_rank in everyone], hosts)
@@ -103,43 +103,43 @@ def code() -> Mapping[str, str | None]:
     return found | {"commit": about["revision"], "hourglass_dist/*.py": digest.hexdigest()[:12]}
 
 
-def other_settings(config: Config, world: dist.World, hosts: Sequence[str]) -> list[str]:
+def other_settings(config: Config, world: ranks.World, hosts: Sequence[str]) -> list[str]:
     """Settings that differ from those of rank 0."""
     mine = config.model_dump_json()
-    hashes = [found for (found,) in dist.gather_ints([dist.hash_int(mine)], world.device)]
+    hashes = [found for (found,) in ranks.gather_ints([ranks.hash_int(mine)], world.device)]
     if len(set(hashes)) == 1:
         return []
-    theirs, *_ = dist.gather_texts(mine if world.is_main else "", world.device)
+    theirs, *_ = ranks.gather_texts(mine if world.is_main else "", world.device)
     changed = differences(parse(Config, json.loads(theirs), source="rank 0"), config)
-    told = dist.gather_texts("; ".join(changed[:3]), world.device)
+    told = ranks.gather_texts("; ".join(changed[:3]), world.device)
     lines = []
     for text in dict.fromkeys(text for text in told if text):
-        ranks = [rank for rank, other in enumerate(told) if other == text]
+        other_ranks = [rank for rank, other in enumerate(told) if other == text]
         lines.append(
-            f"ranks disagree: the settings of {who(ranks, hosts)} are not those of "
+            f"ranks disagree: the settings of {who(other_ranks, hosts)} are not those of "
             f"{who([0], hosts)}: {text}"
         )
     return lines
 
 
-def not_shared(folder: Path, world: dist.World, hosts: Sequence[str]) -> list[str]:
+def not_shared(folder: Path, world: ranks.World, hosts: Sequence[str]) -> list[str]:
     """Whether all hosts see a file that rank 0 writes."""
     token = f".seen_by_all_{secrets.token_hex(8)}"
-    token = dist.gather_texts(token if world.is_main else "", world.device)[0]
+    token = ranks.gather_texts(token if world.is_main else "", world.device)[0]
     problem = ""
     if world.is_main:
         try:
             replace(folder / token, hosts[0])
         except OSError as error:
             problem = f"{folder}: cannot be written on {who([0], hosts)}: {error.strerror}"
-    if problem := dist.gather_texts(problem, world.device)[0]:
+    if problem := ranks.gather_texts(problem, world.device)[0]:
         return [problem]
     ends = time.monotonic() + SHARED_SECONDS
     while not (seen := (folder / token).exists()) and time.monotonic() < ends:
         with suppress(OSError):
             next(folder.iterdir(), None)  # makes NFS look again
         time.sleep(0.1)
-    everyone = [found for (found,) in dist.gather_ints([seen], world.device)]
+    everyone = [found for (found,) in ranks.gather_ints([seen], world.device)]
     if world.is_main:
         (folder / token).unlink(missing_ok=True)
     blind = [rank for rank, found in enumerate(everyone) if not found]
@@ -158,14 +158,14 @@ def kept(config: Config) -> int:
     return settings.keep + settings.keep_best + for_good + 1
 
 
-def room(config: Config, world: dist.World, checkpoints: int) -> tuple[int, int]:
+def room(config: Config, world: ranks.World, checkpoints: int) -> tuple[int, int]:
     """Bytes that are free for the run folder, and that so many checkpoints take."""
     folder = Path(config.run.dir).absolute()
     there = next(path for path in (folder, *folder.parents) if path.exists())
     return shutil.disk_usage(there).free, checkpoints * plan(config, world.size).checkpoint_bytes
 
 
-def no_room(config: Config, world: dist.World, checkpoints: int) -> list[str]:
+def no_room(config: Config, world: ranks.World, checkpoints: int) -> list[str]:
     """Whether the run folder has no room for so many more checkpoints."""
 
     def look() -> str:
@@ -179,5 +179,5 @@ def no_room(config: Config, world: dist.World, checkpoints: int) -> list[str]:
             f"needed for {checkpoints} checkpoint{'s' if checkpoints > 1 else ''}"
         )
 
-    line = dist.gather_texts(dist.together(look, world.device), world.device)[0]
+    line = ranks.gather_texts(ranks.together(look, world.device), world.device)[0]
     return [line] if line else []

@@ -36,11 +36,12 @@ from typing import IO, Any
 
 import google_crc32c
 
-from hourglass_dist import dist, fragments
+from hourglass_dist import fragments
 from hourglass_dist.config.loader import ConfigError, differences, to_yaml
 from hourglass_dist.config.schema import CheckpointConfig, Config, load
+from hourglass_dist.core import ranks
+from hourglass_dist.core.files import checksum, replace, sync
 from hourglass_dist.data.tokenizer import Tokenizer
-from hourglass_dist.files import checksum, replace, sync
 from hourglass_dist.fragments import Snapshot
 from hourglass_dist.mirror import Mirror
 
@@ -137,7 +138,7 @@ class Checkpoints:
         self,
         folder: Path,
         config: CheckpointConfig,
-        world: dist.World,
+        world: ranks.World,
         about: Mapping[str, Any] | None = None,
     ) -> None:
         """``about`` is written into every manifest: what code with which settings made it."""
@@ -150,7 +151,7 @@ class Checkpoints:
         self._attempts = 0
         self._ranks = range(world.size)
         self._mirror = Mirror(config.remote) if config.remote else None
-        self._session = dist.gather_ints([secrets.randbits(40)], world.device)[0][0]
+        self._session = ranks.gather_ints([secrets.randbits(40)], world.device)[0][0]
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
         self._news: list[str] = []
@@ -182,7 +183,7 @@ class Checkpoints:
             if self._error:
                 raise self._error
 
-        dist.together(check, self._world.device)
+        ranks.together(check, self._world.device)
 
     def news(self) -> list[str]:
         """Lines about saves that ended since the last call (on the main rank)."""
@@ -204,7 +205,7 @@ class Checkpoints:
         try:
             with ExitStack() as stack:
                 mine = None if self._error else stack.enter_context(file.open("rb"))
-                dist.post(f"{folder.name}/{self._world.rank}", json.dumps(entry))
+                ranks.post(f"{folder.name}/{self._world.rank}", json.dumps(entry))
                 if self._world.is_main:
                     target = self._complete(folder, progress)
                     seconds = time.perf_counter() - begun
@@ -223,9 +224,9 @@ class Checkpoints:
             mirror.put(f"{name}/{fragments.file_name(self._world.rank)}", mine)
         except Exception as error:  # of whichever library: the copy is lost, nothing else
             said = f"rank {self._world.rank}: {error or type(error).__name__}"
-        dist.post(f"{attempt}/copy/{self._world.rank}", said)
+        ranks.post(f"{attempt}/copy/{self._world.rank}", said)
         if self._world.is_main:
-            failed = [t for t in dist.posts(f"{attempt}/copy/{r}" for r in self._ranks) if t]
+            failed = [t for t in ranks.posts(f"{attempt}/copy/{r}" for r in self._ranks) if t]
             try:
                 if not failed:
                     kept = [path.name for path in complete(self.folder)]
@@ -240,7 +241,7 @@ class Checkpoints:
 
         Raises ValueError when a rank could not write its file.
         """
-        notes = dist.posts(f"{folder.name}/{rank}" for rank in self._ranks)
+        notes = ranks.posts(f"{folder.name}/{rank}" for rank in self._ranks)
         entries = [json.loads(note) for note in notes]
         for rank, entry in enumerate(entries):
             if "error" in entry:
@@ -288,7 +289,7 @@ class Checkpoints:
             path = early[-1] if early else None
         older = [other for other in reversed(complete(self.folder)) if path and other < path]
         names = "\n".join(str(each.name) for each in [path, *older] if each)
-        seen = dist.gather_ints([google_crc32c.value(names.encode())], self._world.device)
+        seen = ranks.gather_ints([google_crc32c.value(names.encode())], self._world.device)
         if len({found for (found,) in seen}) > 1:
             raise ValueError(f"{self.folder}: ranks see different checkpoints: is it shared?")
         if path is None:
@@ -297,7 +298,7 @@ class Checkpoints:
         self.passed_over = []
         for candidate in [path, *older]:
             try:
-                return candidate, dist.together(
+                return candidate, ranks.together(
                     partial(verify, candidate, share), self._world.device
                 )
             except ValueError as error:
@@ -320,7 +321,7 @@ class Checkpoints:
             return int(name[5:]) if name and (here is None or here.name < name) else -1
 
         device = self._world.device
-        step = dist.gather_ints([dist.together(find, device)], device)[0][0]
+        step = ranks.gather_ints([ranks.together(find, device)], device)[0][0]
         if step < 0:
             return
         folder = self.folder / f".unfinished_fetch_{self._session:010x}"
@@ -330,14 +331,14 @@ class Checkpoints:
             for name in mirror.files(tag(step))[self._world.rank :: self._world.size]:
                 mirror.get(f"{tag(step)}/{name}", folder / name)
 
-        dist.together(fetch, device)
+        ranks.together(fetch, device)
         if self._world.is_main:
             target = self.folder / tag(step)
             if target.exists():
                 remove(target)
             folder.rename(target)
             replace(self.folder / "latest", target.name + "\n")
-        dist.barrier()
+        ranks.barrier()
 
 
 def tag(step: int) -> str:

@@ -34,8 +34,9 @@ os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else
 
 import deepspeed
 
-from hourglass_dist import dist, fragments, loss_scale, optim, swapped
+from hourglass_dist import fragments, loss_scale, optim, swapped
 from hourglass_dist.config.schema import Config
+from hourglass_dist.core import ranks
 from hourglass_dist.deepspeed_settings import deepspeed_settings
 from hourglass_dist.fragments import Fragment, Key
 from hourglass_dist.muon import Exchange, MuonAdamW, Piece
@@ -80,7 +81,7 @@ class Engine:
     Raises ConfigError when the settings do not fit the world size.
     """
 
-    def __init__(self, model: nn.Module, config: Config, world: dist.World) -> None:
+    def __init__(self, model: nn.Module, config: Config, world: ranks.World) -> None:
         self._config = config
         self._world = world
         self.stage = config.deepspeed.stage
@@ -88,7 +89,7 @@ class Engine:
         if config.deepspeed.zero_optimization.offload_optimizer == "nvme":
             folder = Path(settings["zero_optimization"]["offload_optimizer"]["nvme_path"])
             builder = deepspeed.ops.op_builder.AsyncIOBuilder()
-            dist.together(lambda: swapped.require_files(builder, folder), world.device)
+            ranks.together(lambda: swapped.require_files(builder, folder), world.device)
         optimizer = optim.make_optimizer(model, config.optim)
         names = {id(p): name for name, p in model.named_parameters()}
         muons = [p for group in optimizer.param_groups if group["muon"] for p in group["params"]]
@@ -111,7 +112,7 @@ class Engine:
         so it does not depend on how the rows are dealt to ranks and micro batches.
         """
         self._engine.train()
-        dist.seed_step(self._config.run.seed, step, self._world.rank)
+        ranks.seed_step(self._config.run.seed, step, self._world.rank)
         lr = optim.learning_rate(step, self._config.optim, self._config.train.steps)
         for group in self._engine.optimizer.param_groups:
             group["lr"] = lr * group["lr_scale"]
@@ -126,7 +127,7 @@ class Engine:
             nll += micro_nll.detach()
             count += micro_count
         mine = [nll.item(), count.item(), *votes()]
-        total_nll, total_count, *told = dist.sum_over_ranks(mine, nll.device)
+        total_nll, total_count, *told = ranks.sum_over_ranks(mine, nll.device)
         applied = math.isfinite(norm)
         if self.stage > 0:
             applied = not self._engine.optimizer.overflow
@@ -205,7 +206,7 @@ class Engine:
             else:
                 partitioned: Any = parameter
                 part = partitioned.ds_tensor.detach().view(-1).to(self._world.device)
-                whole = torch.cat(dist.gather(part))[: partitioned.ds_numel]
+                whole = torch.cat(ranks.gather(part))[: partitioned.ds_numel]
                 yield name, whole.view(partitioned.ds_shape)
 
     def _micro_batches(self, rows: Rows) -> Iterator[dict[str, Tensor]]:
@@ -249,7 +250,7 @@ class Engine:
         Called by all ranks together. Raises ValueError, on all of them, when it is the state of
         another model or cannot be read.
         """
-        dist.together(lambda: self._read_state(fragments.Reader(folder)), self._world.device)
+        ranks.together(lambda: self._read_state(fragments.Reader(folder)), self._world.device)
         self._refresh_weights()
 
     @torch.no_grad()
@@ -411,7 +412,7 @@ class Engine:
 
 
 def making_weights(
-    config: Config, world: dist.World
+    config: Config, world: ranks.World
 ) -> Callable[[nn.Module], AbstractContextManager[None]]:
     """For ``HourglassLM.init_weights`` on the meta device: a module's own weights come to this
     rank's device before they are drawn; at stage 3 only a part of them stays."""
@@ -435,7 +436,7 @@ def making_weights(
     return made
 
 
-def _node_group(config: Config, world: dist.World) -> Any:
+def _node_group(config: Config, world: ranks.World) -> Any:
     """The ranks that keep a second copy of the weights among them; None where nobody does."""
     size, groups = config.deepspeed.group_size(world.size), deepspeed.utils.groups
     if size and groups._get_zero_param_intra_parallel_group() is None:

@@ -19,8 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hourglass_dist import dist
 from hourglass_dist.config.model import ModelConfig
+from hourglass_dist.core import ranks
 from hourglass_dist.data.held_out import held_out_rows
 from hourglass_dist.data.mixture import open_dataset
 from hourglass_dist.data.stream import Batch
@@ -96,7 +96,7 @@ def evaluate(
     nats: Callable[[Rows], Tensor],
     batches: Iterable[Batch],
     byte_lengths_V: np.ndarray,
-    world: dist.World,
+    world: ranks.World,
     names: Sequence[str] = ("data",),
     stride: int = 1,
 ) -> Evaluation:
@@ -107,9 +107,9 @@ def evaluate(
     """
     sums = np.zeros((3, len(names), stride))
     rest = iter(batches)
-    while batch := dist.together(lambda: next(rest, None), world.device):
+    while batch := ranks.together(lambda: next(rest, None), world.device):
         sums += _sums(batch, nats(batch.rows), byte_lengths_V, len(names), stride)
-    flat = dist.sum_over_ranks(sums.ravel().tolist(), world.device)
+    flat = ranks.sum_over_ranks(sums.ravel().tolist(), world.device)
     total = np.array(flat).reshape(sums.shape)
     by_source, by_place = total.sum(axis=2).T.tolist(), total.sum(axis=1).T.tolist()
     found = {name: _score(row) for name, row in zip(names, by_source, strict=True)}
@@ -162,7 +162,7 @@ def evaluate_export(
             f"context: {context} is longer than the position table of {folder}, "
             f"max_seq_len={model.config.max_seq_len}"
         )
-    world = dist.init()
+    world = ranks.init()
     model.to(world.device)
 
     @torch.no_grad()

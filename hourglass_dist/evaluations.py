@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
-from hourglass_dist import dist
 from hourglass_dist.config.schema import Config
+from hourglass_dist.core import ranks
 from hourglass_dist.data.held_out import held_out_rows
 from hourglass_dist.data.mixture import Dataset
 from hourglass_dist.data.stream import Batch
@@ -29,7 +29,7 @@ class Evaluations:
         datasets: Sequence[Dataset],
         tokenizer: Tokenizer,
         engine: Engine,
-        world: dist.World,
+        world: ranks.World,
         watching: Callable[[Iterator[Batch]], Iterator[Batch]],
     ) -> None:
         """``watching`` passes batches on and sees that something happens.
@@ -41,7 +41,7 @@ class Evaluations:
         self._strides = fixed_strides(config.model)
         self._prompts: list[list[int]] = []
         if config.eval.samples:
-            self._prompts = dist.together(self._find_prompts, world.device)
+            self._prompts = ranks.together(self._find_prompts, world.device)
 
     def make(self, step: int, metrics: Metrics) -> Score:
         """Score the held-out text after ``step`` and note it; after the last step with sliding
@@ -81,10 +81,10 @@ class Evaluations:
                 )
                 metrics.record_samples(step, samples)
 
-        dist.together(write, self._world.device)
+        ranks.together(write, self._world.device)
 
     def _score(self, sliding: bool) -> Evaluation:
-        rows = dist.together(
+        rows = ranks.together(
             partial(held_out, self._config, self._datasets, self._world, sliding),
             self._world.device,
         )
@@ -99,7 +99,7 @@ class Evaluations:
 
 
 def held_out(
-    config: Config, datasets: Sequence[Dataset], world: dist.World, sliding: bool = False
+    config: Config, datasets: Sequence[Dataset], world: ranks.World, sliding: bool = False
 ) -> Iterator[Batch]:
     """This rank's part of the held-out rows, every token once over all ranks; ``sliding``: in the
     windows of ``eval.context`` and ``eval.stride``. Raises ValueError as ``held_out_rows`` does."""
@@ -114,7 +114,7 @@ def held_out(
     )
 
 
-def check_held_out(config: Config, datasets: Sequence[Dataset], world: dist.World) -> None:
+def check_held_out(config: Config, datasets: Sequence[Dataset], world: ranks.World) -> None:
     """Verify this rank's share of the held-out shards. Raises ValueError for what a later
     evaluation would stumble over."""
     held_out(config, datasets, world)

@@ -26,8 +26,8 @@ from hourglass_dist import checkpoint, fragments
 from hourglass_dist.config import schema as settings
 from hourglass_dist.config.loader import parse
 from hourglass_dist.config.schema import Config, ModelConfig
+from hourglass_dist.core.files import new_folder, replace
 from hourglass_dist.data.tokenizer import Fingerprint, Tokenizer, load_tokenizer, require_same
-from hourglass_dist.files import new_folder, replace
 from hourglass_dist.model.hourglass import HourglassLM
 from hourglass_dist.model.interop import lucidrains_kwargs, to_lucidrains
 

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from hourglass_dist import dist
+from hourglass_dist.core import ranks
 
 DAY = 86400.0
 RATES = {"Llama 3": 419 / (54 * 16_384), "RSC-1": 24 / (7.9 * 1024)}
@@ -32,7 +32,7 @@ RATES = {"Llama 3": 419 / (54 * 16_384), "RSC-1": 24 / (7.9 * 1024)}
 HANGS = 0.10
 """Share of failures that nobody notices before a collective has waited too long: of Llama 3's 8.4 %
 were the network's and 1.7 % ended by the watchdog of NCCL."""
-CRASH_S, HANG_S = 60.0, dist.TIMEOUT.total_seconds()
+CRASH_S, HANG_S = 60.0, ranks.TIMEOUT.total_seconds()
 """From a failure to the end of all ranks."""
 
 

@@ -26,7 +26,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from hourglass_dist.files import sync
+from hourglass_dist.core.files import sync
 
 
 class Key(NamedTuple):

@@ -18,8 +18,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
-from hourglass_dist import dist, watch
+from hourglass_dist import watch
 from hourglass_dist.config.schema import SpikeConfig
+from hourglass_dist.core import ranks
 from hourglass_dist.engine import StepResult
 from hourglass_dist.heartbeat import Heart
 
@@ -31,7 +32,7 @@ SKIPPED_FILE = "skipped.jsonl"
 class SkippedSteps:
     """Counts steps whose loss or gradient is no number. The engine has left the weights alone."""
 
-    def __init__(self, run: Path, most: int, step: int, world: dist.World) -> None:
+    def __init__(self, run: Path, most: int, step: int, world: ranks.World) -> None:
         """Goes on after ``step`` steps with what the run folder has noted about them; stops after
         ``most`` in a row."""
         self._path, self._most, self._world = run / SKIPPED_FILE, most, world
@@ -40,7 +41,7 @@ class SkippedSteps:
         self.total = len(known)
         steps = {entry["step"] for entry in known}
         self._in_a_row = next(n for n in range(step + 1) if step - n not in steps)
-        dist.barrier()
+        ranks.barrier()
         if world.is_main and len(known) < len(lines):  # steps that are taken again
             self._path.write_text("".join(json.dumps(entry) + "\n" for entry in known))
 
@@ -153,7 +154,7 @@ class Watchdog:
     is ended as well. All ranks wait for the hung one and so end at about the same time.
     """
 
-    def __init__(self, run: Path, minutes: float, world: dist.World, step: int) -> None:
+    def __init__(self, run: Path, minutes: float, world: ranks.World, step: int) -> None:
         """A rank that starts after ``step`` steps."""
         self._path = watch.open_stacks(run, world.rank)
         self._file = self._path.open("a")

@@ -25,9 +25,9 @@ from typing import Any
 
 import torch
 
-from hourglass_dist import dist
-from hourglass_dist.records import HISTORY_FILE, read_history
-from hourglass_dist.stop import Interrupted
+from hourglass_dist.core import ranks
+from hourglass_dist.core.records import HISTORY_FILE, read_history
+from hourglass_dist.core.stop import Interrupted
 
 PACKAGES = ("hourglass_dist", "torch", "deepspeed")
 
@@ -46,7 +46,7 @@ class History:
         self.first_start = time.time()
         """When the run was started for the first time, in seconds since 1970."""
 
-    def start(self, step: int, world: dist.World) -> None:
+    def start(self, step: int, world: ranks.World) -> None:
         """This process goes on after ``step`` steps."""
         self.step = step
         if not world.is_main:

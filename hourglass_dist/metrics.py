@@ -26,20 +26,20 @@ from typing import Any
 
 import numpy as np
 
-from hourglass_dist import dist
 from hourglass_dist.config.loader import to_yaml
 from hourglass_dist.config.schema import Config
+from hourglass_dist.core import ranks
+from hourglass_dist.core.files import replace
+from hourglass_dist.core.records import read_lines
 from hourglass_dist.data.stream import Batch
 from hourglass_dist.diagram import as_text
 from hourglass_dist.engine import Engine, StepResult
 from hourglass_dist.evaluate import Evaluation, count_bytes
-from hourglass_dist.files import replace
 from hourglass_dist.heartbeat import clock_time
 from hourglass_dist.history import History
 from hourglass_dist.model.layout import missed_buckets
 from hourglass_dist.observe import Observer
 from hourglass_dist.plan import plan, render
-from hourglass_dist.records import read_lines
 from hourglass_dist.samples import Sample
 from hourglass_dist.stragglers import Stragglers, spread
 from hourglass_dist.usage import Work, memory
@@ -57,7 +57,7 @@ class Metrics:
         config: Config,
         byte_lengths_V: np.ndarray,
         engine: Engine,
-        world: dist.World,
+        world: ranks.World,
     ) -> None:
         """Goes on after the steps that ``history`` says are done."""
         self._config, self._world, self._history = config, world, history
@@ -70,7 +70,7 @@ class Metrics:
         self._samples = self._folder / "samples.jsonl"
         self._writers: list[Writer] = []
         self._losing = False
-        self._stragglers = Stragglers(dist.gather_texts(platform.node(), world.device))
+        self._stragglers = Stragglers(ranks.gather_texts(platform.node(), world.device))
         self.go_back(history.step)
         if world.is_main:
             self._write_settings(history.step)
@@ -132,7 +132,7 @@ class Metrics:
         share, own_mean = self._clock.shares()
         used = memory(self._world.device)
         mine = [size, missed, wanted, own_mean, *used.values(), *self._observer.found()]
-        everyone = dist.gather_floats(mine, self._world.device)
+        everyone = ranks.gather_floats(mine, self._world.device)
         if not self._world.is_main:
             return
         sizes, missed_each, wanted_each, seconds, *_ = zip(*everyone, strict=True)

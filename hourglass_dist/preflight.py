@@ -28,11 +28,12 @@ from pathlib import Path
 import torch
 import torch.distributed as td
 
-from hourglass_dist import agreement, dist
+from hourglass_dist import agreement
 from hourglass_dist.agreement import unequal, who
 from hourglass_dist.config import schema as settings
 from hourglass_dist.config.loader import print_error
 from hourglass_dist.config.schema import Config
+from hourglass_dist.core import ranks
 from hourglass_dist.data.mixture import open_mixture
 from hourglass_dist.deepspeed_settings import deepspeed_settings
 from hourglass_dist.history import device_name
@@ -47,7 +48,7 @@ REDUCED_BYTES = 2**24
 
 @dataclass
 class Findings:
-    """What was found; the same on all ranks."""
+    """What was found; the same on all group."""
 
     notes: list[tuple[str, str]] = field(default_factory=list)
     """Name and text of the lines that say what there is."""
@@ -65,7 +66,7 @@ class Ranks:
     """All of them; every check is made by all together."""
 
     config: Config
-    world: dist.World
+    world: ranks.World
     """On the CPU: it is what the ranks talk with."""
     device: torch.device
     """What this rank would train on."""
@@ -73,11 +74,11 @@ class Ranks:
 
     def texts(self, text: str) -> list[str]:
         """That of every rank."""
-        return dist.gather_texts(text, self.world.device)
+        return ranks.gather_texts(text, self.world.device)
 
     def floats(self, value: float) -> list[float]:
         """That of every rank."""
-        return [found for (found,) in dist.gather_floats([value], self.world.device)]
+        return [found for (found,) in ranks.gather_floats([value], self.world.device)]
 
     def each(self, action: Callable[[], str]) -> tuple[list[str], list[str]]:
         """What ``action`` gives on every rank, and a line for each mistake that it meets, with the
@@ -97,66 +98,66 @@ class Ranks:
 
 def look(config: Config) -> tuple[Findings, Ranks]:
     """All checks."""
-    world = dist.init(on_cpu=True)
+    world = ranks.init(on_cpu=True)
     local = int(os.environ.get("LOCAL_RANK", "0"))
     has_gpu = local < torch.cuda.device_count()
     device = torch.device("cuda", local) if has_gpu else torch.device("cpu")
-    ranks = Ranks(config, world, device, agreement.hosts_of(world))
+    group = Ranks(config, world, device, agreement.hosts_of(world))
     found = Findings()
-    look_at_code(ranks, found)
+    look_at_code(group, found)
     if found.problems:
-        return found, ranks  # what other programs would find is of no use
-    look_at_devices(ranks, found)
-    look_at_folder(ranks, found)
-    look_at_data(ranks, found)
-    look_at_clocks(ranks, found)
-    look_at_products(ranks, found)
-    look_at_all_reduce(ranks, found)
-    return found, ranks
+        return found, group  # what other programs would find is of no use
+    look_at_devices(group, found)
+    look_at_folder(group, found)
+    look_at_data(group, found)
+    look_at_clocks(group, found)
+    look_at_products(group, found)
+    look_at_all_reduce(group, found)
+    return found, group
 
 
-def look_at_code(ranks: Ranks, found: Findings) -> None:
+def look_at_code(group: Ranks, found: Findings) -> None:
     """Versions, files and settings."""
     code = agreement.code()
     told = ", ".join(f"{name} {value}" for name, value in code.items() if value)
-    found.add("code", told, agreement.other_code(ranks.world, ranks.hosts))
-    other = agreement.other_settings(ranks.config, ranks.world, ranks.hosts)
+    found.add("code", told, agreement.other_code(group.world, group.hosts))
+    other = agreement.other_settings(group.config, group.world, group.hosts)
 
     def dealt() -> str:
-        deepspeed_settings(ranks.config, ranks.world.size)
+        deepspeed_settings(group.config, group.world.size)
         return ""
 
     if not other:
-        other = ranks.each(dealt)[1]
+        other = group.each(dealt)[1]
     found.add("settings", "the same on all ranks", other)
 
 
-def look_at_devices(ranks: Ranks, found: Findings) -> None:
+def look_at_devices(group: Ranks, found: Findings) -> None:
     """Equally many ranks and devices on every node, all of one kind."""
-    size = len(ranks.hosts)
-    kind = device_name(ranks.device)
-    ranks_here = [f"{ranks.hosts.count(host)} a node" for host in ranks.hosts]
-    gpus = ranks.texts(f"{torch.cuda.device_count()} GPUs")
+    size = len(group.hosts)
+    kind = device_name(group.device)
+    ranks_here = [f"{group.hosts.count(host)} a node" for host in group.hosts]
+    gpus = group.texts(f"{torch.cuda.device_count()} GPUs")
     problems = [
-        *unequal("ranks", ranks_here, ranks.hosts),
-        *unequal("device", ranks.texts(kind), ranks.hosts),
-        *unequal("devices of a node", gpus, ranks.hosts),
+        *unequal("ranks", ranks_here, group.hosts),
+        *unequal("device", group.texts(kind), group.hosts),
+        *unequal("devices of a node", gpus, group.hosts),
     ]
-    nodes = len(set(ranks.hosts))
+    nodes = len(set(group.hosts))
     found.add("devices", f"{size // nodes} x {kind} on each node", problems)
 
 
-def look_at_folder(ranks: Ranks, found: Findings) -> None:
+def look_at_folder(group: Ranks, found: Findings) -> None:
     """One folder for all hosts, with room. What is made for the look is taken away again."""
-    config, world = ranks.config, ranks.world
+    config, world = group.config, group.world
     folder = Path(config.run.dir)
     missing: list[Path] = []
     if world.is_main:  # other hosts must not have looked before it is made
         missing = [path for path in (folder, *folder.parents) if not path.exists()]
-    mistakes = ranks.each(lambda: make(folder) if world.is_main else "")[1]
-    mistakes = mistakes or agreement.not_shared(folder, world, ranks.hosts)
+    mistakes = group.each(lambda: make(folder) if world.is_main else "")[1]
+    mistakes = mistakes or agreement.not_shared(folder, world, group.hosts)
     there = list(folder.glob("checkpoints/step_*")) if world.is_main else []
-    count = max(1, agreement.kept(config) - int(sum(ranks.floats(len(there)))))
+    count = max(1, agreement.kept(config) - int(sum(group.floats(len(there)))))
     mistakes += agreement.no_room(config, world, count)
     note = ""
     if world.is_main:
@@ -177,57 +178,57 @@ def make(folder: Path) -> str:
     return str(folder)
 
 
-def look_at_data(ranks: Ranks, found: Findings) -> None:
+def look_at_data(group: Ranks, found: Findings) -> None:
     """Every source opens everywhere, and has the same manifest."""
 
     def ids() -> str:
-        datasets, _ = open_mixture(ranks.config.data)
+        datasets, _ = open_mixture(group.config.data)
         return json.dumps({d.where: d.manifest.dataset_id for d in datasets})
 
-    everyone, mistakes = ranks.each(ids)
+    everyone, mistakes = group.each(ids)
     note = ""
     if not mistakes:
         known = [json.loads(text) for text in everyone]
         for where in known[0]:
             of_ranks = [of_rank[where][:12] for of_rank in known]
-            mistakes += unequal(f"the manifest of {where}", of_ranks, ranks.hosts)
+            mistakes += unequal(f"the manifest of {where}", of_ranks, group.hosts)
         sources = ", ".join(f"{where} ({known[0][where][:12]})" for where in known[0])
         note = f"{sources}, the same on all ranks"
     found.add("data", note, mistakes)
 
 
-def look_at_clocks(ranks: Ranks, found: Findings) -> None:
+def look_at_clocks(group: Ranks, found: Findings) -> None:
     """The median of a few comparisons with rank 0: all leave a barrier within milliseconds."""
     rounds = []
     for _ in range(ROUNDS):
-        dist.barrier()
-        times = ranks.floats(time.time())
+        ranks.barrier()
+        times = group.floats(time.time())
         rounds.append([mine - times[0] for mine in times])
     skews = [statistics.median(of_rank) for of_rank in zip(*rounds, strict=True)]
     worst = max(map(abs, skews))
     problems = []
     if off := [rank for rank, skew in enumerate(skews) if abs(skew) > SKEW_SECONDS]:
         problems = [
-            f"clocks differ by {worst:.1f} s: {who(off, ranks.hosts)} from "
-            f"{who([0], ranks.hosts)}; is time synchronised (chrony, NTP)?"
+            f"clocks differ by {worst:.1f} s: {who(off, group.hosts)} from "
+            f"{who([0], group.hosts)}; is time synchronised (chrony, NTP)?"
         ]
     found.add("clocks", f"within {max(worst, 0.001):.3f} s of rank 0", problems)
 
 
-def look_at_products(ranks: Ranks, found: Findings) -> None:
+def look_at_products(group: Ranks, found: Findings) -> None:
     """A matrix product on all ranks at once; the best of a few repeats: what disturbs a rank now
     and then is no slow rank."""
-    size, kind = (8192, torch.bfloat16) if ranks.device.type == "cuda" else (512, torch.float32)
-    matrix = torch.rand(size, size, dtype=torch.float32).to(ranks.device, kind)
+    size, kind = (8192, torch.bfloat16) if group.device.type == "cuda" else (512, torch.float32)
+    matrix = torch.rand(size, size, dtype=torch.float32).to(group.device, kind)
     times = []
     for _ in range(REPEATS + 1):
-        dist.barrier()
+        ranks.barrier()
         times.append(seconds_of(matrix))
     mine = min(times[1:])  # the first one warms up
-    speeds = [2 * size**3 / seconds for seconds in ranks.floats(mine)]
+    speeds = [2 * size**3 / seconds for seconds in group.floats(mine)]
     median = statistics.median_high(speeds)
     problems = [
-        f"{who([rank], ranks.hosts)} is slow: {show_flops(speed)} in a matrix product, the best of "
+        f"{who([rank], group.hosts)} is slow: {show_flops(speed)} in a matrix product, the best of "
         f"{REPEATS}, where the median of all ranks is {show_flops(median)}"
         for rank, speed in enumerate(speeds)
         if speed * SLOW < median
@@ -252,26 +253,26 @@ def show_flops(speed: float) -> str:
     return f"{speed / 1e12:.3g} TFLOP/s" if speed >= 1e12 else f"{speed / 1e9:.3g} GFLOP/s"
 
 
-def look_at_all_reduce(ranks: Ranks, found: Findings) -> None:
+def look_at_all_reduce(group: Ranks, found: Findings) -> None:
     """Over nccl where all ranks have a GPU. Says nothing of a single rank: all wait for all."""
-    world = ranks.world
+    world = group.world
     if world.size == 1:
         return
-    on_gpus = all(kind == "cuda" for kind in ranks.texts(ranks.device.type))
-    group = td.new_group(backend="nccl") if on_gpus else None
-    device = ranks.device if on_gpus else world.device
+    on_gpus = all(kind == "cuda" for kind in group.texts(group.device.type))
+    nccl = td.new_group(backend="nccl") if on_gpus else None
+    device = group.device if on_gpus else world.device
     if on_gpus:
         torch.cuda.set_device(device)
     tensor = torch.ones(REDUCED_BYTES // 4, device=device)
     times = []
     for _ in range(REPEATS + 1):
-        dist.barrier()
+        ranks.barrier()
         begun = time.perf_counter()
-        td.all_reduce(tensor, group=group)
+        td.all_reduce(tensor, group=nccl)
         float(tensor[0])  # has it arrived
         tensor.fill_(1.0)
         times.append(time.perf_counter() - begun)
-    seconds = statistics.median(ranks.floats(statistics.median(times[1:])))
+    seconds = statistics.median(group.floats(statistics.median(times[1:])))
     sent = 2 * (world.size - 1) / world.size * REDUCED_BYTES
     over = "nccl" if on_gpus else "gloo"
     found.add(
@@ -281,11 +282,11 @@ def look_at_all_reduce(ranks: Ranks, found: Findings) -> None:
     )
 
 
-def report(found: Findings, ranks: Ranks, seconds: float) -> None:
+def report(found: Findings, group: Ranks, seconds: float) -> None:
     """What the main rank prints."""
-    nodes = list(dict.fromkeys(ranks.hosts))
+    nodes = list(dict.fromkeys(group.hosts))
     shown = ", ".join(nodes[:8]) + (", ..." if len(nodes) > 8 else "")
-    size = len(ranks.hosts)
+    size = len(group.hosts)
     print(
         f"preflight: {len(nodes)} node{'s' * (len(nodes) > 1)} ({shown}), {size} "
         f"rank{'s' * (size > 1)}, {seconds:.1f} s"
@@ -299,23 +300,23 @@ def main(arguments: Sequence[str]) -> int:
     """``CONFIG.yaml key=value ...``; returns the exit code: 0 all is well, 2 something is not."""
     begun = time.monotonic()
     try:
-        found, ranks = look(settings.load(arguments[0], arguments[1:]))
-        if ranks.world.is_main:
-            report(found, ranks, time.monotonic() - begun)
+        found, group = look(settings.load(arguments[0], arguments[1:]))
+        if group.world.is_main:
+            report(found, group, time.monotonic() - begun)
             if found.problems:
                 print_error(ValueError("\n".join(found.problems)))
-        dist.barrier()  # until it is said
+        ranks.barrier()  # until it is said
         return 2 if found.problems else 0
     except (ValueError, OSError) as error:
-        if dist.is_main_process():
+        if ranks.is_main_process():
             print_error(error)
         return 2
     finally:
-        dist.shutdown()
+        ranks.shutdown()
 
 
 if __name__ == "__main__":
     if len(sys.argv) < 2:
         print_error(ValueError("expected CONFIG.yaml [key=value ...]"))
         sys.exit(2)
-    dist.leave(main(sys.argv[1:]))
+    ranks.leave(main(sys.argv[1:]))

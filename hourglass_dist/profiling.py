@@ -24,9 +24,9 @@ from torch import Tensor, nn
 from torch._C._profiler import _RecordFunctionFast
 from torch.profiler import ProfilerActivity, profile
 
-from hourglass_dist import dist
+from hourglass_dist.core import ranks
+from hourglass_dist.core.files import replace
 from hourglass_dist.engine import Engine
-from hourglass_dist.files import replace
 from hourglass_dist.model.hourglass import Hourglass
 from hourglass_dist.profile_table import PREFIX, STEP, render_table, time_of_parts
 
@@ -40,7 +40,7 @@ class Profiler:
     other ranks, it does nothing."""
 
     def __init__(
-        self, run: Path, steps: tuple[int, int] | None, engine: Engine, world: dist.World
+        self, run: Path, steps: tuple[int, int] | None, engine: Engine, world: ranks.World
     ) -> None:
         self._folder = run / "profile"
         self._engine, self._world = engine, world

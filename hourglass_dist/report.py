@@ -18,10 +18,10 @@ from typing import Any
 from hourglass_dist.charts import CLIP, line_chart, number
 from hourglass_dist.config.loader import to_yaml
 from hourglass_dist.config.schema import Config, load
+from hourglass_dist.core.files import replace
+from hourglass_dist.core.records import read_history, read_lines
 from hourglass_dist.diagram import label, stacks
-from hourglass_dist.files import replace
 from hourglass_dist.plan import plan, render
-from hourglass_dist.records import read_history, read_lines
 from hourglass_dist.report_style import STYLE
 
 NEWEST_SAMPLES, LISTED = 6, 30

@@ -26,6 +26,7 @@ from rich.table import Table
 from rich.text import Text
 
 from hourglass_dist.config.schema import Config, load
+from hourglass_dist.core.records import KILLED, Start, read_history, read_lines, starts_of
 from hourglass_dist.heartbeat import (
     Beat,
     clock_time,
@@ -34,7 +35,6 @@ from hourglass_dist.heartbeat import (
     process_state,
     read_heartbeats,
 )
-from hourglass_dist.records import KILLED, Start, read_history, read_lines, starts_of
 from hourglass_dist.stragglers import straggler
 
 EXIT_CODES = {"running": 0, "finished": 0, "stopped": 75, "crashed": 1, "hanging": 1}

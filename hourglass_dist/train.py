@@ -22,12 +22,14 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from hourglass_dist import dist
 from hourglass_dist.agreement import require_good_folder, require_same_start
 from hourglass_dist.checkpoint import Checkpoints, Progress, RunFolder
 from hourglass_dist.config import schema as settings
 from hourglass_dist.config.loader import print_error, to_yaml
 from hourglass_dist.config.schema import Config
+from hourglass_dist.core import ranks
+from hourglass_dist.core.records import require_progress
+from hourglass_dist.core.stop import EXIT_CODE, Interrupted, StopRequests
 from hourglass_dist.data.mixture import Dataset, make_plan, open_mixture
 from hourglass_dist.data.stream import Stream
 from hourglass_dist.data.tokenizer import Tokenizer, require_same
@@ -48,8 +50,6 @@ from hourglass_dist.metrics import Metrics, due
 from hourglass_dist.model.hourglass import HourglassLM
 from hourglass_dist.plan import settle_checkpointing, too_large
 from hourglass_dist.profiling import Profiler
-from hourglass_dist.records import require_progress
-from hourglass_dist.stop import EXIT_CODE, Interrupted, StopRequests
 from hourglass_dist.writers import require_writers
 
 
@@ -58,7 +58,7 @@ class Job:
     """Everything that the steps of a run need."""
 
     config: Config
-    world: dist.World
+    world: ranks.World
     run: RunFolder
     tokenizer: Tokenizer
     stream: Stream
@@ -109,16 +109,16 @@ def prepare(config: Config, history: History) -> Job | None:
     """Data, run folder, engine, the state to continue from; None when all steps are done."""
     record_collectives(Path(config.run.dir))
     # the watchdog, which writes down what hangs, comes before a collective gives up
-    world = dist.init(dist.TIMEOUT + timedelta(minutes=config.run.hang_minutes))
+    world = ranks.init(ranks.TIMEOUT + timedelta(minutes=config.run.hang_minutes))
     require_same_start(config, world)
     deepspeed_settings(config, world.size)  # refuses what does not fit, before anything is written
     require_writers(config.metrics.writers)
-    dist.together(lambda: require_compiler(config, world.device), world.device)
-    datasets, tokenizer = dist.together(lambda: open_data(config), world.device)
-    stream = dist.together(lambda: open_stream(config, datasets, world), world.device)
-    dist.require_agreement(stream.identity(), world.device)
+    ranks.together(lambda: require_compiler(config, world.device), world.device)
+    datasets, tokenizer = ranks.together(lambda: open_data(config), world.device)
+    stream = ranks.together(lambda: open_stream(config, datasets, world), world.device)
+    ranks.require_agreement(stream.identity(), world.device)
     run = RunFolder(Path(config.run.dir))
-    dist.together(lambda: run.open(config) if world.is_main else None, world.device)
+    ranks.together(lambda: run.open(config) if world.is_main else None, world.device)
     require_good_folder(config, world)
     requests = StopRequests(run.path, config.run.time_limit_hours, world)
     about = about_this_code() | {"config": to_yaml(config)}
@@ -137,11 +137,11 @@ def prepare(config: Config, history: History) -> Job | None:
             require_progress(run.path, step, config.run.max_fruitless_starts)
             run.record(config, tokenizer)
 
-    dist.together(begin, world.device)
+    ranks.together(begin, world.device)
     history.start(step, world)
     watchdog = Watchdog(run.path, config.run.hang_minutes, world, step)
     try:
-        warm = None if path else dist.together(lambda: warm_start(config, tokenizer), world.device)
+        warm = None if path else ranks.together(lambda: warm_start(config, tokenizer), world.device)
         engine = Engine(make_model(config, world, warm), config, world)
         rehearse(engine, config, world)
         if path:
@@ -168,7 +168,7 @@ def run_steps(job: Job) -> None:
     with closing(stream.batches(start_step=job.spikes.data_step(step))) as stored:
         batches = job.profiler.data(stored, step)
         while step < total:
-            batch = dist.together(lambda: next(batches), job.world.device)
+            batch = ranks.together(lambda: next(batches), job.world.device)
             with metrics.watch(step + 1), job.profiler.step(step + 1):
                 result = job.engine.step(batch.rows, step, job.requests.votes)
             rows = stream.rows_of(job.spikes.data_step(step))
@@ -214,7 +214,7 @@ def go_back(job: Job, spike: SpikeFound) -> Job:
 
 def save(job: Job, step: int, score: Score | None) -> None:
     """Begin to save the state after ``step``."""
-    dist.require_agreement(job.stream.identity(), job.world.device)
+    ranks.require_agreement(job.stream.identity(), job.world.device)
     progress = Progress(
         step=step,
         data=job.stream.state(job.spikes.data_step(step)),
@@ -240,7 +240,7 @@ def open_data(config: Config) -> tuple[list[Dataset], Tokenizer]:
     return datasets, tokenizer
 
 
-def open_stream(config: Config, datasets: Sequence[Dataset], world: dist.World) -> Stream:
+def open_stream(config: Config, datasets: Sequence[Dataset], world: ranks.World) -> Stream:
     """The training rows of this rank; its share of the shards, held-out ones too, is verified."""
     plan = make_plan(datasets, config.data, config.run.seed, config.train.steps)
     check_held_out(config, datasets, world)
@@ -253,7 +253,7 @@ def open_stream(config: Config, datasets: Sequence[Dataset], world: dist.World) 
 
 
 def find_state(
-    checkpoints: Checkpoints, stream: Stream, tokenizer: Tokenizer, world: dist.World
+    checkpoints: Checkpoints, stream: Stream, tokenizer: Tokenizer, world: ranks.World
 ) -> tuple[Path, Progress] | None:
     """The checkpoint to continue from, if there is one; the stream goes on from there.
 
@@ -271,7 +271,7 @@ def find_state(
     return found
 
 
-def make_model(config: Config, world: dist.World, warm: WarmStart | None = None) -> HourglassLM:
+def make_model(config: Config, world: ranks.World, warm: WarmStart | None = None) -> HourglassLM:
     """The model on this rank's device, the same weights on every rank; at ZeRO stage 3 this rank's
     part of them, which never were here all at once."""
     settled = settle_checkpointing(config)
@@ -316,7 +316,7 @@ def warm_start(config: Config, tokenizer: Tokenizer) -> WarmStart | None:
     return warm
 
 
-def rehearse(engine: Engine, config: Config, world: dist.World) -> None:
+def rehearse(engine: Engine, config: Config, world: ranks.World) -> None:
     """One step with the longest rows, which changes nothing: a run that will run out of memory does
     so now.
 
@@ -335,7 +335,7 @@ def rehearse(engine: Engine, config: Config, world: dist.World) -> None:
         raise ValueError(too_large(config, world.size)) from None
 
 
-def announce(config: Config, world: dist.World, step: int) -> None:
+def announce(config: Config, world: ranks.World, step: int) -> None:
     """Say what is about to be trained on what."""
     tokens = config.data.tokens(config.train.steps)
     say(
@@ -349,7 +349,7 @@ def announce(config: Config, world: dist.World, step: int) -> None:
         say(world, f"continuing after step {step}")
 
 
-def say(world: dist.World, line: str) -> None:
+def say(world: ranks.World, line: str) -> None:
     """Print once, not once a rank."""
     if world.is_main:
         print(line, flush=True)
@@ -365,28 +365,28 @@ def main(arguments: Sequence[str]) -> int:
             )
         train(settings.load(arguments[0], arguments[1:]))
     except (ValueError, OSError) as error:
-        if dist.is_main_process():
+        if ranks.is_main_process():
             print_error(error)
         return 2
     except FloatingPointError as error:
-        if dist.is_main_process():
+        if ranks.is_main_process():
             print(f"stopped: {error}", file=sys.stderr, flush=True)
         return 1
     except RuntimeError as error:
-        words = dist.lost_rank(error)
+        words = ranks.lost_rank(error)
         if words is None:
             raise
         rank = os.environ.get("RANK", "0")
         print(f"rank {rank} has lost another one: {words}", file=sys.stderr, flush=True)
         return 1
     except Interrupted as error:
-        if dist.is_main_process():
+        if ranks.is_main_process():
             print(error, file=sys.stderr, flush=True)
         return EXIT_CODE
     finally:
-        dist.shutdown()
+        ranks.shutdown()
     return 0
 
 
 if __name__ == "__main__":
-    dist.leave(main(sys.argv[1:]))
+    ranks.leave(main(sys.argv[1:]))

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import torch
 
-from hourglass_dist import dist
 from hourglass_dist.config.schema import Config
+from hourglass_dist.core import ranks
 from hourglass_dist.devices import peak_flops
 from hourglass_dist.history import device_name
 from hourglass_dist.model.cost import ModelCost, model_cost
@@ -19,7 +19,7 @@ from hourglass_dist.plan import settle_checkpointing
 class Work:
     """Operations of a run's tokens, and what its ranks could do at most."""
 
-    def __init__(self, config: Config, world: dist.World) -> None:
+    def __init__(self, config: Config, world: ranks.World) -> None:
         self._ranks = world.size
         # the table has peaks of bf16 only
         known = peak_flops(device_name(world.device)) if config.train.precision == "bf16" else None

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from hourglass_dist.config.loader import ConfigError
-from hourglass_dist.files import replace
+from hourglass_dist.core.files import replace
 
 
 class Writer(Protocol):

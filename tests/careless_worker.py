@@ -4,9 +4,10 @@ import shutil
 import sys
 import time
 
-from hourglass_dist import checkpoint, dist, train
+from hourglass_dist import checkpoint, train
 from hourglass_dist.checkpoint import Checkpoints
-from hourglass_dist.files import replace
+from hourglass_dist.core import ranks
+from hourglass_dist.core.files import replace
 
 complete = Checkpoints._complete
 
@@ -26,4 +27,4 @@ def careless(self, folder, progress):
 
 Checkpoints._complete = careless
 assert checkpoint.Checkpoints is Checkpoints
-dist.leave(train.main(sys.argv[1:]))
+ranks.leave(train.main(sys.argv[1:]))

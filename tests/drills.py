@@ -15,7 +15,7 @@ from hosts import Hosts
 from ranks import environment
 
 from hourglass_dist import fragments
-from hourglass_dist.records import read_history, read_lines
+from hourglass_dist.core.records import read_history, read_lines
 
 ROOT = Path(__file__).parents[1]
 

@@ -19,12 +19,13 @@ from deepspeed.accelerator import get_accelerator
 from torch import Tensor
 from toy import make_batch, make_config, make_model, plain_pytorch
 
-from hourglass_dist import dist, fragments, loss_scale
+from hourglass_dist import fragments, loss_scale
 from hourglass_dist.config.schema import Config
+from hourglass_dist.core import ranks
 from hourglass_dist.engine import Engine
 
 
-def run(case: dict[str, Any], world: dist.World) -> dict[str, Any]:
+def run(case: dict[str, Any], world: ranks.World) -> dict[str, Any]:
     if "plain" in case:
         losses = plain_pytorch(case["steps"], case["plain"], case["steps"], world.rank, world.size)
         return {"losses": losses}
@@ -93,16 +94,16 @@ def scale_of(engine: Engine) -> dict[str, float]:
     return loss_scale.state(engine.deepspeed.optimizer)
 
 
-def write(engine: Engine, folder: Path, world: dist.World) -> None:
+def write(engine: Engine, folder: Path, world: ranks.World) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     engine.snapshot().write(folder / fragments.file_name(world.rank))
-    dist.barrier()
+    ranks.barrier()
 
 
 def main() -> None:
     out, cases = Path(sys.argv[1]), json.loads(sys.argv[2])
     torch.set_num_threads(1)
-    world = dist.init()
+    world = ranks.init()
     results = [run(case, world) for case in cases]
     if world.is_main:
         out.write_text(json.dumps(results))

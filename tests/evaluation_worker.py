@@ -11,7 +11,7 @@ import sys
 
 from hourglass_dist import train
 from hourglass_dist.config import schema
-from hourglass_dist.stop import Interrupted
+from hourglass_dist.core.stop import Interrupted
 
 for name, *overrides in json.loads(sys.argv[1]):
     with contextlib.suppress(Interrupted):

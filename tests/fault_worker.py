@@ -9,7 +9,8 @@ import sys
 
 import torch
 
-from hourglass_dist import dist, optim, train
+from hourglass_dist import optim, train
+from hourglass_dist.core import ranks
 from hourglass_dist.engine import Engine
 from hourglass_dist.model.hourglass import HourglassLM
 
@@ -38,4 +39,4 @@ if kind == "nan":
     HourglassLM.forward = broken
 else:
     optim.learning_rate = lambda *a: 1.0 if is_bad else learning_rate(*a)
-dist.leave(train.main(sys.argv[3:]))
+ranks.leave(train.main(sys.argv[3:]))

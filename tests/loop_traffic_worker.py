@@ -12,14 +12,15 @@ from typing import Any
 
 import torch
 
-from hourglass_dist import dist, train
+from hourglass_dist import train
 from hourglass_dist.bench.zero_worker import Collectives
 from hourglass_dist.config import schema
+from hourglass_dist.core import ranks
+from hourglass_dist.core.stop import StopRequests
 from hourglass_dist.engine import Engine
-from hourglass_dist.stop import StopRequests
 
 torch.set_num_threads(1)
-world = dist.init()
+world = ranks.init()
 collectives = Collectives()
 steps: list[dict[str, float]] = []
 inside = [0.0, 0.0]
@@ -50,4 +51,4 @@ with collectives:
     train.train(schema.load(sys.argv[2], sys.argv[3:]))
 if world.is_main:
     Path(sys.argv[1]).write_text(json.dumps(steps))
-dist.leave(0)
+ranks.leave(0)

@@ -14,10 +14,11 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from hourglass_dist import dist, engine, train
+from hourglass_dist import engine, train
 from hourglass_dist.config import schema as settings
+from hourglass_dist.core import ranks
 
-world = dist.init()
+world = ranks.init()
 sizes = []
 making = engine.making_weights
 

@@ -13,14 +13,14 @@ from typing import Any
 import torch
 from toy import make_batch, make_config, make_model
 
-from hourglass_dist import dist
+from hourglass_dist.core import ranks
 from hourglass_dist.engine import Engine
 from hourglass_dist.observe import Observer
 
 STEPS = 3
 
 
-def run(case: dict[str, Any], world: dist.World) -> dict[str, Any]:
+def run(case: dict[str, Any], world: ranks.World) -> dict[str, Any]:
     config = make_config(case["stage"], case.get("precision", "fp32"))
     engine = Engine(make_model(config), config, world)
     observer = Observer(engine)
@@ -34,7 +34,7 @@ def run(case: dict[str, Any], world: dist.World) -> dict[str, Any]:
             result = engine.step(rows, step)
         assert observer.own_seconds() > 0
         losses.append(result.loss)
-        found = dist.gather_floats(observer.found(), world.device)
+        found = ranks.gather_floats(observer.found(), world.device)
         seen.append(observer.summary(found, result.grad_norm) | {"all": result.grad_norm})
     return {"losses": losses, "seen": seen}
 
@@ -42,7 +42,7 @@ def run(case: dict[str, Any], world: dist.World) -> dict[str, Any]:
 def main() -> None:
     out, cases = Path(sys.argv[1]), json.loads(sys.argv[2])
     torch.set_num_threads(1)
-    world = dist.init()
+    world = ranks.init()
     results = [run(case, world) for case in cases]
     if world.is_main:
         out.write_text(json.dumps(results))

@@ -23,11 +23,11 @@ ORDER = [
         "config.data",
         "config.model",
         "config.schema",
-        "files",
-        "records",
+        "core.files",
+        "core.records",
         "heartbeat",
         "watch",
-        "dist",
+        "core.ranks",
     ),
     *("data.tokenizer", "data.shards", "data.write", "data.plan", "data.order"),
     *("data.remote", "data.mixture", "data.stream", "data.held_out"),
@@ -64,7 +64,7 @@ ORDER = [
     ),
     *(
         "checkpoint_tools",
-        "stop",
+        "core.stop",
         "history",
         "agreement",
         "observe",
@@ -89,7 +89,7 @@ ORDER = [
     *("launch.cluster", "launch.kubernetes", "launch.targets"),
     "cli",
 ]
-FOR_DATA_TOOLS = ("data", "config", "files")
+FOR_DATA_TOOLS = ("data", "config", "core")
 LONGEST_FUNCTION = 60
 LONGEST_FILE = 450
 

@@ -16,9 +16,10 @@ import pytest
 import torch
 from ranks import hourglass
 
-from hourglass_dist import dist, fragments
+from hourglass_dist import fragments
 from hourglass_dist.checkpoint import Checkpoints, Progress, complete, latest, tag, verify
 from hourglass_dist.config.schema import CheckpointConfig
+from hourglass_dist.core import ranks
 from hourglass_dist.fragments import Key
 
 ROOM = fragments.Room()
@@ -32,7 +33,7 @@ def take() -> fragments.Snapshot:
 
 def make(folder: Path, **settings: Any) -> Checkpoints:
     config = CheckpointConfig(every=5, keep=settings.pop("keep", 2), **settings)
-    return Checkpoints(folder, config, dist.init())
+    return Checkpoints(folder, config, ranks.init())
 
 
 def progress(step: int, score: float | None = None) -> Progress:

@@ -15,8 +15,8 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from zoo import documents_of, farthest, make_model, random_text
 
+from hourglass_dist.core.records import read_lines
 from hourglass_dist.model.hourglass import HourglassLM
-from hourglass_dist.records import read_lines
 
 ZERO = "deepspeed.zero_optimization"
 

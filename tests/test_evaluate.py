@@ -14,7 +14,7 @@ from ranks import hourglass
 from torch import Tensor
 from zoo import make_model
 
-from hourglass_dist import dist
+from hourglass_dist.core import ranks
 from hourglass_dist.data.held_out import held_out_rows
 from hourglass_dist.data.mixture import Dataset
 from hourglass_dist.data.stream import Batch
@@ -114,7 +114,7 @@ def score(
 ) -> Evaluation:
     """The scores of all ranks, one after another."""
     parts = [
-        evaluate(nats, batches, LENGTHS, dist.init(), [d.name for d in datasets], places)  # type: ignore[arg-type]
+        evaluate(nats, batches, LENGTHS, ranks.init(), [d.name for d in datasets], places)  # type: ignore[arg-type]
         for batches in all_ranks(
             datasets, context, 5, world, stride=stride, isolate_documents=isolate
         )

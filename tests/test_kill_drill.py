@@ -18,7 +18,7 @@ from pathlib import Path
 from datasets import make, words
 from ranks import TESTS, environment, kill_tree, torchrun_command
 
-from hourglass_dist.records import read_history
+from hourglass_dist.core.records import read_history
 
 WORLDS = (1, 2, 3, 4)
 

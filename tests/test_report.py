@@ -11,7 +11,7 @@ import pytest
 from ranks import hourglass
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from hourglass_dist.records import read_history
+from hourglass_dist.core.records import read_history
 from hourglass_dist.report import write_report
 
 VOID = {"meta", "rect", "path", "circle"}

@@ -11,7 +11,7 @@ import psutil
 from ranks import kill_tree, start_torchrun, torchrun, wait_for_step
 from test_resume import losses
 
-from hourglass_dist.records import read_history
+from hourglass_dist.core.records import read_history
 
 STEPS = 60
 

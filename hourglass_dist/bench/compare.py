@@ -28,18 +28,18 @@ from typing import Annotated, Any, NamedTuple
 import torch
 from pydantic import Field
 
-from hourglass_dist import dist
 from hourglass_dist.bench.shared import apart, show
 from hourglass_dist.config.loader import Section, parse, read_yaml
 from hourglass_dist.config.model import ModelConfig, PositiveFloat
 from hourglass_dist.config.schema import OptimConfig
+from hourglass_dist.core import ranks
+from hourglass_dist.core.files import replace
 from hourglass_dist.data.held_out import held_out_rows
 from hourglass_dist.data.mixture import open_dataset, simple_plan
 from hourglass_dist.data.shards import Manifest
 from hourglass_dist.data.stream import Stream
 from hourglass_dist.data.tokenizer import load_tokenizer
 from hourglass_dist.evaluate import Rows, Score, evaluate
-from hourglass_dist.files import replace
 from hourglass_dist.model.cost import ModelCost, model_cost
 from hourglass_dist.model.hourglass import HourglassLM
 from hourglass_dist.optim import learning_rate, make_optimizer
@@ -175,7 +175,7 @@ def bench_compare(
 
 def train(job: Job) -> dict[str, float]:
     """Train and score one model on this process's one thread."""
-    start, world = time.perf_counter(), dist.init()
+    start, world = time.perf_counter(), ranks.init()
     dataset = open_dataset(str(job.budget.dataset))
     tokenizer = load_tokenizer(job.budget.dataset)
     rows, length = job.budget.rows, job.budget.length

@@ -20,12 +20,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hourglass_dist import dist, train
+from hourglass_dist import train
 from hourglass_dist.config.schema import Config, load
+from hourglass_dist.core import ranks
+from hourglass_dist.core.files import replace
+from hourglass_dist.core.stop import StopRequests
 from hourglass_dist.engine import Engine
-from hourglass_dist.files import replace
 from hourglass_dist.optim import make_optimizer
-from hourglass_dist.stop import StopRequests
 
 NEVER = 10**9
 
@@ -62,11 +63,11 @@ class Interleaved:
             self.seconds["training"].append(now - self._began)
             self.outside.append(now - self._began - self._inside)
             for name, other in self._others.items():
-                dist.barrier()
+                ranks.barrier()
                 begun = time.perf_counter()
                 other()
                 self.seconds[name].append(time.perf_counter() - begun)
-        dist.barrier()
+        ranks.barrier()
         self._began, self._inside = time.perf_counter(), 0.0
 
 
@@ -74,7 +75,7 @@ def main() -> None:
     """OUT.json, the number of steps, a settings file and changes."""
     torch.set_num_threads(1)
     out, steps, file, *overrides = sys.argv[1:]
-    world = dist.init()
+    world = ranks.init()
     changes = [f"run.dir={Path(out).parent / 'run'}", f"train.steps={steps}"]
     changes += [f"eval.every={NEVER}", f"checkpoint.every={NEVER}"]
     config = load(file, [*overrides, *changes])
@@ -103,7 +104,7 @@ def main() -> None:
         replace(Path(out), dumps({"seconds": times.seconds, "outside": times.outside}))
 
 
-def bare_batch(config: Config, world: dist.World) -> list[dict[str, Tensor]]:
+def bare_batch(config: Config, world: ranks.World) -> list[dict[str, Tensor]]:
     """Random rows of one rank, in micro batches."""
     size, length = config.train.micro_batch_size, config.data.seq_len
     found = []
@@ -126,7 +127,7 @@ def engine_loop(engine: Any, micro_batches: list[dict[str, Tensor]]) -> Callable
 
 
 def plain_loop(
-    config: Config, world: dist.World, micro_batches: list[dict[str, Tensor]]
+    config: Config, world: ranks.World, micro_batches: list[dict[str, Tensor]]
 ) -> Callable[[], None]:
     """A step of the model and its optimizer alone."""
     model = train.make_model(config, world)

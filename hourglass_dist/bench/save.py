@@ -17,11 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hourglass_dist import dist
 from hourglass_dist.bench.shared import headline, machine, show
 from hourglass_dist.checkpoint import Checkpoints, Progress
 from hourglass_dist.config.loader import parse
 from hourglass_dist.config.schema import CheckpointConfig, Config
+from hourglass_dist.core import ranks
 from hourglass_dist.engine import Engine
 from hourglass_dist.model.hourglass import HourglassLM
 
@@ -31,7 +31,7 @@ ROWS, LENGTH = 1, 256
 def bench_save(folder: Path, millions: int, repeats: int) -> tuple[dict[str, Any], list[Any]]:
     """Save a model of so many ``millions`` of parameters in a new folder below ``folder``; the
     facts and rows that were printed."""
-    world = dist.init()
+    world = ranks.init()
     config = _config(millions)
     model = HourglassLM(config.model).to(world.device)
     parameters = sum(p.numel() for p in model.parameters())

@@ -30,7 +30,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from hourglass_dist.files import replace
+from hourglass_dist.core.files import replace
 
 T = TypeVar("T")
 MIB = 2**20

@@ -17,11 +17,12 @@ from typing import Any
 
 import torch
 
-from hourglass_dist import dist, engine, forecast, plan
+from hourglass_dist import engine, forecast, plan
 from hourglass_dist.bench.zero_worker import Collectives
 from hourglass_dist.config.schema import Config, load
+from hourglass_dist.core import ranks
+from hourglass_dist.core.files import replace
 from hourglass_dist.deepspeed_settings import deepspeed_settings
-from hourglass_dist.files import replace
 from hourglass_dist.model.hourglass import HourglassLM
 
 NARROWER, LENGTH = 64, 256
@@ -84,7 +85,7 @@ def shrink_the_rest() -> None:
     untyped.deepspeed_settings = settings
 
 
-def count(config: Config, world: dist.World) -> dict[str, Any]:
+def count(config: Config, world: ranks.World) -> dict[str, Any]:
     """The third step of an engine: by then it has learned in which order it gathers."""
     if world.is_main:
         print(f"ranks: {world.size}, ZeRO-{config.deepspeed.stage}", flush=True)
@@ -116,7 +117,7 @@ def main() -> None:
     """OUT.json, and the run as JSON: ``file``, ``overrides``, and ``cases`` to count (stage and
     passes; all of them without)."""
     torch.set_num_threads(1)
-    world = dist.init()
+    world = ranks.init()
     run = json.loads(sys.argv[2])
     cases = run.get("cases") or [(stage, passes) for stage in (1, 2, 3) for passes in PASSES]
     shrink_the_rest()
@@ -126,7 +127,7 @@ def main() -> None:
     ]
     if world.is_main:
         replace(Path(sys.argv[1]), json.dumps(found))
-    dist.shutdown()
+    ranks.shutdown()
 
 
 if __name__ == "__main__":

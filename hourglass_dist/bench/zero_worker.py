@@ -22,11 +22,11 @@ import torch.distributed as td
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hourglass_dist import dist
 from hourglass_dist.config.loader import parse
 from hourglass_dist.config.schema import Config
+from hourglass_dist.core import ranks
+from hourglass_dist.core.files import replace
 from hourglass_dist.engine import Engine
-from hourglass_dist.files import replace
 from hourglass_dist.model.hourglass import HourglassLM
 from hourglass_dist.plan import plan
 
@@ -149,7 +149,7 @@ def held_at_rest(engine: Engine) -> dict[str, int]:
     return min(looks, key=lambda found: found["gradients"])
 
 
-def measure(case: dict[str, Any], world: dist.World) -> dict[str, Any]:
+def measure(case: dict[str, Any], world: ranks.World) -> dict[str, Any]:
     """Measured and planned bytes of one case, each of the rank that has the most of it."""
     if world.is_main:
         print(f"ranks: {world.size}, ZeRO-{case['stage']}, {case['precision']}", flush=True)
@@ -172,7 +172,7 @@ def measure(case: dict[str, Any], world: dist.World) -> dict[str, Any]:
     if config.deepspeed.stage == 0:
         found["master"] = 0  # the weights themselves
 
-    everyone = dist.gather_ints(list(found.values()), world.device)
+    everyone = ranks.gather_ints(list(found.values()), world.device)
     planned = {n: plan(config, world.size) for n, config in configs.items()}
     kept = planned[micro_batches].memory
     return case | {
@@ -191,7 +191,7 @@ def batch(micro_batches: int) -> dict[str, Tensor]:
     return {"tokens_BL": tokens_BL, "targets_BL": tokens_BL}
 
 
-def memory(engine: Engine, micro_batches: int, world: dist.World) -> dict[str, int]:
+def memory(engine: Engine, micro_batches: int, world: ranks.World) -> dict[str, int]:
     """Bytes by kind at the end of a micro batch, the most over those of a step. ``moment`` is what
     was there on top before a collective of the last one: buffers, gathered weights."""
     after_passes: list[dict[str, int]] = []
@@ -219,7 +219,7 @@ def main() -> None:
     """OUT.json, and the cases as JSON."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    world = dist.init()
+    world = ranks.init()
     results = [measure(case, world) for case in json.loads(sys.argv[2])]
     if world.is_main:
         replace(Path(sys.argv[1]), json.dumps(results))

@@ -29,9 +29,9 @@ from typing import Any, TypeVar
 import google_crc32c
 
 from hourglass_dist.config.data import CacheConfig
+from hourglass_dist.core.files import replace, sha256_of
 from hourglass_dist.data.shards import INDEX_FILE, Manifest, Shard, Split, dtype_of
 from hourglass_dist.data.tokenizer import DESCRIPTION_FILE, MODEL_FILE
-from hourglass_dist.files import replace, sha256_of
 
 T = TypeVar("T")
 

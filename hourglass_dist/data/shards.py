@@ -31,8 +31,8 @@ import numpy.typing as npt
 from pydantic import Field, NonNegativeInt, PositiveInt
 
 from hourglass_dist.config.loader import Section, parse
+from hourglass_dist.core.files import replace, sha256_of
 from hourglass_dist.data.tokenizer import Fingerprint
-from hourglass_dist.files import replace, sha256_of
 
 FORMAT = 2
 """The version of this format. A reader refuses manifests of another one."""

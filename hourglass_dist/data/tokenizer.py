@@ -26,7 +26,7 @@ import sentencepiece
 from pydantic import ConfigDict
 
 from hourglass_dist.config.loader import ConfigError, Section, parse
-from hourglass_dist.files import replace
+from hourglass_dist.core.files import replace
 
 Ids = npt.NDArray[np.unsignedinteger[Any]]
 """Token ids, flat: uint8 for bytes, uint32 for sentencepiece."""

@@ -21,9 +21,9 @@ import google_crc32c
 import numpy as np
 import numpy.typing as npt
 
+from hourglass_dist.core.files import sync
 from hourglass_dist.data.shards import Shard, Split, dtype_name
 from hourglass_dist.data.tokenizer import Tokenizer
-from hourglass_dist.files import sync
 
 
 @dataclass(frozen=True)

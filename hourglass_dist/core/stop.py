@@ -17,8 +17,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 
-from hourglass_dist import dist
-from hourglass_dist.files import replace
+from hourglass_dist.core import ranks
+from hourglass_dist.core.files import replace
 
 EXIT_CODE = 75
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
@@ -33,7 +33,7 @@ class Interrupted(Exception):
 class StopRequests:
     """Looks for them, in all three places."""
 
-    def __init__(self, run: Path, time_limit_hours: float | None, world: dist.World) -> None:
+    def __init__(self, run: Path, time_limit_hours: float | None, world: ranks.World) -> None:
         """Takes over the signals for as long as the process lives. Forgets an earlier
         interruption."""
         self._stop, self._interrupted, self._world = run / "STOP", run / "INTERRUPTED", world
