@@ -29,7 +29,7 @@ ORDER = [
         "watch",
         "core.ranks",
     ),
-    *("data.tokenizer", "data.shards", "data.write", "data.plan", "data.order"),
+    *("data.tokenizer", "data.shards", "data.write", "data.data_plan", "data.order"),
     *("data.remote", "data.mixture", "data.stream", "data.held_out"),
     *("model.layout", "model.attend", "model.linear", "model.norms", "model.layers"),
     *(

@@ -16,8 +16,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from test_resume import losses
 
 from hourglass_dist.config.schema import load
+from hourglass_dist.data.data_plan import Plan
 from hourglass_dist.data.mixture import make_plan, open_dataset
-from hourglass_dist.data.plan import Plan
 from hourglass_dist.data.stream import Stream
 from hourglass_dist.export import export, load_export
 

@@ -20,6 +20,7 @@ from datasets import refusal
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hourglass_dist.data.data_plan import Plan, Source, Stage, largest_remainders
 from hourglass_dist.data.order import (
     Location,
     epochs_read,
@@ -28,7 +29,6 @@ from hourglass_dist.data.order import (
     ranks_cut,
     require_enough,
 )
-from hourglass_dist.data.plan import Plan, Source, Stage, largest_remainders
 
 
 def simple(rows: tuple[int, ...] = (3, 4), lanes: int = 2, seed: int = 0, seq_len: int = 8) -> Plan:

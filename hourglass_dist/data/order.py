@@ -31,7 +31,7 @@ from functools import lru_cache
 import numpy as np
 import numpy.typing as npt
 
-from hourglass_dist.data.plan import Plan
+from hourglass_dist.data.data_plan import Plan
 
 Int64s = npt.NDArray[np.int64]
 

@@ -21,9 +21,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hourglass_dist.data.data_plan import Plan
 from hourglass_dist.data.mixture import Dataset
 from hourglass_dist.data.order import Int64s, Locations, epochs_read, locate_many, ranks_cut
-from hourglass_dist.data.plan import Plan
 from hourglass_dist.data.shards import IGNORED, ShardReader, split_rows
 
 READ_AHEAD = 4
