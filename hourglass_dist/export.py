@@ -29,7 +29,7 @@ from hourglass_dist.config.schema import Config, ModelConfig
 from hourglass_dist.core.files import new_folder, replace
 from hourglass_dist.data.tokenizer import Fingerprint, Tokenizer, load_tokenizer, require_same
 from hourglass_dist.model.hourglass import HourglassLM
-from hourglass_dist.model.interop import lucidrains_kwargs, to_lucidrains
+from hourglass_dist.model.lucidrains import lucidrains_kwargs, to_lucidrains
 
 FORMAT = 2
 Format = Literal["hourglass", "lucidrains"]

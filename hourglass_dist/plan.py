@@ -46,9 +46,9 @@ from rich.table import Table
 
 from hourglass_dist.config.model import ModelConfig
 from hourglass_dist.config.schema import Config
-from hourglass_dist.model.cost import LevelCost, ModelCost, choose_checkpointing, model_cost
 from hourglass_dist.model.hourglass import HourglassLM
 from hourglass_dist.optim import is_muons
+from hourglass_dist.planning.cost import LevelCost, ModelCost, choose_checkpointing, model_cost
 
 MASTER_BYTES, MOMENT_BYTES, SUM_BYTES = 4, 8, 4
 """Of one parameter: the fp32 weight, AdamW's two moments in fp32, the fp32 sum of its gradients."""

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from hourglass_dist.config.schema import ModelConfig
 from hourglass_dist.model.hourglass import HourglassLM
-from hourglass_dist.model.interop import from_lucidrains, lucidrains_kwargs, to_lucidrains
+from hourglass_dist.model.lucidrains import from_lucidrains, lucidrains_kwargs, to_lucidrains
 
 LIMITS = {torch.float64: 1e-9, torch.float32: 1e-4}
 VOCAB, ROWS, LENGTH = 37, 2, 72

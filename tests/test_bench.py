@@ -16,7 +16,7 @@ from hourglass_dist.bench.compare import TOLERANCE, Budget, interval, read_arms
 from hourglass_dist.bench.loop import bench_loop
 from hourglass_dist.bench.shared import apart, peak_bytes, ratio, reference
 from hourglass_dist.model import layers
-from hourglass_dist.model.interop import to_lucidrains
+from hourglass_dist.model.lucidrains import to_lucidrains
 
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")

@@ -9,8 +9,8 @@ import torch
 
 from hourglass_dist.config.loader import to_yaml
 from hourglass_dist.config.schema import Config, ModelConfig, load
-from hourglass_dist.model.cost import choose_checkpointing
 from hourglass_dist.model.hourglass import HourglassLM
+from hourglass_dist.planning.cost import choose_checkpointing
 
 FILES = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
 

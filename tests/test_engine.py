@@ -15,8 +15,8 @@ from hourglass_dist import fragments, optim
 from hourglass_dist.config.loader import ConfigError, parse
 from hourglass_dist.config.schema import Config
 from hourglass_dist.deepspeed_settings import deepspeed_settings
-from hourglass_dist.model.cost import model_cost
 from hourglass_dist.model.hourglass import HourglassLM
+from hourglass_dist.planning.cost import model_cost
 
 
 def run_cases(tmp_path: Path, ranks: int, cases: list[dict[str, Any]]) -> list[dict[str, Any]]:

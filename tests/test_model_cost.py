@@ -17,8 +17,8 @@ from zoo import KINDS, LEVELS, documents_of, make_config, random_text
 
 from hourglass_dist.config.model import ModelConfig
 from hourglass_dist.model import decode
-from hourglass_dist.model.cost import ModelCost, choose_checkpointing, model_cost
 from hourglass_dist.model.hourglass import HourglassLM
+from hourglass_dist.planning.cost import ModelCost, choose_checkpointing, model_cost
 
 LENGTHS = (1, 5, 35, 48)  # 5 is shorter than the windows of 7, 35 no multiple of any bucket
 DOCUMENTS = (3, 17, 1, 8, 6)

@@ -22,7 +22,7 @@ from parity import (
 
 from hourglass_dist.config.schema import ModelConfig
 from hourglass_dist.model.hourglass import HourglassLM
-from hourglass_dist.model.interop import from_lucidrains, lucidrains_kwargs, to_lucidrains
+from hourglass_dist.model.lucidrains import from_lucidrains, lucidrains_kwargs, to_lucidrains
 
 CAUSAL = [case for case in CASES if case.causal]
 

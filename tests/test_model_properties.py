@@ -14,8 +14,8 @@ from zoo import documents_of, farthest, make_config, make_model, random_text
 
 from hourglass_dist.model import layout
 from hourglass_dist.model.hourglass import HourglassLM
-from hourglass_dist.model.interop import from_lucidrains, lucidrains_kwargs, to_lucidrains
 from hourglass_dist.model.layout import keep_boundaries, missed_buckets, row_layouts, word_starts
+from hourglass_dist.model.lucidrains import from_lucidrains, lucidrains_kwargs, to_lucidrains
 
 LENGTHS = [1, 2, 5, 7, 13, 24, 26]
 CUTS = [(26,), (1, 1, 5, 19), (13, 13), (4, 9, 1, 12), (2, 3, 5, 7, 9)]

@@ -18,10 +18,10 @@ from zoo import KINDS, random_text
 from zoo import make_model as make_kind
 
 from hourglass_dist import optim
-from hourglass_dist.model.cost import model_cost
 from hourglass_dist.model.head import Output
 from hourglass_dist.model.hourglass import Hourglass
 from hourglass_dist.observe import part_of
+from hourglass_dist.planning.cost import model_cost
 
 
 def plain_pytorch() -> list[dict[str, float]]:

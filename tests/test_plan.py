@@ -12,8 +12,8 @@ from hourglass_dist.bench.zero import HELD_WITHIN, SENT_WITHIN, bench_zero, diff
 from hourglass_dist.config.loader import ConfigError
 from hourglass_dist.config.schema import Config, load
 from hourglass_dist.forecast import cluster, forecast
-from hourglass_dist.model.cost import model_cost
 from hourglass_dist.plan import plan, render, show_bytes, show_count
+from hourglass_dist.planning.cost import model_cost
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 LARGE = CONFIGS / "large_zero3.yaml"

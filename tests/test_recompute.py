@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from zoo import make_model, random_text
 
+from hourglass_dist.model.checkpointing import Recompute
 from hourglass_dist.model.hourglass import HourglassLM
 from hourglass_dist.model.layers import Layer
-from hourglass_dist.model.recompute import Recompute
 
 POLICIES = ["full", "every 2", "selective", "offload"]
 

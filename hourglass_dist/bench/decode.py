@@ -31,7 +31,7 @@ from hourglass_dist.config import schema as settings
 from hourglass_dist.config.model import ModelConfig
 from hourglass_dist.model.decode import prefill, step
 from hourglass_dist.model.hourglass import HourglassLM
-from hourglass_dist.model.interop import lucidrains_kwargs, to_lucidrains
+from hourglass_dist.model.lucidrains import lucidrains_kwargs, to_lucidrains
 
 TOKENS = 48
 """Tokens that are timed at each place."""

@@ -37,11 +37,11 @@ from hourglass_dist.bench.shared import (
 )
 from hourglass_dist.config.model import ModelConfig
 from hourglass_dist.model import head, layers, linear, resample
-from hourglass_dist.model.attend import Sight
+from hourglass_dist.model.attention import Sight
+from hourglass_dist.model.checkpointing import Recompute
 from hourglass_dist.model.hourglass import Hourglass, HourglassLM
-from hourglass_dist.model.interop import from_lucidrains, lucidrains_kwargs, to_lucidrains
 from hourglass_dist.model.layout import Rows
-from hourglass_dist.model.recompute import Recompute
+from hourglass_dist.model.lucidrains import from_lucidrains, lucidrains_kwargs, to_lucidrains
 
 
 class Shape(NamedTuple):

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from hourglass_dist.config.model import ModelConfig
+from hourglass_dist.model.checkpointing import Recompute
 from hourglass_dist.model.head import Head
 from hourglass_dist.model.layers import (
     Attention,
@@ -31,7 +32,6 @@ from hourglass_dist.model.layers import (
 from hourglass_dist.model.layout import check_documents, places, row_layouts
 from hourglass_dist.model.norms import RMSNorm, make_norm
 from hourglass_dist.model.pool import Gate, LinearPool, LinearSpread, Pad
-from hourglass_dist.model.recompute import Recompute
 from hourglass_dist.model.resample import (
     BucketAttention,
     Crossing,

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hourglass_dist.config.model import LevelConfig, ModelConfig
-from hourglass_dist.model.attend import Sight, attend, self_sight
+from hourglass_dist.model.attention import Sight, attend, self_sight
 from hourglass_dist.model.layout import Rows
 from hourglass_dist.model.linear import Linear
 from hourglass_dist.model.norms import RMSNorm, make_norm

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hourglass_dist.config.model import LevelConfig, ModelConfig
-from hourglass_dist.model.attend import Rule, attend, takes_flex
+from hourglass_dist.model.attention import Rule, attend, takes_flex
 from hourglass_dist.model.layers import FeedForward, Heads, Waves, drop, make_waves
 from hourglass_dist.model.layout import Rows, cut
 from hourglass_dist.model.linear import Linear

@@ -14,8 +14,8 @@ from itertools import product
 from typing import NamedTuple
 
 from hourglass_dist.config.model import LevelConfig, ModelConfig
-from hourglass_dist.model import cost_parts as parts
-from hourglass_dist.model.cost_units import Between, Part, Size
+from hourglass_dist.planning import cost_parts as parts
+from hourglass_dist.planning.cost_units import Between, Part, Size
 
 AUTOMATIC = ("none", "selective", "full")
 """What ``auto`` chooses from."""
