@@ -36,13 +36,13 @@ from typing import IO, Any
 
 import google_crc32c
 
-from hourglass_dist import fragments
 from hourglass_dist.config.loader import ConfigError, differences, to_yaml
 from hourglass_dist.config.schema import CheckpointConfig, Config, load
 from hourglass_dist.core import ranks
 from hourglass_dist.core.files import checksum, replace, sync
 from hourglass_dist.data.tokenizer import Tokenizer
-from hourglass_dist.fragments import Snapshot
+from hourglass_dist.engine import sharded_state
+from hourglass_dist.engine.sharded_state import Snapshot
 from hourglass_dist.mirror import Mirror
 
 FORMAT = 1
@@ -193,7 +193,7 @@ class Checkpoints:
     def _write(self, folder: Path, snapshot: Snapshot, progress: Progress) -> None:
         """What the thread does: this rank's file; on the main rank also the rest."""
         begun = time.perf_counter()
-        file = folder / fragments.file_name(self._world.rank)
+        file = folder / sharded_state.file_name(self._world.rank)
         self._error = None
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -221,7 +221,7 @@ class Checkpoints:
         """Bring this rank's file to the mirror; the main rank finishes the copy there."""
         name, said = tag(progress.step), ""
         try:
-            mirror.put(f"{name}/{fragments.file_name(self._world.rank)}", mine)
+            mirror.put(f"{name}/{sharded_state.file_name(self._world.rank)}", mine)
         except Exception as error:  # of whichever library: the copy is lost, nothing else
             said = f"rank {self._world.rank}: {error or type(error).__name__}"
         ranks.post(f"{attempt}/copy/{self._world.rank}", said)
@@ -246,7 +246,7 @@ class Checkpoints:
         for rank, entry in enumerate(entries):
             if "error" in entry:
                 raise ValueError(f"rank {rank}: {entry['error']}")
-        files = {fragments.file_name(rank): entry for rank, entry in enumerate(entries)}
+        files = {sharded_state.file_name(rank): entry for rank, entry in enumerate(entries)}
         manifest: dict[str, Any] = {"format": FORMAT, "progress": asdict(progress), "files": files}
         manifest["about"] = self._about
         manifest["crc32c"] = _own_checksum(manifest)

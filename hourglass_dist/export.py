@@ -22,12 +22,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from hourglass_dist import checkpoint, fragments
+from hourglass_dist import checkpoint
 from hourglass_dist.config import schema as settings
 from hourglass_dist.config.loader import parse
 from hourglass_dist.config.schema import Config, ModelConfig
 from hourglass_dist.core.files import new_folder, replace
 from hourglass_dist.data.tokenizer import Fingerprint, Tokenizer, load_tokenizer, require_same
+from hourglass_dist.engine import sharded_state
 from hourglass_dist.model.hourglass import HourglassLM
 from hourglass_dist.model.lucidrains import lucidrains_kwargs, to_lucidrains
 
@@ -62,7 +63,7 @@ def export(run: Path, out: Path, format: Format = "hourglass", step: int | None 
         tensors, about = dict(model.state_dict()), {"model": config.model.model_dump(mode="json")}
     about |= _origin(config, progress, tokenizer)
     with new_folder(out) as folder:
-        fragments.write_tensors(
+        sharded_state.write_tensors(
             folder / "model.safetensors",
             {name: tensor.contiguous() for name, tensor in tensors.items()},
             metadata={"format": "pt"},
@@ -91,7 +92,7 @@ def _origin(config: Config, progress: checkpoint.Progress, tokenizer: Tokenizer)
 
 def read_model(checkpoint_folder: Path, config: ModelConfig) -> HourglassLM:
     """A checkpoint of any ZeRO stage and world size as a model in fp32 on the CPU."""
-    reader = fragments.Reader(checkpoint_folder)
+    reader = sharded_state.Reader(checkpoint_folder)
     frozen = set(reader.names("frozen"))
     weights = {
         name: reader.full("frozen" if name in frozen else "fp32", name).float()

@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 from hourglass_dist import watch
 from hourglass_dist.config.schema import SpikeConfig
 from hourglass_dist.core import ranks
-from hourglass_dist.engine import StepResult
+from hourglass_dist.engine.engine import StepResult
 from hourglass_dist.heartbeat import Heart
 
 T = TypeVar("T")

@@ -33,7 +33,7 @@ from hourglass_dist.core.files import replace
 from hourglass_dist.core.records import read_lines
 from hourglass_dist.data.stream import Batch
 from hourglass_dist.diagram import as_text
-from hourglass_dist.engine import Engine, StepResult
+from hourglass_dist.engine.engine import Engine, StepResult
 from hourglass_dist.evaluate import Evaluation, count_bytes
 from hourglass_dist.heartbeat import clock_time
 from hourglass_dist.history import History

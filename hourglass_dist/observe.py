@@ -22,10 +22,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hourglass_dist.engine import Engine
+from hourglass_dist.engine.engine import Engine
+from hourglass_dist.engine.optim import level_of
 from hourglass_dist.model.head import Output
 from hourglass_dist.model.hourglass import Hourglass
-from hourglass_dist.optim import level_of
 
 ENDS = "ends"
 """Embeddings, final norm and output layer, as ``model.cost`` calls them."""

@@ -46,8 +46,8 @@ from rich.table import Table
 
 from hourglass_dist.config.model import ModelConfig
 from hourglass_dist.config.schema import Config
+from hourglass_dist.engine.optim import is_muons
 from hourglass_dist.model.hourglass import HourglassLM
-from hourglass_dist.optim import is_muons
 from hourglass_dist.planning.cost import LevelCost, ModelCost, choose_checkpointing, model_cost
 
 MASTER_BYTES, MOMENT_BYTES, SUM_BYTES = 4, 8, 4

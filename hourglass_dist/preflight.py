@@ -35,7 +35,7 @@ from hourglass_dist.config.loader import print_error
 from hourglass_dist.config.schema import Config
 from hourglass_dist.core import ranks
 from hourglass_dist.data.mixture import open_mixture
-from hourglass_dist.deepspeed_settings import deepspeed_settings
+from hourglass_dist.engine.deepspeed_config import deepspeed_settings
 from hourglass_dist.history import device_name
 from hourglass_dist.plan import show_bytes
 

@@ -26,7 +26,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from hourglass_dist.core import ranks
 from hourglass_dist.core.files import replace
-from hourglass_dist.engine import Engine
+from hourglass_dist.engine.engine import Engine
 from hourglass_dist.model.hourglass import Hourglass
 from hourglass_dist.profile_table import PREFIX, STEP, render_table, time_of_parts
 

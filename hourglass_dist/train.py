@@ -33,8 +33,8 @@ from hourglass_dist.core.stop import EXIT_CODE, Interrupted, StopRequests
 from hourglass_dist.data.mixture import Dataset, make_plan, open_mixture
 from hourglass_dist.data.stream import Stream
 from hourglass_dist.data.tokenizer import Tokenizer, require_same
-from hourglass_dist.deepspeed_settings import deepspeed_settings
-from hourglass_dist.engine import Engine, making_weights
+from hourglass_dist.engine.deepspeed_config import deepspeed_settings
+from hourglass_dist.engine.engine import Engine, making_weights
 from hourglass_dist.evaluate import Score
 from hourglass_dist.evaluations import Evaluations, check_held_out
 from hourglass_dist.export import WarmStart

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from hourglass_dist import metrics, train
 from hourglass_dist.data.stream import Batch
-from hourglass_dist.engine import StepResult
+from hourglass_dist.engine.engine import StepResult
 
 
 class Recorder(metrics.Metrics):

@@ -14,8 +14,8 @@ import torch
 from hosts import Hosts
 from ranks import environment
 
-from hourglass_dist import fragments
 from hourglass_dist.core.records import read_history, read_lines
+from hourglass_dist.engine import sharded_state
 
 ROOT = Path(__file__).parents[1]
 
@@ -134,7 +134,7 @@ class Run:
 
 def weights(run: Path, step: int) -> dict[str, torch.Tensor]:
     """The fp32 weights of a checkpoint."""
-    state = fragments.Reader(run / "checkpoints" / f"step_{step:08d}")
+    state = sharded_state.Reader(run / "checkpoints" / f"step_{step:08d}")
     return {name: state.full("fp32", name) for name in state.names("fp32")}
 
 

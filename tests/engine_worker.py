@@ -19,10 +19,10 @@ from deepspeed.accelerator import get_accelerator
 from torch import Tensor
 from toy import make_batch, make_config, make_model, plain_pytorch
 
-from hourglass_dist import fragments, loss_scale
 from hourglass_dist.config.schema import Config
 from hourglass_dist.core import ranks
-from hourglass_dist.engine import Engine
+from hourglass_dist.engine import loss_scale, sharded_state
+from hourglass_dist.engine.engine import Engine
 
 
 def run(case: dict[str, Any], world: ranks.World) -> dict[str, Any]:
@@ -96,7 +96,7 @@ def scale_of(engine: Engine) -> dict[str, float]:
 
 def write(engine: Engine, folder: Path, world: ranks.World) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    engine.snapshot().write(folder / fragments.file_name(world.rank))
+    engine.snapshot().write(folder / sharded_state.file_name(world.rank))
     ranks.barrier()
 
 

@@ -9,9 +9,10 @@ import sys
 
 import torch
 
-from hourglass_dist import optim, train
+from hourglass_dist import train
 from hourglass_dist.core import ranks
-from hourglass_dist.engine import Engine
+from hourglass_dist.engine import optim
+from hourglass_dist.engine.engine import Engine
 from hourglass_dist.model.hourglass import HourglassLM
 
 kind, steps = sys.argv[1], {int(step) for step in sys.argv[2].split(",")}

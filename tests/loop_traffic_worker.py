@@ -17,7 +17,7 @@ from hourglass_dist.bench.zero_worker import Collectives
 from hourglass_dist.config import schema
 from hourglass_dist.core import ranks
 from hourglass_dist.core.stop import StopRequests
-from hourglass_dist.engine import Engine
+from hourglass_dist.engine.engine import Engine
 
 torch.set_num_threads(1)
 world = ranks.init()

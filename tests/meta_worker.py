@@ -14,9 +14,10 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from hourglass_dist import engine, train
+from hourglass_dist import train
 from hourglass_dist.config import schema as settings
 from hourglass_dist.core import ranks
+from hourglass_dist.engine import engine
 
 world = ranks.init()
 sizes = []

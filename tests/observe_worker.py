@@ -14,7 +14,7 @@ import torch
 from toy import make_batch, make_config, make_model
 
 from hourglass_dist.core import ranks
-from hourglass_dist.engine import Engine
+from hourglass_dist.engine.engine import Engine
 from hourglass_dist.observe import Observer
 
 STEPS = 3

@@ -45,16 +45,16 @@ ORDER = [
         "planning.cost_parts",
         "planning.cost",
         "model.lucidrains",
-        "muon",
-        "optim",
+        "engine.muon",
+        "engine.optim",
         "diagram",
         "devices",
         "plan",
-        "deepspeed_settings",
-        "fragments",
-        "loss_scale",
-        "swapped",
-        "engine",
+        "engine.deepspeed_config",
+        "engine.sharded_state",
+        "engine.loss_scale",
+        "engine.offload",
+        "engine.engine",
         "mirror",
         "checkpoint",
         "export",
@@ -170,7 +170,7 @@ def test_only_the_engine_knows_deepspeed() -> None:
         for name, tree in MODULES.items()
         if any(other.partition(".")[0] == "deepspeed" for other in imports(tree))
     }
-    assert importers == {"hourglass_dist.engine"}
+    assert importers == {"hourglass_dist.engine.engine"}
 
 
 def test_only_the_command_line_knows_data_tools() -> None:

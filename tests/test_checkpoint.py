@@ -16,16 +16,16 @@ import pytest
 import torch
 from ranks import hourglass
 
-from hourglass_dist import fragments
 from hourglass_dist.checkpoint import Checkpoints, Progress, complete, latest, tag, verify
 from hourglass_dist.config.schema import CheckpointConfig
 from hourglass_dist.core import ranks
-from hourglass_dist.fragments import Key
+from hourglass_dist.engine import sharded_state
+from hourglass_dist.engine.sharded_state import Key
 
-ROOM = fragments.Room()
+ROOM = sharded_state.Room()
 
 
-def take() -> fragments.Snapshot:
+def take() -> sharded_state.Snapshot:
     weight = torch.arange(600.0)
     pieces = {Key("fp32", "w", 0): weight[:400], Key("fp32", "w", 400): weight[400:]}
     return ROOM.snapshot(pieces.items(), {"w": (20, 30)}, optimizer_steps=7, loss_scale={})
@@ -67,7 +67,7 @@ def test_only_the_newest_are_kept(checkpoints: Checkpoints) -> None:
 
 
 def test_any_range_is_read_back(checkpoints: Checkpoints) -> None:
-    reader = fragments.Reader(checkpoints.folder / tag(10))
+    reader = sharded_state.Reader(checkpoints.folder / tag(10))
     assert torch.equal(reader.full("fp32", "w"), torch.arange(600.0).reshape(20, 30))
     assert torch.equal(reader.read("fp32", "w", 390, 20), torch.arange(390.0, 410.0))
     assert reader.optimizer_steps == 7
@@ -85,9 +85,9 @@ def test_every_nth_and_the_best_stay(tmp_path: Path) -> None:
 def test_training_goes_on_with_the_state_while_it_is_written(tmp_path: Path) -> None:
     """The state changes as soon as ``save`` returns; the checkpoint has it as it was."""
     weight = torch.zeros(2_000_000)
-    kept, room = make(tmp_path / "checkpoints"), fragments.Room()
+    kept, room = make(tmp_path / "checkpoints"), sharded_state.Room()
 
-    def take_weight() -> fragments.Snapshot:
+    def take_weight() -> sharded_state.Snapshot:
         return room.snapshot([(Key("fp32", "w", 0), weight)], {"w": weight.shape}, 1, {})
 
     for step in range(1, 6):
@@ -96,7 +96,7 @@ def test_training_goes_on_with_the_state_while_it_is_written(tmp_path: Path) -> 
         weight.fill_(-1)
     kept.finish()
     for path, value in zip(complete(kept.folder), (4, 5), strict=True):
-        assert fragments.Reader(path).full("fp32", "w").eq(value).all()
+        assert sharded_state.Reader(path).full("fp32", "w").eq(value).all()
 
 
 def test_a_lost_run_folder_comes_back_from_its_mirror(tmp_path: Path) -> None:
@@ -110,7 +110,9 @@ def test_a_lost_run_folder_comes_back_from_its_mirror(tmp_path: Path) -> None:
     found = make(here, remote=there.as_uri()).newest()
     assert found is not None
     assert found[1] == progress(10)
-    assert torch.equal(fragments.Reader(found[0]).full("fp32", "w").flatten(), torch.arange(600.0))
+    assert torch.equal(
+        sharded_state.Reader(found[0]).full("fp32", "w").flatten(), torch.arange(600.0)
+    )
     data = (there / tag(10) / "rank_00000.safetensors").read_bytes()
     (there / tag(10) / "rank_00000.safetensors").write_bytes(data[:-1] + b"x")
     shutil.rmtree(here)
@@ -138,7 +140,7 @@ def test_a_step_taken_again_from_an_older_checkpoint_is_kept(checkpoints: Checkp
     assert found[1].step == 6
 
 
-@pytest.mark.parametrize("name", [fragments.file_name(0), "manifest.json"])
+@pytest.mark.parametrize("name", [sharded_state.file_name(0), "manifest.json"])
 @pytest.mark.parametrize("damage", ["truncate", "flip", "remove"])
 def test_damage_is_named_and_the_one_before_is_taken(
     checkpoints: Checkpoints, name: str, damage: str
@@ -163,7 +165,7 @@ def test_damage_is_named_and_the_one_before_is_taken(
 
 
 def test_every_flipped_byte_of_the_state_is_noticed(checkpoints: Checkpoints) -> None:
-    file = checkpoints.folder / tag(10) / fragments.file_name(0)
+    file = checkpoints.folder / tag(10) / sharded_state.file_name(0)
     whole = file.read_bytes()
     for position in range(0, len(whole), 97):
         file.write_bytes(whole[:position] + bytes([whole[position] ^ 64]) + whole[position + 1 :])
@@ -250,7 +252,7 @@ def test_the_command_lists_verifies_and_deletes(run_folder: Path, tmp_path: Path
     assert [line.split()[0] for line in listed] == ["step", "15", "20"]
     assert listed[2].endswith("bits/byte  (latest)")
     assert hourglass("checkpoint", "verify", run).stdout.count(": whole\n") == 2
-    file = run / "checkpoints" / tag(15) / fragments.file_name(1)
+    file = run / "checkpoints" / tag(15) / sharded_state.file_name(1)
     file.write_bytes(file.read_bytes()[:-1])
     done = hourglass("checkpoint", "verify", run)
     assert done.returncode == 2

@@ -11,10 +11,10 @@ import torch
 from ranks import run_worker
 from toy import LENGTH, make_config, plain_pytorch
 
-from hourglass_dist import fragments, optim
 from hourglass_dist.config.loader import ConfigError, parse
 from hourglass_dist.config.schema import Config
-from hourglass_dist.deepspeed_settings import deepspeed_settings
+from hourglass_dist.engine import optim, sharded_state
+from hourglass_dist.engine.deepspeed_config import deepspeed_settings
 from hourglass_dist.model.hourglass import HourglassLM
 from hourglass_dist.planning.cost import model_cost
 
@@ -49,7 +49,7 @@ def test_every_stage_agrees_with_plain_pytorch(tmp_path: Path) -> None:
 
 def whole_state(folder: Path) -> dict[str, torch.Tensor]:
     """Every tensor of a state, whichever ranks wrote which part."""
-    reader = fragments.Reader(folder)
+    reader = sharded_state.Reader(folder)
     kinds = ("fp32", *optim.ADAMW_MOMENTS, "frozen")
     tensors = {f"{kind}/{n}": reader.full(kind, n) for kind in kinds for n in reader.names(kind)}
     return tensors | {"steps": torch.tensor(reader.optimizer_steps)}

@@ -10,8 +10,8 @@ import torch
 from test_engine import run_cases
 from toy import make_batch, make_config, make_model
 
-from hourglass_dist import optim
-from hourglass_dist.muon import MOMENTUM, SCALE, orthogonal
+from hourglass_dist.engine import optim
+from hourglass_dist.engine.muon import MOMENTUM, SCALE, orthogonal
 
 MUON = {"name": "muon", "level_lr": [1.0, 0.5]}
 

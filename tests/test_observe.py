@@ -17,7 +17,7 @@ from toy import make_batch, make_config, make_model
 from zoo import KINDS, random_text
 from zoo import make_model as make_kind
 
-from hourglass_dist import optim
+from hourglass_dist.engine import optim
 from hourglass_dist.model.head import Output
 from hourglass_dist.model.hourglass import Hourglass
 from hourglass_dist.observe import part_of

@@ -9,7 +9,7 @@ from toy import make_config, make_model
 
 from hourglass_dist.config.loader import ConfigError
 from hourglass_dist.config.schema import OptimConfig
-from hourglass_dist.optim import learning_rate, parameter_groups
+from hourglass_dist.engine.optim import learning_rate, parameter_groups
 
 TOTAL = 1000
 

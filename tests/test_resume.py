@@ -32,7 +32,7 @@ from ranks import (
     wait_for_step,
 )
 
-from hourglass_dist import fragments
+from hourglass_dist.engine import sharded_state
 
 STEPS = 60  # a save is over in milliseconds: enough of them for a busy machine to meet one
 MOMENTS = ("in a step", "in a save", "after the rename", "after a resume")
@@ -128,7 +128,7 @@ class Drill:
 
 def state(run: Path, step: int) -> dict[str, torch.Tensor]:
     """Every tensor of a checkpoint: weights and moments."""
-    reader = fragments.Reader(run / "checkpoints" / f"step_{step:08d}")
+    reader = sharded_state.Reader(run / "checkpoints" / f"step_{step:08d}")
     kinds = ("fp32", "exp_avg", "exp_avg_sq", "frozen")
     return {f"{k}/{name}": reader.full(k, name) for k in kinds for name in reader.names(k)}
 

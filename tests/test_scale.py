@@ -14,6 +14,7 @@ from hourglass_dist.bench.scale import index_of, reports, restart, size_of
 from hourglass_dist.bench.shared import on_ranks
 from hourglass_dist.bench.store import bench_store
 from hourglass_dist.config.schema import load
+from hourglass_dist.engine.sharded_state import write_tensors
 from hourglass_dist.failures import (
     ENOUGH,
     RATES,
@@ -28,7 +29,6 @@ from hourglass_dist.failures import (
     young,
 )
 from hourglass_dist.forecast import cluster, forecast, render
-from hourglass_dist.fragments import write_tensors
 from hourglass_dist.model.hourglass import HourglassLM
 from hourglass_dist.rings import all_reduce_s, ring_s
 

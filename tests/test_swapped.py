@@ -11,9 +11,9 @@ import torch
 from test_engine import run_cases, whole_state
 from toy import make_config
 
-from hourglass_dist import swapped
 from hourglass_dist.config.loader import ConfigError
-from hourglass_dist.deepspeed_settings import deepspeed_settings
+from hourglass_dist.engine import offload
+from hourglass_dist.engine.deepspeed_config import deepspeed_settings
 
 
 class Builder:
@@ -31,14 +31,14 @@ class Builder:
 
 
 def test_what_cannot_be_had_is_one_line(tmp_path: Path) -> None:
-    swapped.require_files(Builder(True), tmp_path / "a/b")
+    offload.require_files(Builder(True), tmp_path / "a/b")
     with pytest.raises(ConfigError, match=r"nvme: needs libaio and a C\+\+ compiler .*libaio-dev"):
-        swapped.require_files(Builder(False), tmp_path)
+        offload.require_files(Builder(False), tmp_path)
     with pytest.raises(ConfigError, match=r"nvme: DeepSpeed's async_io cannot be compiled: one$"):
-        swapped.require_files(Builder(True, RuntimeError("one\ntwo")), tmp_path)
+        offload.require_files(Builder(True, RuntimeError("one\ntwo")), tmp_path)
     (tmp_path / "file").touch()
     with pytest.raises(ConfigError, match=r"offload_folder: .*file/b: Not a directory"):
-        swapped.require_files(Builder(True), tmp_path / "file/b")
+        offload.require_files(Builder(True), tmp_path / "file/b")
 
 
 def test_two_runs_do_not_share_files() -> None:

@@ -10,9 +10,9 @@ import torch
 import torch.distributed as td
 from torch import Tensor
 
-from hourglass_dist import optim
 from hourglass_dist.config.loader import parse
 from hourglass_dist.config.schema import Config
+from hourglass_dist.engine import optim
 from hourglass_dist.model.hourglass import HourglassLM
 
 VOCAB, LENGTH = 61, 16

@@ -25,8 +25,8 @@ from hourglass_dist.config.schema import Config, load
 from hourglass_dist.core import ranks
 from hourglass_dist.core.files import replace
 from hourglass_dist.core.stop import StopRequests
-from hourglass_dist.engine import Engine
-from hourglass_dist.optim import make_optimizer
+from hourglass_dist.engine.engine import Engine
+from hourglass_dist.engine.optim import make_optimizer
 
 NEVER = 10**9
 

@@ -22,7 +22,7 @@ from hourglass_dist.checkpoint import Checkpoints, Progress
 from hourglass_dist.config.loader import parse
 from hourglass_dist.config.schema import CheckpointConfig, Config
 from hourglass_dist.core import ranks
-from hourglass_dist.engine import Engine
+from hourglass_dist.engine.engine import Engine
 from hourglass_dist.model.hourglass import HourglassLM
 
 ROWS, LENGTH = 1, 256

@@ -17,12 +17,13 @@ from typing import Any
 
 import torch
 
-from hourglass_dist import engine, forecast, plan
+from hourglass_dist import forecast, plan
 from hourglass_dist.bench.zero_worker import Collectives
 from hourglass_dist.config.schema import Config, load
 from hourglass_dist.core import ranks
 from hourglass_dist.core.files import replace
-from hourglass_dist.deepspeed_settings import deepspeed_settings
+from hourglass_dist.engine import engine
+from hourglass_dist.engine.deepspeed_config import deepspeed_settings
 from hourglass_dist.model.hourglass import HourglassLM
 
 NARROWER, LENGTH = 64, 256

@@ -26,7 +26,7 @@ from hourglass_dist.config.loader import parse
 from hourglass_dist.config.schema import Config
 from hourglass_dist.core import ranks
 from hourglass_dist.core.files import replace
-from hourglass_dist.engine import Engine
+from hourglass_dist.engine.engine import Engine
 from hourglass_dist.model.hourglass import HourglassLM
 from hourglass_dist.plan import plan
 

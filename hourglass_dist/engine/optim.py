@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from hourglass_dist.config.schema import OptimConfig
-from hourglass_dist.muon import MuonAdamW
+from hourglass_dist.engine.muon import MuonAdamW
 
 ADAMW_MOMENTS = ("exp_avg", "exp_avg_sq")
 MUON_MOMENTS = ("momentum_buffer",)

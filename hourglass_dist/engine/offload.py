@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from hourglass_dist.config.loader import ConfigError
-from hourglass_dist.fragments import Fragment
+from hourglass_dist.engine.sharded_state import Fragment
 
 
 @contextmanager

@@ -34,12 +34,12 @@ os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else
 
 import deepspeed
 
-from hourglass_dist import fragments, loss_scale, optim, swapped
 from hourglass_dist.config.schema import Config
 from hourglass_dist.core import ranks
-from hourglass_dist.deepspeed_settings import deepspeed_settings
-from hourglass_dist.fragments import Fragment, Key
-from hourglass_dist.muon import Exchange, MuonAdamW, Piece
+from hourglass_dist.engine import loss_scale, offload, optim, sharded_state
+from hourglass_dist.engine.deepspeed_config import deepspeed_settings
+from hourglass_dist.engine.muon import Exchange, MuonAdamW, Piece
+from hourglass_dist.engine.sharded_state import Fragment, Key
 
 deepspeed.utils.logger.setLevel(logging.WARNING)
 warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
@@ -89,7 +89,7 @@ class Engine:
         if config.deepspeed.zero_optimization.offload_optimizer == "nvme":
             folder = Path(settings["zero_optimization"]["offload_optimizer"]["nvme_path"])
             builder = deepspeed.ops.op_builder.AsyncIOBuilder()
-            ranks.together(lambda: swapped.require_files(builder, folder), world.device)
+            ranks.together(lambda: offload.require_files(builder, folder), world.device)
         optimizer = optim.make_optimizer(model, config.optim)
         names = {id(p): name for name, p in model.named_parameters()}
         muons = [p for group in optimizer.param_groups if group["muon"] for p in group["params"]]
@@ -101,7 +101,7 @@ class Engine:
         self._module: nn.Module = self._engine.module
         if isinstance(optimizer, MuonAdamW):
             optimizer.exchanges = self._exchanges()
-        self._room = fragments.Room()
+        self._room = sharded_state.Room()
 
     def step(self, rows: Rows, step: int, votes: Callable[[], Sequence[int]] = tuple) -> StepResult:
         """One optimizer step, number ``step`` (0 is the first), on this rank's rows of the global
@@ -146,7 +146,7 @@ class Engine:
         with loss_scale.kept(self._engine.optimizer):
             self._engine.backward(nats / micro["targets_BL"].numel())
             self._engine.step()
-        swapped.forget_moments(self._engine.optimizer)
+        offload.forget_moments(self._engine.optimizer)
 
     @property
     def module(self) -> nn.Module:
@@ -225,7 +225,7 @@ class Engine:
 
     # --- state ---------------------------------------------------------------------------------
 
-    def snapshot(self) -> fragments.Snapshot:
+    def snapshot(self) -> sharded_state.Snapshot:
         """A copy of this rank's part of the state; the next one overwrites it."""
         states = self._engine.optimizer.state.values()
         steps = max((int(state["step"]) for state in states if state), default=0)
@@ -234,7 +234,7 @@ class Engine:
 
     def _pieces(self) -> Iterator[tuple[Key, Tensor]]:
         """What this rank saves. A tensor may hold something else when the next one is asked for."""
-        for part in swapped.each_here(self._engine.optimizer, self._fragments()):
+        for part in offload.each_here(self._engine.optimizer, self._fragments()):
             if part.mine and part.numel:
                 state = self._state(part)
                 yield Key("fp32", part.name, part.start), part.view(part.flat)
@@ -250,11 +250,11 @@ class Engine:
         Called by all ranks together. Raises ValueError, on all of them, when it is the state of
         another model or cannot be read.
         """
-        ranks.together(lambda: self._read_state(fragments.Reader(folder)), self._world.device)
+        ranks.together(lambda: self._read_state(sharded_state.Reader(folder)), self._world.device)
         self._refresh_weights()
 
     @torch.no_grad()
-    def _read_state(self, reader: fragments.Reader) -> None:
+    def _read_state(self, reader: sharded_state.Reader) -> None:
         shapes = self._shapes()
         for name in sorted(shapes.keys() | reader.shapes.keys()):
             if shapes.get(name) != reader.shapes.get(name):
@@ -263,7 +263,7 @@ class Engine:
                     f"the checkpoint {reader.shapes.get(name)}"
                 )
         loss_scale.restore(self._engine.optimizer, reader.loss_scale)
-        for part in swapped.each_here(self._engine.optimizer, self._fragments(), changed=True):
+        for part in offload.each_here(self._engine.optimizer, self._fragments(), changed=True):
             state = self._state(part)
             state["step"].fill_(reader.optimizer_steps)
             kinds = self._moments(part.name)
@@ -405,7 +405,7 @@ class Engine:
             for parameter in parameters:
                 parameter.ds_secondary_tensor = None  # hpZ's copy, of the weights before
             for index, flat in enumerate(optimizer.fp32_partitioned_groups_flat):
-                with swapped.here(optimizer, flat):
+                with offload.here(optimizer, flat):
                     optimizer._reassign_or_swap_out_partitioned_parameters(index)
             if optimizer.persistent_parameters:
                 optimizer.persistent_parameters[0].all_gather(optimizer.persistent_parameters)
