@@ -143,7 +143,7 @@ def checkpoint_list(run: Run) -> None:
 
     Example: hourglass checkpoint list runs/quickstart
     """
-    from hourglass_dist.checkpoint_tools import listing
+    from hourglass_dist.checkpoint.tools import listing
 
     for line in listing(run):
         print(line)
@@ -157,7 +157,7 @@ def checkpoint_verify(
 
     Example: hourglass checkpoint verify runs/quickstart
     """
-    from hourglass_dist.checkpoint_tools import check
+    from hourglass_dist.checkpoint.tools import check
 
     for line in check(run, step):
         print(line, flush=True)
@@ -171,7 +171,7 @@ def checkpoint_delete(
 
     Example: hourglass checkpoint delete runs/quickstart 1000
     """
-    from hourglass_dist.checkpoint_tools import delete
+    from hourglass_dist.checkpoint.tools import delete
 
     for line in delete(run, steps):
         print(line)

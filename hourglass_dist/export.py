@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from hourglass_dist import checkpoint
+from hourglass_dist.checkpoint import save
 from hourglass_dist.config import schema as settings
 from hourglass_dist.config.loader import parse
 from hourglass_dist.config.schema import Config, ModelConfig
@@ -49,10 +49,10 @@ def export(run: Path, out: Path, format: Format = "hourglass", step: int | None 
         raise ValueError(f"{run}: expected a run folder (with config.yaml), found none")
     config = settings.load(run / "config.yaml")
     saved_in = run / "checkpoints"
-    path = checkpoint.latest(saved_in) if step is None else saved_in / checkpoint.tag(step)
+    path = save.latest(saved_in) if step is None else saved_in / save.tag(step)
     if path is None:
         raise ValueError(f"{saved_in}: no checkpoint has been saved yet")
-    progress = checkpoint.verify(path)
+    progress = save.verify(path)
     tokenizer = load_tokenizer(run / "tokenizer")
     saved = Fingerprint(**progress.tokenizer)
     require_same(saved, tokenizer.fingerprint, str(path), str(run / "tokenizer"))
@@ -73,7 +73,7 @@ def export(run: Path, out: Path, format: Format = "hourglass", step: int | None 
     return progress.step
 
 
-def _origin(config: Config, progress: checkpoint.Progress, tokenizer: Tokenizer) -> dict[str, Any]:
+def _origin(config: Config, progress: save.Progress, tokenizer: Tokenizer) -> dict[str, Any]:
     return {
         "model_type": "hourglass_lm",
         "architectures": ["HourglassLM"],

@@ -23,7 +23,7 @@ import torch
 from torch import nn
 
 from hourglass_dist.agreement import require_good_folder, require_same_start
-from hourglass_dist.checkpoint import Checkpoints, Progress, RunFolder
+from hourglass_dist.checkpoint.save import Checkpoints, Progress, RunFolder
 from hourglass_dist.config import schema as settings
 from hourglass_dist.config.loader import print_error, to_yaml
 from hourglass_dist.config.schema import Config

@@ -4,8 +4,9 @@ import shutil
 import sys
 import time
 
-from hourglass_dist import checkpoint, train
-from hourglass_dist.checkpoint import Checkpoints
+from hourglass_dist import train
+from hourglass_dist.checkpoint import save
+from hourglass_dist.checkpoint.save import Checkpoints
 from hourglass_dist.core import ranks
 from hourglass_dist.core.files import replace
 
@@ -26,5 +27,5 @@ def careless(self, folder, progress):
 
 
 Checkpoints._complete = careless
-assert checkpoint.Checkpoints is Checkpoints
+assert save.Checkpoints is Checkpoints
 ranks.leave(train.main(sys.argv[1:]))

@@ -16,7 +16,7 @@ import pytest
 import torch
 from ranks import hourglass
 
-from hourglass_dist.checkpoint import Checkpoints, Progress, complete, latest, tag, verify
+from hourglass_dist.checkpoint.save import Checkpoints, Progress, complete, latest, tag, verify
 from hourglass_dist.config.schema import CheckpointConfig
 from hourglass_dist.core import ranks
 from hourglass_dist.engine import sharded_state

@@ -24,7 +24,7 @@ from ranks import (
 from safetensors.torch import load_file
 from test_resume import PERSIST, losses
 
-from hourglass_dist.checkpoint import read_manifest
+from hourglass_dist.checkpoint.save import read_manifest
 from hourglass_dist.config.schema import SpikeConfig
 from hourglass_dist.guards import LossSpikes, SpikeFound
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from hourglass_dist.bench.shared import headline, machine, show
-from hourglass_dist.checkpoint import Checkpoints, Progress
+from hourglass_dist.checkpoint.save import Checkpoints, Progress
 from hourglass_dist.config.loader import parse
 from hourglass_dist.config.schema import CheckpointConfig, Config
 from hourglass_dist.core import ranks

@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from hourglass_dist.checkpoint import complete, latest, read_manifest, remove, tag, verify
+from hourglass_dist.checkpoint.save import complete, latest, read_manifest, remove, tag, verify
 from hourglass_dist.plan import show_bytes
 
 

@@ -36,6 +36,7 @@ from typing import IO, Any
 
 import google_crc32c
 
+from hourglass_dist.checkpoint.remote import Mirror
 from hourglass_dist.config.loader import ConfigError, differences, to_yaml
 from hourglass_dist.config.schema import CheckpointConfig, Config, load
 from hourglass_dist.core import ranks
@@ -43,7 +44,6 @@ from hourglass_dist.core.files import checksum, replace, sync
 from hourglass_dist.data.tokenizer import Tokenizer
 from hourglass_dist.engine import sharded_state
 from hourglass_dist.engine.sharded_state import Snapshot
-from hourglass_dist.mirror import Mirror
 
 FORMAT = 1
 MAY_CHANGE = re.compile(
