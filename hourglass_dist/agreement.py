@@ -24,7 +24,7 @@ from hourglass_dist.config.schema import Config
 from hourglass_dist.core import ranks
 from hourglass_dist.core.files import replace
 from hourglass_dist.history import about_this_code
-from hourglass_dist.plan import plan, show_bytes
+from hourglass_dist.planning.plan import plan, show_bytes
 
 SHARED_SECONDS = 10.0
 """How long a new file may take to be seen on other hosts; over NFS some seconds are usual."""

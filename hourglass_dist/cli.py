@@ -118,9 +118,9 @@ def plan(
 
     Example: hourglass plan configs/large_zero3.yaml --gpu h100 --nodes 8
     """
-    from hourglass_dist import forecast
-    from hourglass_dist.plan import plan as make_plan
-    from hourglass_dist.plan import render
+    from hourglass_dist.planning import forecast
+    from hourglass_dist.planning.plan import plan as make_plan
+    from hourglass_dist.planning.plan import render
 
     loaded = settings.load(config, overrides or ())
     if gpu is None:

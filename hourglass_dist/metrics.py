@@ -39,7 +39,7 @@ from hourglass_dist.heartbeat import clock_time
 from hourglass_dist.history import History
 from hourglass_dist.model.layout import missed_buckets
 from hourglass_dist.observe import Observer
-from hourglass_dist.plan import plan, render
+from hourglass_dist.planning.plan import plan, render
 from hourglass_dist.samples import Sample
 from hourglass_dist.stragglers import Stragglers, spread
 from hourglass_dist.usage import Work, memory

@@ -37,7 +37,7 @@ from hourglass_dist.core import ranks
 from hourglass_dist.data.mixture import open_mixture
 from hourglass_dist.engine.deepspeed_config import deepspeed_settings
 from hourglass_dist.history import device_name
-from hourglass_dist.plan import show_bytes
+from hourglass_dist.planning.plan import show_bytes
 
 SLOW = 1.5
 """Times the median of the ranks that a matrix product may take: twice the usual difference."""

@@ -21,7 +21,7 @@ from hourglass_dist.config.schema import Config, load
 from hourglass_dist.core.files import replace
 from hourglass_dist.core.records import read_history, read_lines
 from hourglass_dist.diagram import label, stacks
-from hourglass_dist.plan import plan, render
+from hourglass_dist.planning.plan import plan, render
 from hourglass_dist.report_style import STYLE
 
 NEWEST_SAMPLES, LISTED = 6, 30

@@ -48,7 +48,7 @@ from hourglass_dist.guards import (
 from hourglass_dist.history import History, about_this_code
 from hourglass_dist.metrics import Metrics, due
 from hourglass_dist.model.hourglass import HourglassLM
-from hourglass_dist.plan import settle_checkpointing, too_large
+from hourglass_dist.planning.plan import settle_checkpointing, too_large
 from hourglass_dist.profiling import Profiler
 from hourglass_dist.writers import require_writers
 

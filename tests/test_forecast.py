@@ -9,8 +9,8 @@ import pytest
 from ranks import hourglass
 
 from hourglass_dist.config.schema import Config, load
-from hourglass_dist.devices import DEVICES, planned_device
-from hourglass_dist.forecast import EXACT, candidates, cluster, forecast, render, suggest
+from hourglass_dist.planning.devices import DEVICES, planned_device
+from hourglass_dist.planning.forecast import EXACT, candidates, cluster, forecast, render, suggest
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 KNOWN = sorted(key.lower() for key, device in DEVICES.items() if device.node)

@@ -11,9 +11,9 @@ import pytest
 from hourglass_dist.bench.zero import HELD_WITHIN, SENT_WITHIN, bench_zero, difference
 from hourglass_dist.config.loader import ConfigError
 from hourglass_dist.config.schema import Config, load
-from hourglass_dist.forecast import cluster, forecast
-from hourglass_dist.plan import plan, render, show_bytes, show_count
 from hourglass_dist.planning.cost import model_cost
+from hourglass_dist.planning.forecast import cluster, forecast
+from hourglass_dist.planning.plan import plan, render, show_bytes, show_count
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 LARGE = CONFIGS / "large_zero3.yaml"
@@ -177,7 +177,7 @@ def test_sizes_are_shown_in_their_unit() -> None:
 def test_a_plan_needs_neither_deepspeed_nor_a_model_in_memory() -> None:
     code = (
         "import sys; from hourglass_dist.config.schema import load;"
-        "from hourglass_dist.plan import plan;"
+        "from hourglass_dist.planning.plan import plan;"
         f"plan(load({str(LARGE)!r}), 64);"
         "assert 'deepspeed' not in sys.modules"
     )

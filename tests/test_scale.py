@@ -15,7 +15,9 @@ from hourglass_dist.bench.shared import on_ranks
 from hourglass_dist.bench.store import bench_store
 from hourglass_dist.config.schema import load
 from hourglass_dist.engine.sharded_state import write_tensors
-from hourglass_dist.failures import (
+from hourglass_dist.model.hourglass import HourglassLM
+from hourglass_dist.planning.collective_times import all_reduce_s, ring_s
+from hourglass_dist.planning.failures import (
     ENOUGH,
     RATES,
     Return,
@@ -28,9 +30,7 @@ from hourglass_dist.failures import (
     simulate,
     young,
 )
-from hourglass_dist.forecast import cluster, forecast, render
-from hourglass_dist.model.hourglass import HourglassLM
-from hourglass_dist.rings import all_reduce_s, ring_s
+from hourglass_dist.planning.forecast import cluster, forecast, render
 
 ROOT = Path(__file__).parents[1]
 LARGE = ROOT / "configs" / "large_zero3.yaml"

@@ -10,7 +10,7 @@ from typing import Any
 from hourglass_dist.bench.shared import on_ranks, ratio, show
 from hourglass_dist.config.schema import load
 from hourglass_dist.data.mixture import open_mixture
-from hourglass_dist.plan import plan
+from hourglass_dist.planning.plan import plan
 
 WARM_UP = 5
 """Steps that do not count."""

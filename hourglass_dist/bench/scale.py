@@ -21,7 +21,8 @@ import torch
 from hourglass_dist.bench.shared import on_ranks, show
 from hourglass_dist.config.model import ModelConfig
 from hourglass_dist.config.schema import Config, load
-from hourglass_dist.failures import (
+from hourglass_dist.model.hourglass import HourglassLM
+from hourglass_dist.planning.failures import (
     DAY,
     RATES,
     Return,
@@ -33,9 +34,8 @@ from hourglass_dist.failures import (
     simulate,
     young,
 )
-from hourglass_dist.forecast import WRITES, Forecast, cluster, forecast
-from hourglass_dist.model.hourglass import HourglassLM
-from hourglass_dist.plan import show_bytes
+from hourglass_dist.planning.forecast import WRITES, Forecast, cluster, forecast
+from hourglass_dist.planning.plan import show_bytes
 
 GPUS_PER_NODE = 8
 OPENS = 50_000.0

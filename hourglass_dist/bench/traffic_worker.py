@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 
-from hourglass_dist import forecast, plan
 from hourglass_dist.bench.zero_worker import Collectives
 from hourglass_dist.config.schema import Config, load
 from hourglass_dist.core import ranks
@@ -25,6 +24,7 @@ from hourglass_dist.core.files import replace
 from hourglass_dist.engine import engine
 from hourglass_dist.engine.deepspeed_config import deepspeed_settings
 from hourglass_dist.model.hourglass import HourglassLM
+from hourglass_dist.planning import forecast, plan
 
 NARROWER, LENGTH = 64, 256
 SMALLER = NARROWER**2

@@ -28,7 +28,7 @@ from hourglass_dist.core import ranks
 from hourglass_dist.core.files import replace
 from hourglass_dist.engine.engine import Engine
 from hourglass_dist.model.hourglass import HourglassLM
-from hourglass_dist.plan import plan
+from hourglass_dist.planning.plan import plan
 
 LENGTH = 16
 KINDS = ("weights", "gradients", "master", "moments")

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from hourglass_dist.config.schema import Config
-from hourglass_dist.plan import reduce_bucket, settle_checkpointing
 from hourglass_dist.planning.cost import model_cost
+from hourglass_dist.planning.plan import reduce_bucket, settle_checkpointing
 
 
 def deepspeed_settings(config: Config, world_size: int) -> dict[str, Any]:

@@ -28,10 +28,19 @@ import torch
 from hourglass_dist.config.loader import ConfigError
 from hourglass_dist.config.model import ModelConfig
 from hourglass_dist.config.schema import Config
-from hourglass_dist.devices import Device, Node, planned_device
-from hourglass_dist.failures import DAY, RATES, Return, Saving, goodput, longest_interval, mtbf_s
 from hourglass_dist.model.hourglass import HourglassLM
-from hourglass_dist.plan import (
+from hourglass_dist.planning.collective_times import all_reduce_s, ring_s
+from hourglass_dist.planning.devices import Device, Node, planned_device
+from hourglass_dist.planning.failures import (
+    DAY,
+    RATES,
+    Return,
+    Saving,
+    goodput,
+    longest_interval,
+    mtbf_s,
+)
+from hourglass_dist.planning.plan import (
     FLAT_COPY,
     Plan,
     plan,
@@ -40,7 +49,6 @@ from hourglass_dist.plan import (
     show_count,
     staying,
 )
-from hourglass_dist.rings import all_reduce_s, ring_s
 
 CONTEXT, FRAGMENTS = 2**30, 0.05
 PRODUCTS, LINKS, SELECTIVE = 0.40, 0.70, 1.03
