@@ -237,7 +237,7 @@ def export(
 
     Example: hourglass export runs/quickstart exports/quickstart
     """
-    from hourglass_dist.export import export as write_export
+    from hourglass_dist.inference.export import export as write_export
 
     done = write_export(run, out, format, step)
     print(f"{out}: step {done} of {run}")
@@ -261,7 +261,7 @@ def evaluate(
 
     Example: hourglass evaluate exports/quickstart --data data/tinyshakespeare --stride 32
     """
-    from hourglass_dist.evaluate import evaluate_export
+    from hourglass_dist.inference.score import evaluate_export
 
     found, context = evaluate_export(export, data, batch_size, context, stride)
     score = found.whole
@@ -289,7 +289,7 @@ def generate(
 
     Example: hourglass generate exports/quickstart --prompt "ROMEO:" --max-new-tokens 200
     """
-    from hourglass_dist.generate import generate_text
+    from hourglass_dist.inference.generate import generate_text
 
     text = os.fsencode(prompt) if prompt is not None else sys.stdin.buffer.read()
     for piece in generate_text(export, text, max_new_tokens, temperature, top_k, top_p, seed):

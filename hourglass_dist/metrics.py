@@ -34,9 +34,9 @@ from hourglass_dist.core.records import read_lines
 from hourglass_dist.data.stream import Batch
 from hourglass_dist.diagram import as_text
 from hourglass_dist.engine.engine import Engine, StepResult
-from hourglass_dist.evaluate import Evaluation, count_bytes
 from hourglass_dist.heartbeat import clock_time
 from hourglass_dist.history import History
+from hourglass_dist.inference.score import Evaluation, count_bytes
 from hourglass_dist.model.layout import missed_buckets
 from hourglass_dist.observe import Observer
 from hourglass_dist.planning.plan import plan, render

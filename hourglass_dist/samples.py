@@ -16,7 +16,7 @@ from torch import Tensor
 from hourglass_dist.config.model import ModelConfig
 from hourglass_dist.data.stream import Batch
 from hourglass_dist.data.tokenizer import Tokenizer
-from hourglass_dist.generate import generate
+from hourglass_dist.inference.generate import generate
 from hourglass_dist.model.hourglass import HourglassLM
 
 PROMPT_TOKENS = 64

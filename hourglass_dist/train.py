@@ -35,9 +35,7 @@ from hourglass_dist.data.stream import Stream
 from hourglass_dist.data.tokenizer import Tokenizer, require_same
 from hourglass_dist.engine.deepspeed_config import deepspeed_settings
 from hourglass_dist.engine.engine import Engine, making_weights
-from hourglass_dist.evaluate import Score
 from hourglass_dist.evaluations import Evaluations, check_held_out
-from hourglass_dist.export import WarmStart
 from hourglass_dist.guards import (
     LossSpikes,
     SkippedSteps,
@@ -46,6 +44,8 @@ from hourglass_dist.guards import (
     record_collectives,
 )
 from hourglass_dist.history import History, about_this_code
+from hourglass_dist.inference.export import WarmStart
+from hourglass_dist.inference.score import Score
 from hourglass_dist.metrics import Metrics, due
 from hourglass_dist.model.hourglass import HourglassLM
 from hourglass_dist.planning.plan import settle_checkpointing, too_large

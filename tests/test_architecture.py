@@ -57,9 +57,9 @@ ORDER = [
         "engine.engine",
         "checkpoint.remote",
         "checkpoint.save",
-        "export",
-        "evaluate",
-        "generate",
+        "inference.export",
+        "inference.score",
+        "inference.generate",
         "samples",
     ),
     *(

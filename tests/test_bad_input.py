@@ -14,7 +14,7 @@ import pytest
 from ranks import environment, hourglass, kill_tree, torchrun, torchrun_command
 
 from hourglass_dist import train
-from hourglass_dist.export import export, load_export
+from hourglass_dist.inference.export import export, load_export
 
 
 @pytest.fixture

@@ -19,7 +19,13 @@ from hourglass_dist.data.held_out import held_out_rows
 from hourglass_dist.data.mixture import Dataset
 from hourglass_dist.data.stream import Batch
 from hourglass_dist.data.tokenizer import ByteTokenizer
-from hourglass_dist.evaluate import Evaluation, Score, evaluate, evaluate_export, fixed_strides
+from hourglass_dist.inference.score import (
+    Evaluation,
+    Score,
+    evaluate,
+    evaluate_export,
+    fixed_strides,
+)
 from hourglass_dist.model.hourglass import HourglassLM
 
 LENGTHS = ByteTokenizer().byte_lengths()

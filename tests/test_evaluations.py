@@ -16,7 +16,7 @@ from test_resume import PERSIST, losses
 
 from hourglass_dist.data.held_out import held_out_rows
 from hourglass_dist.data.mixture import open_dataset
-from hourglass_dist.export import export, load_export
+from hourglass_dist.inference.export import export, load_export
 from hourglass_dist.samples import (
     NEW_TOKENS,
     Sample,

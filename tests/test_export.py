@@ -19,7 +19,7 @@ from hourglass_dist.config.schema import load
 from hourglass_dist.data.data_plan import Plan
 from hourglass_dist.data.mixture import make_plan, open_dataset
 from hourglass_dist.data.stream import Stream
-from hourglass_dist.export import export, load_export
+from hourglass_dist.inference.export import export, load_export
 
 
 def test_tensorboards_reader_finds_the_scalars(run_folder: Path) -> None:

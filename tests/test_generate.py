@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from zoo import LONGEST, make_config, make_model
 
 from hourglass_dist.data.tokenizer import ByteTokenizer
-from hourglass_dist.generate import context_start, generate, generate_text, sample
+from hourglass_dist.inference.generate import context_start, generate, generate_text, sample
 from hourglass_dist.model.hourglass import HourglassLM
 
 LOGITS = torch.tensor([0.5, 2.0, -1.0, 1.0, -40.0])

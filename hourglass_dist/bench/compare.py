@@ -40,7 +40,7 @@ from hourglass_dist.data.shards import Manifest
 from hourglass_dist.data.stream import Stream
 from hourglass_dist.data.tokenizer import load_tokenizer
 from hourglass_dist.engine.optim import learning_rate, make_optimizer
-from hourglass_dist.evaluate import Rows, Score, evaluate
+from hourglass_dist.inference.score import Rows, Score, evaluate
 from hourglass_dist.model.hourglass import HourglassLM
 from hourglass_dist.planning.cost import ModelCost, model_cost
 
