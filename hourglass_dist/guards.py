@@ -18,11 +18,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
-from hourglass_dist import watch
 from hourglass_dist.config.schema import SpikeConfig
 from hourglass_dist.core import ranks
 from hourglass_dist.engine.engine import StepResult
-from hourglass_dist.heartbeat import Heart
+from hourglass_dist.health import watcher
+from hourglass_dist.health.heartbeat import Heart
 
 T = TypeVar("T")
 
@@ -156,10 +156,10 @@ class Watchdog:
 
     def __init__(self, run: Path, minutes: float, world: ranks.World, step: int) -> None:
         """A rank that starts after ``step`` steps."""
-        self._path = watch.open_stacks(run, world.rank)
+        self._path = watcher.open_stacks(run, world.rank)
         self._file = self._path.open("a")
-        faulthandler.register(watch.STACKS_SIGNAL, file=self._file, all_threads=True)
-        self._sign = watch.Sign(world.rank, self._path)
+        faulthandler.register(watcher.STACKS_SIGNAL, file=self._file, all_threads=True)
+        self._sign = watcher.Sign(world.rank, self._path)
         self._seconds, self._is_main = 60 * minutes, world.is_main
         self._doing, self._step = "starting", step
         self._took: float | None = None
@@ -185,7 +185,7 @@ class Watchdog:
 
     def _arm(self, seconds: float) -> None:
         self._sign.give(self._step, seconds)
-        margin = watch.MARGIN if self._sign.is_watched else 0.0
+        margin = watcher.MARGIN if self._sign.is_watched else 0.0
         faulthandler.dump_traceback_later(seconds + margin, exit=True, file=self._file)
 
     def watching(self, items: Iterable[T]) -> Iterator[T]:
@@ -197,7 +197,7 @@ class Watchdog:
     def close(self) -> None:
         """The run ends by itself."""
         faulthandler.cancel_dump_traceback_later()
-        faulthandler.unregister(watch.STACKS_SIGNAL)
+        faulthandler.unregister(watcher.STACKS_SIGNAL)
         self._sign.give(self._step, None)
         self._heart.close()
         self._file.close()

@@ -34,14 +34,14 @@ from hourglass_dist.core.records import read_lines
 from hourglass_dist.data.stream import Batch
 from hourglass_dist.diagram import as_text
 from hourglass_dist.engine.engine import Engine, StepResult
-from hourglass_dist.heartbeat import clock_time
-from hourglass_dist.history import History
+from hourglass_dist.health.heartbeat import clock_time
+from hourglass_dist.health.history import History
+from hourglass_dist.health.stragglers import Stragglers, spread
 from hourglass_dist.inference.score import Evaluation, count_bytes
 from hourglass_dist.model.layout import missed_buckets
 from hourglass_dist.observe import Observer
 from hourglass_dist.planning.plan import plan, render
 from hourglass_dist.samples import Sample
-from hourglass_dist.stragglers import Stragglers, spread
 from hourglass_dist.usage import Work, memory
 from hourglass_dist.writers import Writer, open_writers
 

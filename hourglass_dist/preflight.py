@@ -28,15 +28,15 @@ from pathlib import Path
 import torch
 import torch.distributed as td
 
-from hourglass_dist import agreement
-from hourglass_dist.agreement import unequal, who
 from hourglass_dist.config import schema as settings
 from hourglass_dist.config.loader import print_error
 from hourglass_dist.config.schema import Config
 from hourglass_dist.core import ranks
 from hourglass_dist.data.mixture import open_mixture
 from hourglass_dist.engine.deepspeed_config import deepspeed_settings
-from hourglass_dist.history import device_name
+from hourglass_dist.health import rank_checks
+from hourglass_dist.health.history import device_name
+from hourglass_dist.health.rank_checks import unequal, who
 from hourglass_dist.planning.plan import show_bytes
 
 SLOW = 1.5
@@ -102,7 +102,7 @@ def look(config: Config) -> tuple[Findings, Ranks]:
     local = int(os.environ.get("LOCAL_RANK", "0"))
     has_gpu = local < torch.cuda.device_count()
     device = torch.device("cuda", local) if has_gpu else torch.device("cpu")
-    group = Ranks(config, world, device, agreement.hosts_of(world))
+    group = Ranks(config, world, device, rank_checks.hosts_of(world))
     found = Findings()
     look_at_code(group, found)
     if found.problems:
@@ -118,10 +118,10 @@ def look(config: Config) -> tuple[Findings, Ranks]:
 
 def look_at_code(group: Ranks, found: Findings) -> None:
     """Versions, files and settings."""
-    code = agreement.code()
+    code = rank_checks.code()
     told = ", ".join(f"{name} {value}" for name, value in code.items() if value)
-    found.add("code", told, agreement.other_code(group.world, group.hosts))
-    other = agreement.other_settings(group.config, group.world, group.hosts)
+    found.add("code", told, rank_checks.other_code(group.world, group.hosts))
+    other = rank_checks.other_settings(group.config, group.world, group.hosts)
 
     def dealt() -> str:
         deepspeed_settings(group.config, group.world.size)
@@ -155,13 +155,13 @@ def look_at_folder(group: Ranks, found: Findings) -> None:
     if world.is_main:  # other hosts must not have looked before it is made
         missing = [path for path in (folder, *folder.parents) if not path.exists()]
     mistakes = group.each(lambda: make(folder) if world.is_main else "")[1]
-    mistakes = mistakes or agreement.not_shared(folder, world, group.hosts)
+    mistakes = mistakes or rank_checks.not_shared(folder, world, group.hosts)
     there = list(folder.glob("checkpoints/step_*")) if world.is_main else []
-    count = max(1, agreement.kept(config) - int(sum(group.floats(len(there)))))
-    mistakes += agreement.no_room(config, world, count)
+    count = max(1, rank_checks.kept(config) - int(sum(group.floats(len(there)))))
+    mistakes += rank_checks.no_room(config, world, count)
     note = ""
     if world.is_main:
-        free, need = agreement.room(config, world, count)
+        free, need = rank_checks.room(config, world, count)
         note = (
             f"{folder}: seen by all; {show_bytes(free)} are free, {show_bytes(need)} needed for "
             f"{count} checkpoint{'s' if count > 1 else ''}"

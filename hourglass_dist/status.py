@@ -27,7 +27,7 @@ from rich.text import Text
 
 from hourglass_dist.config.schema import Config, load
 from hourglass_dist.core.records import KILLED, Start, read_history, read_lines, starts_of
-from hourglass_dist.heartbeat import (
+from hourglass_dist.health.heartbeat import (
     Beat,
     clock_time,
     pause_between,
@@ -35,7 +35,7 @@ from hourglass_dist.heartbeat import (
     process_state,
     read_heartbeats,
 )
-from hourglass_dist.stragglers import straggler
+from hourglass_dist.health.stragglers import straggler
 
 EXIT_CODES = {"running": 0, "finished": 0, "stopped": 75, "crashed": 1, "hanging": 1}
 """0 all is well, 75 start it again, 1 look into it; 2 is a folder that holds no run."""

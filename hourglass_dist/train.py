@@ -22,7 +22,6 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from hourglass_dist.agreement import require_good_folder, require_same_start
 from hourglass_dist.checkpoint.save import Checkpoints, Progress, RunFolder
 from hourglass_dist.config import schema as settings
 from hourglass_dist.config.loader import print_error, to_yaml
@@ -43,7 +42,8 @@ from hourglass_dist.guards import (
     Watchdog,
     record_collectives,
 )
-from hourglass_dist.history import History, about_this_code
+from hourglass_dist.health.history import History, about_this_code
+from hourglass_dist.health.rank_checks import require_good_folder, require_same_start
 from hourglass_dist.inference.export import WarmStart
 from hourglass_dist.inference.score import Score
 from hourglass_dist.metrics import Metrics, due

@@ -10,7 +10,7 @@ import torch
 
 from hourglass_dist.config.schema import Config
 from hourglass_dist.core import ranks
-from hourglass_dist.history import device_name
+from hourglass_dist.health.history import device_name
 from hourglass_dist.planning.cost import ModelCost, model_cost
 from hourglass_dist.planning.devices import peak_flops
 from hourglass_dist.planning.plan import settle_checkpointing

@@ -17,9 +17,9 @@ from rank_hosts import slowed
 from ranks import environment, hourglass, kill_tree, torchrun_command, wait_for_step
 
 from hourglass_dist.core.records import require_progress
-from hourglass_dist.heartbeat import read_heartbeats
+from hourglass_dist.health.heartbeat import read_heartbeats
+from hourglass_dist.health.stragglers import IN_A_ROW, Stragglers, spread
 from hourglass_dist.status import read_status, render
-from hourglass_dist.stragglers import IN_A_ROW, Stragglers, spread
 
 
 def status(run: Path, code: int) -> dict[str, Any]:

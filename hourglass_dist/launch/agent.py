@@ -41,8 +41,8 @@ from torch.distributed.elastic.rendezvous.api import (
 )
 from torch.distributed.launcher import api as untyped_api
 
+from hourglass_dist.health.watcher import Watcher, watching
 from hourglass_dist.launch.meeting import Meeting, own_address, say
-from hourglass_dist.watch import Watcher, watching
 
 run: Any = untyped_run
 api: Any = untyped_api

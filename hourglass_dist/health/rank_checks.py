@@ -23,7 +23,7 @@ from hourglass_dist.config.loader import differences, parse
 from hourglass_dist.config.schema import Config
 from hourglass_dist.core import ranks
 from hourglass_dist.core.files import replace
-from hourglass_dist.history import about_this_code
+from hourglass_dist.health.history import about_this_code
 from hourglass_dist.planning.plan import plan, show_bytes
 
 SHARED_SECONDS = 10.0

@@ -32,7 +32,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from hourglass_dist.heartbeat import process_state
+from hourglass_dist.health.heartbeat import process_state
 
 VARIABLE = "HOURGLASS_WATCHER"
 """Of the environment: the name of the watcher's socket."""
