@@ -34,23 +34,23 @@ from hourglass_dist.data.stream import Stream
 from hourglass_dist.data.tokenizer import Tokenizer, require_same
 from hourglass_dist.engine.deepspeed_config import deepspeed_settings
 from hourglass_dist.engine.engine import Engine, making_weights
-from hourglass_dist.evaluations import Evaluations, check_held_out
-from hourglass_dist.guards import (
+from hourglass_dist.health.history import History, about_this_code
+from hourglass_dist.health.rank_checks import require_good_folder, require_same_start
+from hourglass_dist.inference.export import WarmStart
+from hourglass_dist.inference.score import Score
+from hourglass_dist.model.hourglass import HourglassLM
+from hourglass_dist.planning.plan import settle_checkpointing, too_large
+from hourglass_dist.training.evaluation import Evaluations, check_held_out
+from hourglass_dist.training.guards import (
     LossSpikes,
     SkippedSteps,
     SpikeFound,
     Watchdog,
     record_collectives,
 )
-from hourglass_dist.health.history import History, about_this_code
-from hourglass_dist.health.rank_checks import require_good_folder, require_same_start
-from hourglass_dist.inference.export import WarmStart
-from hourglass_dist.inference.score import Score
-from hourglass_dist.metrics import Metrics, due
-from hourglass_dist.model.hourglass import HourglassLM
-from hourglass_dist.planning.plan import settle_checkpointing, too_large
-from hourglass_dist.profiling import Profiler
-from hourglass_dist.writers import require_writers
+from hourglass_dist.training.metrics import Metrics, due
+from hourglass_dist.training.profiler import Profiler
+from hourglass_dist.training.writers import require_writers
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from toy import make_batch, make_config, make_model
 
 from hourglass_dist.core import ranks
 from hourglass_dist.engine.engine import Engine
-from hourglass_dist.observe import Observer
+from hourglass_dist.training.level_stats import Observer
 
 STEPS = 3
 

@@ -17,7 +17,7 @@ from test_resume import PERSIST, losses
 from hourglass_dist.data.held_out import held_out_rows
 from hourglass_dist.data.mixture import open_dataset
 from hourglass_dist.inference.export import export, load_export
-from hourglass_dist.samples import (
+from hourglass_dist.training.samples import (
     NEW_TOKENS,
     Sample,
     prompts_of_rows,

@@ -26,7 +26,7 @@ from test_resume import PERSIST, losses
 
 from hourglass_dist.checkpoint.save import read_manifest
 from hourglass_dist.config.schema import SpikeConfig
-from hourglass_dist.guards import LossSpikes, SpikeFound
+from hourglass_dist.training.guards import LossSpikes, SpikeFound
 
 
 def settings(config: Path, dataset: Path, run: Path, stage: int, steps: int = 8) -> list[str]:

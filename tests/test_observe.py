@@ -20,8 +20,8 @@ from zoo import make_model as make_kind
 from hourglass_dist.engine import optim
 from hourglass_dist.model.head import Output
 from hourglass_dist.model.hourglass import Hourglass
-from hourglass_dist.observe import part_of
 from hourglass_dist.planning.cost import model_cost
+from hourglass_dist.training.level_stats import part_of
 
 
 def plain_pytorch() -> list[dict[str, float]]:

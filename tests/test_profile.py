@@ -9,8 +9,8 @@ import pytest
 from ranks import torchrun
 from test_resume import losses
 
-from hourglass_dist.profile_table import time_of_parts
 from hourglass_dist.report import write_report
+from hourglass_dist.training.profile_table import time_of_parts
 
 
 def test_two_steps_are_taken_apart(

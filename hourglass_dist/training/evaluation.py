@@ -16,8 +16,8 @@ from hourglass_dist.data.stream import Batch
 from hourglass_dist.data.tokenizer import Tokenizer
 from hourglass_dist.engine.engine import Engine
 from hourglass_dist.inference.score import Evaluation, Score, evaluate, fixed_strides
-from hourglass_dist.metrics import Metrics
-from hourglass_dist.samples import prompts_of_rows, prompts_of_text, write_samples
+from hourglass_dist.training.metrics import Metrics
+from hourglass_dist.training.samples import prompts_of_rows, prompts_of_text, write_samples
 
 
 class Evaluations:

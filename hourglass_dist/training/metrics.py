@@ -39,11 +39,11 @@ from hourglass_dist.health.history import History
 from hourglass_dist.health.stragglers import Stragglers, spread
 from hourglass_dist.inference.score import Evaluation, count_bytes
 from hourglass_dist.model.layout import missed_buckets
-from hourglass_dist.observe import Observer
 from hourglass_dist.planning.plan import plan, render
-from hourglass_dist.samples import Sample
-from hourglass_dist.usage import Work, memory
-from hourglass_dist.writers import Writer, open_writers
+from hourglass_dist.training.level_stats import Observer
+from hourglass_dist.training.samples import Sample
+from hourglass_dist.training.throughput import Work, memory
+from hourglass_dist.training.writers import Writer, open_writers
 
 USEFUL = "time/useful_seconds"
 

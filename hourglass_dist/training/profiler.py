@@ -28,7 +28,7 @@ from hourglass_dist.core import ranks
 from hourglass_dist.core.files import replace
 from hourglass_dist.engine.engine import Engine
 from hourglass_dist.model.hourglass import Hourglass
-from hourglass_dist.profile_table import PREFIX, STEP, render_table, time_of_parts
+from hourglass_dist.training.profile_table import PREFIX, STEP, render_table, time_of_parts
 
 T = TypeVar("T")
 ENDS = "embeddings, output"
