@@ -191,7 +191,7 @@ def status(
 
     Example: hourglass status runs/quickstart
     """
-    from hourglass_dist import status as of_run
+    from hourglass_dist.report import status as of_run
 
     found = of_run.read_status(run)
     if as_json:
@@ -213,7 +213,7 @@ def report(
 
     Example: hourglass report runs/quickstart --out report.html
     """
-    from hourglass_dist.report import write_report
+    from hourglass_dist.report.page import write_report
 
     target = out or run / "report.html"
     write_report(run, target)

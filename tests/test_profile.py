@@ -9,7 +9,7 @@ import pytest
 from ranks import torchrun
 from test_resume import losses
 
-from hourglass_dist.report import write_report
+from hourglass_dist.report.page import write_report
 from hourglass_dist.training.profile_table import time_of_parts
 
 

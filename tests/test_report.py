@@ -12,7 +12,7 @@ from ranks import hourglass
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from hourglass_dist.core.records import read_history
-from hourglass_dist.report import write_report
+from hourglass_dist.report.page import write_report
 
 VOID = {"meta", "rect", "path", "circle"}
 

@@ -19,7 +19,7 @@ from ranks import environment, hourglass, kill_tree, torchrun_command, wait_for_
 from hourglass_dist.core.records import require_progress
 from hourglass_dist.health.heartbeat import read_heartbeats
 from hourglass_dist.health.stragglers import IN_A_ROW, Stragglers, spread
-from hourglass_dist.status import read_status, render
+from hourglass_dist.report.status import read_status, render
 
 
 def status(run: Path, code: int) -> dict[str, Any]:
@@ -60,7 +60,7 @@ def test_a_finished_run(run_folder: Path) -> None:
 
 def test_it_needs_no_torch() -> None:
     """It is asked on login nodes, again and again."""
-    script = "import sys, hourglass_dist.status; sys.exit('torch' in sys.modules)"
+    script = "import sys, hourglass_dist.report.status; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0
 
 

@@ -32,7 +32,6 @@ from hourglass_dist.core import ranks
 from hourglass_dist.core.files import replace
 from hourglass_dist.core.records import read_lines
 from hourglass_dist.data.stream import Batch
-from hourglass_dist.diagram import as_text
 from hourglass_dist.engine.engine import Engine, StepResult
 from hourglass_dist.health.heartbeat import clock_time
 from hourglass_dist.health.history import History
@@ -40,6 +39,7 @@ from hourglass_dist.health.stragglers import Stragglers, spread
 from hourglass_dist.inference.score import Evaluation, count_bytes
 from hourglass_dist.model.layout import missed_buckets
 from hourglass_dist.planning.plan import plan, render
+from hourglass_dist.report.diagram import as_text
 from hourglass_dist.training.level_stats import Observer
 from hourglass_dist.training.samples import Sample
 from hourglass_dist.training.throughput import Work, memory

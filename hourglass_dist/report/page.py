@@ -15,14 +15,14 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from hourglass_dist.charts import CLIP, line_chart, number
 from hourglass_dist.config.loader import to_yaml
 from hourglass_dist.config.schema import Config, load
 from hourglass_dist.core.files import replace
 from hourglass_dist.core.records import read_history, read_lines
-from hourglass_dist.diagram import label, stacks
 from hourglass_dist.planning.plan import plan, render
-from hourglass_dist.report_style import STYLE
+from hourglass_dist.report.charts import CLIP, line_chart, number
+from hourglass_dist.report.diagram import label, stacks
+from hourglass_dist.report.report_style import STYLE
 
 NEWEST_SAMPLES, LISTED = 6, 30
 Points = list[tuple[float, float]]
