@@ -17,7 +17,7 @@ from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElas
 from torch.distributed.elastic.rendezvous.dynamic_rendezvous import DynamicRendezvousHandler
 from torch.distributed.launcher import api
 
-from hourglass_dist.launch.meeting import Meeting, own_address
+from hourglass_dist.launch.rendezvous import Meeting, own_address
 
 ROOT = Path(__file__).parents[1]
 needs_hosts = pytest.mark.skipif(bool(hosts.missing()), reason=f"hosts: {hosts.missing()}")

@@ -85,7 +85,7 @@ ORDER = [
     *("bench.shared", "bench.model", "bench.decode", "bench.compare", "bench.data", "bench.save"),
     *("bench.zero_worker", "bench.zero", "bench.loop_worker", "bench.loop"),
     *("bench.store", "bench.traffic_worker", "bench.scale", "bench.cli"),
-    *("launch.meeting", "launch.agent", "launch.hostfile", "launch.remote"),
+    *("launch.rendezvous", "launch.agent", "launch.hostfile", "launch.ssh"),
     *("launch.cluster", "launch.kubernetes", "launch.targets"),
     "cli",
 ]

@@ -10,7 +10,7 @@ import pytest
 from ranks import hourglass
 
 from hourglass_dist.launch.hostfile import read_hostfile
-from hourglass_dist.launch.remote import outcome
+from hourglass_dist.launch.ssh import outcome
 
 ROOT = Path(__file__).parents[1]
 MISTAKES = {

@@ -42,7 +42,7 @@ from torch.distributed.elastic.rendezvous.api import (
 from torch.distributed.launcher import api as untyped_api
 
 from hourglass_dist.health.watcher import Watcher, watching
-from hourglass_dist.launch.meeting import Meeting, own_address, say
+from hourglass_dist.launch.rendezvous import Meeting, own_address, say
 
 run: Any = untyped_run
 api: Any = untyped_api
