@@ -103,7 +103,7 @@ def device_name(device: torch.device) -> str:
 def revision() -> str | None:
     """The commit of the checkout that this code lies in, or that an image was made of; None where
     that is not known."""
-    root = Path(__file__).parent.parent
+    root = Path(__file__).parents[2]
     if not (root / ".git").exists():
         return os.environ.get("HOURGLASS_REVISION") or None
     try:

@@ -95,7 +95,7 @@ def other_code(world: ranks.World, hosts: Sequence[str]) -> list[str]:
 
 def code() -> Mapping[str, str | None]:
     """What this process runs."""
-    about, here = about_this_code(), Path(__file__).parent
+    about, here = about_this_code(), Path(__file__).parents[1]
     digest = hashlib.sha256()
     for path in sorted(here.rglob("*.py")):
         digest.update(f"{path.relative_to(here)}\0".encode() + path.read_bytes())
