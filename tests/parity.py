@@ -16,9 +16,10 @@ from hourglass_transformer_pytorch import HourglassTransformerLM
 from torch import Tensor
 from torch.nn import functional as F
 
-from hourglass_dist.config.schema import ModelConfig
+from hourglass_dist.config.model import lucidrains_config
 from hourglass_dist.model.hourglass import HourglassLM
 from hourglass_dist.model.lucidrains import from_lucidrains, lucidrains_kwargs, to_lucidrains
+from hourglass_dist.model.settings import ModelConfig
 
 LIMITS = {torch.float64: 1e-9, torch.float32: 1e-4}
 VOCAB, ROWS, LENGTH = 37, 2, 72
@@ -51,7 +52,7 @@ class Case(NamedTuple):
 
     @property
     def config(self) -> ModelConfig:
-        return ModelConfig.from_lucidrains(
+        return lucidrains_config(
             num_tokens=VOCAB,
             dim=24,
             max_seq_len=LENGTH,
@@ -187,7 +188,7 @@ def compare_readme(name: str, length: int) -> tuple[float, float]:
     """(largest difference of the outputs, from their weights and from ours) in fp32, weights as
     each package first draws them."""
     torch.manual_seed(0)
-    config = ModelConfig.from_lucidrains(**README[name])
+    config = lucidrains_config(**README[name])
     differences = []
     for from_theirs in (True, False):
         theirs, ours = HourglassTransformerLM(**README[name]), HourglassLM(config)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import sys
 from collections.abc import Iterator
 from graphlib import TopologicalSorter
 from pathlib import Path
@@ -21,6 +22,7 @@ ORDER = [
     *(
         "config.loader",
         "config.data",
+        "model.settings",
         "config.model",
         "config.schema",
         "core.files",
@@ -200,6 +202,19 @@ def test_model_and_data_do_not_know_each_other() -> None:
         for name, tree in MODULES.items()
         for other in own_imports(tree)
         if {name.split(".")[1], other.split(".")[1]} == {"model", "data"}
+    ]
+    assert not wrong
+
+
+def test_the_model_knows_torch_and_einops_only() -> None:
+    allowed = {*sys.stdlib_module_names, "torch", "einops"}
+    wrong = [
+        f"{name} imports {other}"
+        for name, tree in MODULES.items()
+        for other in imports(tree)
+        if name.startswith("hourglass_dist.model.")
+        and not other.startswith("hourglass_dist.model.")
+        and other.partition(".")[0] not in allowed
     ]
     assert not wrong
 

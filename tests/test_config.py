@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from hourglass_dist.config.loader import ConfigError, differences, parse, paths, to_yaml
-from hourglass_dist.config.schema import Config, ModelConfig, load
+from hourglass_dist.config.loader import ConfigError, differences, paths, to_yaml
+from hourglass_dist.config.model import lucidrains_config, parse_model
+from hourglass_dist.config.schema import Config, load
+from hourglass_dist.model.settings import ModelConfig
 
 QUICKSTART = Path(__file__).parents[1] / "configs" / "quickstart.yaml"
 
@@ -166,7 +168,7 @@ def test_every_setting_is_documented() -> None:
 
 def of_hierarchy(notation: object, **more: object) -> ModelConfig:
     settings = {"dim": 64, "max_seq_len": 64, "hierarchy": notation, **more}
-    return parse(ModelConfig, settings, source="test", prefix="model")
+    return parse_model(settings, source="test")
 
 
 @pytest.mark.parametrize("notation", ["3@1", "4@1 8@3 4@1", "4@1 2@2 8@6 2@2 4@1"])
@@ -211,12 +213,12 @@ def test_options_that_contradict_each_other_are_refused(
 
 
 def test_the_papers_notation() -> None:
-    nested = ModelConfig.from_lucidrains(
+    nested = lucidrains_config(
         num_tokens=256, dim=64, max_seq_len=64, depth=(4, [2, 8, 2], 4), shorten_factor=(2, 4)
     )
     assert nested.hierarchy == "4@1 2@2 8@8 2@2 4@1"
     assert nested.strides == [1, 2, 8]
-    flat = ModelConfig.from_lucidrains(num_tokens=256, dim=64, max_seq_len=64, depth=3)
+    flat = lucidrains_config(num_tokens=256, dim=64, max_seq_len=64, depth=3)
     assert flat.hierarchy == "3@1"
 
 
@@ -233,7 +235,7 @@ def test_the_papers_notation() -> None:
 def test_reference_arguments_that_do_not_fit(change: dict[str, object], expected: str) -> None:
     arguments = {"num_tokens": 9, "dim": 8, "max_seq_len": 9, "depth": (1, 1, 1), **change}
     with pytest.raises(ConfigError) as caught:
-        ModelConfig.from_lucidrains(**arguments)  # type: ignore[arg-type]
+        lucidrains_config(**arguments)  # type: ignore[arg-type]
     assert expected in str(caught.value)
 
 

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from hourglass_dist.config.loader import to_yaml
-from hourglass_dist.config.schema import Config, ModelConfig, load
+from hourglass_dist.config.schema import Config, load
 from hourglass_dist.model.hourglass import HourglassLM
+from hourglass_dist.model.settings import ModelConfig
 from hourglass_dist.planning.cost import choose_checkpointing
 
 FILES = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))

@@ -124,7 +124,7 @@ def export(tmp_path: Path) -> Path:
     """A byte model that has not been trained, in the format of exports."""
     config = make_config("seed", "by 3", max_seq_len=20)
     tokenizer = ByteTokenizer()
-    about = {"format": 2, "model": config.model_dump(), "tokenizer": asdict(tokenizer.fingerprint)}
+    about = {"format": 2, "model": asdict(config), "tokenizer": asdict(tokenizer.fingerprint)}
     (tmp_path / "config.json").write_text(json.dumps(about))
     save_file(HourglassLM(config).state_dict(), tmp_path / "model.safetensors")
     tokenizer.save(tmp_path)

@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Iterator
-from itertools import cycle, product
+from dataclasses import replace
+from itertools import cycle, islice, product
 from typing import Any
 
 import pytest
@@ -15,9 +16,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from zoo import KINDS, LEVELS, documents_of, make_config, random_text
 
-from hourglass_dist.config.model import ModelConfig
 from hourglass_dist.model import decode
 from hourglass_dist.model.hourglass import HourglassLM
+from hourglass_dist.model.settings import ModelConfig
 from hourglass_dist.planning.cost import ModelCost, choose_checkpointing, model_cost
 
 LENGTHS = (1, 5, 35, 48)  # 5 is shorter than the windows of 7, 35 no multiple of any bucket
@@ -69,11 +70,7 @@ def configs(kind: str, more: dict[str, Any], levels: str = "") -> Iterator[Model
 
 def with_policies(config: ModelConfig, policies: tuple[str, ...]) -> ModelConfig:
     """The levels take turns."""
-    levels = [
-        level.model_copy(update={"activation_checkpointing": policy})
-        for level, policy in zip(config.levels, cycle(policies), strict=False)
-    ]
-    return config.model_copy(update={"levels": levels})
+    return config.with_checkpointing(list(islice(cycle(policies), len(config.levels))))
 
 
 def counted_flops(
@@ -190,7 +187,7 @@ def test_recomputing_a_layer_holds_what_it_would_have_kept(
     kind: str, more: dict[str, Any], policy: str
 ) -> None:
     config = with_policies(make_config(kind, "flat", **more), (policy,))
-    one = config.model_copy(update={"levels": [config.levels[0].model_copy(update={"layers": 1})]})
+    one = replace(config, levels=(replace(config.levels[0], layers=1),))
     tokens_BL = random_text(2, 48)
     transient = model_cost(one, 48, rows=2).levels[0].transient_bytes
     whole = kept_bytes(with_policies(one, ("none",)), tokens_BL)

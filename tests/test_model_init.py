@@ -8,10 +8,10 @@ import pytest
 import torch
 from zoo import preset
 
-from hourglass_dist.config.loader import parse
-from hourglass_dist.config.model import ModelConfig
+from hourglass_dist.config.model import parse_model
 from hourglass_dist.model.hourglass import HourglassLM
 from hourglass_dist.model.pool import LinearPool, LinearSpread, MeanPool
+from hourglass_dist.model.settings import ModelConfig
 
 LEVELS = [{"layers": [1, 2]}, {"layers": [1, 1], "shorten": 2}, {"layers": 2, "shorten": 3}]
 SEED = preset("seed") | {"max_seq_len": 128, "downsampling": "linear", "upsampling": "linear"}
@@ -27,7 +27,7 @@ def config_of(kind: str) -> ModelConfig:
     if kind == "modern":
         levels = [level | {"dim": 64 + 64 * index} for index, level in enumerate(levels)]
     settings = {"dim": 64, "heads": 4, "levels": levels} | MODELS[kind]
-    return parse(ModelConfig, settings, source="test", prefix="model")
+    return parse_model(settings, source="test")
 
 
 CONFIG = config_of("seed")

@@ -20,7 +20,7 @@ from parity import (
     pair_from_reference,
 )
 
-from hourglass_dist.config.schema import ModelConfig
+from hourglass_dist.config.model import lucidrains_config
 from hourglass_dist.model.hourglass import HourglassLM
 from hourglass_dist.model.lucidrains import from_lucidrains, lucidrains_kwargs, to_lucidrains
 
@@ -76,7 +76,7 @@ def test_exported_weights_are_a_copy() -> None:
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: " ".join(str(case).split()))
 def test_settings_make_the_round_trip(case: Case) -> None:
-    assert ModelConfig.from_lucidrains(**lucidrains_kwargs(case.config)) == case.config
+    assert lucidrains_config(**lucidrains_kwargs(case.config)) == case.config
 
 
 @pytest.mark.parametrize(

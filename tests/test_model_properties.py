@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -202,8 +203,8 @@ def test_legacy_masks_are_those_of_the_reference_and_leak(kind: str, causal: boo
 @pytest.mark.parametrize(
     ("kind", "more", "setting"),
     [
-        ("modern", {}, "ff_mult"),
-        ("paper", {}, "max_seq_len"),
+        ("modern", {}, "positions"),
+        ("paper", {}, "positions"),
         ("plain", {"skip": "gated"}, "skip"),
         ("seed", {"ff_mult": 3}, "ff_mult"),
     ],
@@ -322,9 +323,9 @@ def test_documents_out_of_order_are_refused(documents: list[list[int]], message:
 @torch.no_grad()
 def test_drawn_shorten_factors_are_used_in_training_only() -> None:
     model = make_model("plain", "by 3")
-    levels = [model.config.levels[0]]
-    levels.append(model.config.levels[1].model_copy(update={"shorten_choices": [2, 5]}))
-    drawn = HourglassLM(model.config.model_copy(update={"levels": levels})).double()
+    outer, inner = model.config.levels
+    levels = outer, replace(inner, shorten_choices=(2, 5))
+    drawn = HourglassLM(replace(model.config, levels=levels)).double()
     drawn.load_state_dict(model.state_dict())
     tokens_BL = random_text(2, 23)
     assert torch.equal(drawn.eval()(tokens_BL), model(tokens_BL))
@@ -332,9 +333,8 @@ def test_drawn_shorten_factors_are_used_in_training_only() -> None:
     seen = {float(drawn(tokens_BL).sum()) for _ in range(20)}
     expected = set()
     for shorten in (2, 5):
-        level = model.config.levels[1].model_copy(update={"shorten": shorten})
-        other = model.config.model_copy(update={"levels": [levels[0], level]})
-        fixed = HourglassLM(other).double()
+        levels = outer, replace(inner, shorten=shorten)
+        fixed = HourglassLM(replace(model.config, levels=levels)).double()
         fixed.load_state_dict(model.state_dict())
         expected.add(float(fixed(tokens_BL).sum()))
     assert seen == expected

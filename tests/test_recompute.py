@@ -18,11 +18,7 @@ POLICIES = ["full", "every 2", "selective", "offload"]
 
 
 def with_policy(model: HourglassLM, policy: str) -> HourglassLM:
-    levels = [
-        level.model_copy(update={"activation_checkpointing": policy})
-        for level in model.config.levels
-    ]
-    copy = HourglassLM(model.config.model_copy(update={"levels": levels})).double()
+    copy = HourglassLM(model.config.with_checkpointing(policy)).double()
     copy.load_state_dict(model.state_dict())
     return copy
 

@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hourglass_dist.config.loader import parse, read_yaml
-from hourglass_dist.config.model import ModelConfig
+from hourglass_dist.config.loader import read_yaml
+from hourglass_dist.config.model import parse_model
 from hourglass_dist.model.hourglass import HourglassLM
+from hourglass_dist.model.settings import ModelConfig
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 LONGEST = 48
@@ -69,9 +70,7 @@ def make_config(kind: str, levels: str = "by 2", **more: Any) -> ModelConfig:
         level["extra_buckets"] = extra
         if words and index == 1:
             level["pooling"] = "spacelike"
-    return parse(
-        ModelConfig, {"dim": width, "levels": settings} | options, source="zoo", prefix="model"
-    )
+    return parse_model({"dim": width, "levels": settings} | options, source="zoo")
 
 
 def make_model(kind: str, levels: str = "by 2", seed: int = 7, **more: Any) -> HourglassLM:

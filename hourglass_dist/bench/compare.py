@@ -21,6 +21,7 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import closing
+from dataclasses import asdict
 from operator import itemgetter
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -30,7 +31,7 @@ from pydantic import Field
 
 from hourglass_dist.bench.shared import apart, show
 from hourglass_dist.config.loader import Section, parse, read_yaml
-from hourglass_dist.config.model import ModelConfig, PositiveFloat
+from hourglass_dist.config.model import Model, PositiveFloat
 from hourglass_dist.config.schema import OptimConfig
 from hourglass_dist.core import ranks
 from hourglass_dist.core.files import replace
@@ -42,6 +43,7 @@ from hourglass_dist.data.tokenizer import load_tokenizer
 from hourglass_dist.engine.optim import learning_rate, make_optimizer
 from hourglass_dist.inference.score import Rows, Score, evaluate
 from hourglass_dist.model.hourglass import HourglassLM
+from hourglass_dist.model.settings import ModelConfig
 from hourglass_dist.planning.cost import ModelCost, model_cost
 
 TOLERANCE = 0.02
@@ -56,7 +58,7 @@ class Arm(Section):
 
     learning_rates: Annotated[list[PositiveFloat], Field(min_length=1)]
     """Peaks to try; the schedule is a warm-up over a tenth of the steps and half a cosine."""
-    model: ModelConfig
+    model: Model
 
 
 class Budget(NamedTuple):
@@ -83,7 +85,7 @@ class Job(NamedTuple):
     def key(self, dataset_id: str) -> str:
         """The same for runs that must end the same."""
         decides = {
-            "model": self.model.model_dump(mode="json"),
+            "model": asdict(self.model),
             "optim": self.optim.model_dump(mode="json"),
             "data": [dataset_id, self.budget.rows, self.budget.length, self.steps, self.seed],
         }

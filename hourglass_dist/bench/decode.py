@@ -28,7 +28,7 @@ from hourglass_dist.bench.shared import (
     show,
 )
 from hourglass_dist.config import schema as settings
-from hourglass_dist.config.model import ModelConfig
+from hourglass_dist.config.model import lucidrains_config
 from hourglass_dist.model.decode import prefill, step
 from hourglass_dist.model.hourglass import HourglassLM
 from hourglass_dist.model.lucidrains import lucidrains_kwargs, to_lucidrains
@@ -46,11 +46,11 @@ def bench_decode(
     reference or the device is not there, or ``config_file`` is wrong."""
     device = prepare(device_name, threads)
     package = reference()
-    modern = _inference(settings.load(config_file).model)
+    modern = settings.load(config_file).model.with_checkpointing("none")
     contexts = (16, 32) if quick else CONTEXTS
     readme: dict[str, Any] = {**README, "max_seq_len": contexts[-1] + TOKENS}
     size = {"dim": 64, "heads": 2, "dim_head": 32} if quick else {"dim": 512}
-    seed = ModelConfig.from_lucidrains(num_tokens=256, **(readme | size))
+    seed = lucidrains_config(num_tokens=256, **(readme | size))
     facts = machine(device)
     print(headline(facts), flush=True)
 
@@ -63,13 +63,6 @@ def bench_decode(
     title = f"{config_file}, {modern.hierarchy}"
     found += bench_contexts(title, HourglassLM(modern).to(device), None, contexts, repeats)
     return facts, found
-
-
-def _inference(config: ModelConfig) -> ModelConfig:
-    plain = [
-        level.model_copy(update={"activation_checkpointing": "none"}) for level in config.levels
-    ]
-    return config.model_copy(update={"levels": plain})
 
 
 def text(length: int, device: torch.device) -> Tensor:

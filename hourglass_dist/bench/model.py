@@ -35,13 +35,14 @@ from hourglass_dist.bench.shared import (
     seconds,
     show,
 )
-from hourglass_dist.config.model import ModelConfig
+from hourglass_dist.config.model import lucidrains_config
 from hourglass_dist.model import head, layers, linear, resample
 from hourglass_dist.model.attention import Sight
 from hourglass_dist.model.checkpointing import Recompute
 from hourglass_dist.model.hourglass import Hourglass, HourglassLM
 from hourglass_dist.model.layout import Rows
 from hourglass_dist.model.lucidrains import from_lucidrains, lucidrains_kwargs, to_lucidrains
+from hourglass_dist.model.settings import ModelConfig
 
 
 class Shape(NamedTuple):
@@ -91,7 +92,7 @@ class Case(NamedTuple):
             **SHAPES[self.shape].settings,
             **small,
         }
-        return ModelConfig.from_lucidrains(**settings)
+        return lucidrains_config(**settings)
 
     @property
     def length(self) -> int:

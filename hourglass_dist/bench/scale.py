@@ -19,9 +19,9 @@ from typing import Any, NamedTuple
 import torch
 
 from hourglass_dist.bench.shared import on_ranks, show
-from hourglass_dist.config.model import ModelConfig
 from hourglass_dist.config.schema import Config, load
 from hourglass_dist.model.hourglass import HourglassLM
+from hourglass_dist.model.settings import ModelConfig
 from hourglass_dist.planning.failures import (
     DAY,
     RATES,
@@ -188,11 +188,11 @@ def _steps(sizes: Sequence[Size]) -> Report:
 
 
 @cache
-def index_of(model: str) -> tuple[int, int]:
-    """Pieces in the index of a rank's file, and about how many bytes long it is, for a model given
-    as JSON: three pieces of each trained tensor, and all shapes."""
+def index_of(model: ModelConfig) -> tuple[int, int]:
+    """Pieces in the index of a rank's file, and about how many bytes long it is, for a model:
+    three pieces of each trained tensor, and all shapes."""
     with torch.device("meta"):
-        made = HourglassLM(ModelConfig.model_validate_json(model))
+        made = HourglassLM(model)
     names = [name for name, _ in made.named_parameters()]
     return 3 * len(names), sum(3 * (len(name) + 80) + len(name) + 18 for name in names)
 
@@ -200,7 +200,7 @@ def index_of(model: str) -> tuple[int, int]:
 def restart(made: Forecast) -> Restart:
     """Reading the newest checkpoint of a run with the same number of ranks."""
     gpus, nodes = made.cluster.gpus, made.cluster.nodes
-    pieces, length = index_of(made.plan.model.model_dump_json())
+    pieces, length = index_of(made.plan.model)
     opens, headers = gpus * gpus, nodes * gpus * length
     reads = 2 * made.plan.checkpoint_bytes + headers
     looking = gpus * pieces * PIECE_S

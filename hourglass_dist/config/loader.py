@@ -16,11 +16,13 @@ import json
 import re
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler, ValidationError
+from pydantic_core import core_schema
 
 S = TypeVar("S", bound="Section")
 
@@ -46,6 +48,23 @@ class Section(BaseModel):
         use_attribute_docstrings=True,
         protected_namespaces=(),
     )
+
+
+class Built:
+    """In ``Annotated[T, Built(section)]``: a field that is validated as ``section`` and kept as the
+    dataclass T that its ``build`` makes."""
+
+    def __init__(self, section: type[Section]) -> None:
+        self.section = section
+
+    def __get_pydantic_core_schema__(
+        self, _: Any, handler: GetCoreSchemaHandler
+    ) -> core_schema.CoreSchema:
+        return core_schema.no_info_after_validator_function(
+            lambda written: written.build(),
+            handler.generate_schema(self.section),
+            serialization=core_schema.plain_serializer_function_ser_schema(asdict),
+        )
 
 
 # --- reading -------------------------------------------------------------------------------------
@@ -255,6 +274,7 @@ def _sections(cls: type[Section]) -> dict[str, type[Section]]:
     found = {}
     for name, field in cls.model_fields.items():
         candidates: list[Any] = [field.annotation, *getattr(field.annotation, "__args__", ())]
+        candidates += [mark.section for mark in field.metadata if isinstance(mark, Built)]
         for candidate in candidates:
             if isinstance(candidate, type) and issubclass(candidate, Section):
                 found[name] = candidate

@@ -1,21 +1,25 @@
-"""The settings of a model: levels, and what the layers of all levels are made of.
+"""What a user may write about a model: limits, defaults, and which options go together.
+
+    YAML  ->  ModelSection (validated, filled in)  ->  ModelSection.build()  ->  ModelConfig
 
 Four complete models stand in ``configs/``: ``seed.yaml``, ``paper.yaml``, ``modern.yaml`` and
-``vanilla.yaml``. Sources named below: *seed* is hourglass-transformer-pytorch 0.0.6, *paper* is
-Nawrot et al. 2021 (arXiv 2110.13711) with its Trax code, *SpaceByte* is Slagle 2024 (arXiv
-2404.14408).
+``vanilla.yaml``. What every setting means is said in ``model/settings.py``.
 """
 
 from __future__ import annotations
 
+import ast
+import inspect
 import re
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from pydantic import Field, field_validator, model_validator
 
-from hourglass_dist.config.loader import ConfigError, Section, parse
+from hourglass_dist.config.loader import Built, ConfigError, Section, parse
+from hourglass_dist.model import settings
+from hourglass_dist.model.settings import LevelConfig, ModelConfig
 
 PositiveInt = Annotated[int, Field(ge=1)]
 PositiveFloat = Annotated[float, Field(gt=0.0)]
@@ -26,44 +30,24 @@ INHERITED = ("dim", "heads", "dim_head", "ff_mult", "dropout")
 CHECKPOINTING = r"none|full|selective|offload|auto|every [1-9][0-9]*"
 
 
-class LevelConfig(Section):
-    """One resolution of the hourglass. The last level of the list is the innermost (shortest)
-    one."""
+class LevelSection(Section):
+    """One level, as it is written."""
 
     layers: (
         PositiveInt
         | Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=2, max_length=2)]
     )
-    """[pre, post]: layers on the way down and on the way up. Innermost level: one number."""
     shorten: PositiveInt = 1
-    """How many positions of the level above make one position here, on average at least. Level 0:
-    1. Others: 2 or more."""
     shorten_choices: list[Annotated[int, Field(ge=2)]] = Field(default_factory=list)
-    """Shorten-factor dropout (paper, section 3.2): each training step draws one of these; scoring
-    and generation use ``shorten``. Empty: always ``shorten``."""
-    pooling: Literal["fixed", "spacelike"] = "fixed"
-    """Where buckets begin. ``fixed``: every ``shorten`` positions. ``spacelike``: at word starts,
-    where a space-like byte is followed by another kind (SpaceByte); level 1 and bytes only."""
+    pooling: settings.Pooling = "fixed"
     extra_buckets: Annotated[int, Field(ge=0)] = 16
-    """Buckets that a document (and a row of packed documents) may have beyond length / shorten.
-    Word starts past that begin no bucket: their positions stay in the one before."""
     dim: PositiveInt
-    """Width of the residual stream. Left out: model.dim."""
     heads: PositiveInt
-    """Attention heads. Left out: model.heads."""
     dim_head: PositiveInt
-    """Width of one head. Left out: model.dim_head, else dim / heads."""
     ff_mult: PositiveFloat
-    """Hidden width of the feed-forward layers, as a multiple of dim. Left out: model.ff_mult."""
     dropout: Fraction
-    """Probability of dropping an attention weight or a hidden unit. Left out: model.dropout."""
     window: PositiveInt | None = None
-    """Positions of this level that a query sees, itself included; null: all earlier ones."""
     activation_checkpointing: str = "none"
-    """What the backward pass recomputes. ``full``: every layer, only its input is kept. ``every
-    K``: each K-th layer. ``selective``: all but attention and matrix products. ``offload``:
-    nothing, but what is kept waits in CPU memory (GPUs only). ``auto``: the cheapest of none,
-    selective and full that fits train.activation_memory."""
 
     @field_validator("activation_checkpointing")
     @classmethod
@@ -75,84 +59,45 @@ class LevelConfig(Section):
             )
         return policy
 
-    @property
-    def pre(self) -> int:
-        """Layers before the next level (all of them at the innermost level)."""
-        return self.layers if isinstance(self.layers, int) else self.layers[0]
-
-    @property
-    def post(self) -> int:
-        """Layers after the next level (none at the innermost level)."""
-        return 0 if isinstance(self.layers, int) else self.layers[1]
-
-    @property
-    def inner(self) -> int:
-        """Width of all heads together."""
-        return self.heads * self.dim_head
-
-    @property
-    def hidden(self) -> int:
-        """Hidden width of the feed-forward layers."""
-        return int(self.ff_mult * self.dim)
+    def build(self) -> LevelConfig:
+        """The same settings for the model."""
+        given = dict(self)
+        if isinstance(self.layers, list):
+            given["layers"] = tuple(self.layers)
+        return LevelConfig(**given | {"shorten_choices": tuple(self.shorten_choices)})
 
 
-class ModelConfig(Section):
-    """An hourglass language model; with one level, a plain transformer."""
+class ModelSection(Section):
+    """A model, as it is written."""
 
     dim: PositiveInt
-    """Width of the residual stream, at every level that does not say otherwise."""
     heads: PositiveInt = 8
-    """Attention heads."""
     dim_head: PositiveInt | None = None
-    """Width of one attention head; null: dim / heads. heads x dim_head may differ from dim."""
-    ff_mult: PositiveFloat = 4
-    """Hidden width of the feed-forward layers, as a multiple of dim."""
+    ff_mult: PositiveFloat = 4.0
     dropout: Fraction = 0.0
-    """Probability of dropping an attention weight or a hidden unit."""
-    levels: Annotated[list[LevelConfig], Field(min_length=1)]
-    """From full resolution inwards; the last one is the innermost. In place of levels,
-    ``hierarchy: "4@1 8@3 4@1"`` gives layers and strides in the paper's notation."""
+    levels: Annotated[list[LevelSection], Field(min_length=1)]
     vocab_size: Annotated[int, Field(ge=2)] = 256
-    """Rows of the embedding table and of the output layer. At least the tokenizer's size."""
     max_seq_len: PositiveInt | None = None
-    """Length of the learned position table, in tokens; null where positions are not learned: then
-    the model takes any length."""
-    positions: Literal["learned", "relative", "rope"] = "learned"
-    """``learned``: a table (seed). ``relative``: Transformer-XL terms, distances times the stride
-    (paper). ``rope``: rotated queries and keys, counted per level (Su et al., arXiv 2104.09864)."""
-    norm: Literal["layer", "rms"] = "layer"
-    """LayerNorm (seed, paper) or RMSNorm (Zhang and Sennrich 2019, arXiv 1910.07467)."""
+    positions: settings.Positions = "learned"
+    norm: settings.Norm = "layer"
     stack_norms: bool = False
-    """A norm at the end of every stack of layers and on the upsampled branch (paper)."""
-    feed_forward: Literal["gelu", "swiglu"] = "gelu"
-    """GELU (seed, paper) or SwiGLU (Shazeer 2020, arXiv 2002.05202)."""
+    feed_forward: settings.Activation = "gelu"
     bias: bool = True
-    """Biases in linear layers and norms (seed); queries, keys and values never have any."""
     qk_norm: bool = False
-    """RMSNorm on the queries and keys of each head (Henry et al. 2020, arXiv 2010.04245)."""
     z_loss: Annotated[float, Field(ge=0.0)] = 0.0
-    """Weight of a penalty that keeps the output layer's normalizer near 1; 1e-4 is usual."""
     residual_dropout: bool = False
-    """Drop from the embeddings and from what each branch adds, too (paper)."""
-    downsampling: Literal["mean", "linear"] = "mean"
-    """How a bucket becomes one position: its mean, or a learned projection of its positions."""
-    upsampling: Literal["repeat", "linear"] = "repeat"
-    """How a position becomes a bucket again: repeated, or by a learned projection."""
-    attention_resampling: Literal["none", "bucket", "earlier"] = "none"
-    """Attention between two levels. ``bucket``: a pooled token sees its own bucket, a position its
-    own pooled token (seed). ``earlier``: all earlier ones, too (paper)."""
-    width_change: Literal["pad", "projection"] = "pad"
-    """Where an inner level is wider: append a learned vector going in and cut it off coming out
-    (as H-Net, arXiv 2507.07955), or project both ways."""
-    skip: Literal["plain", "gated"] = "plain"
-    """What the upsampled branch is added to: the stream outside, or that times a learned gate."""
+    downsampling: settings.Downsampling = "mean"
+    upsampling: settings.Upsampling = "repeat"
+    attention_resampling: settings.ResamplingAttention = "none"
+    width_change: settings.WidthChange = "pad"
+    skip: settings.Skip = "plain"
     causal: bool = True
-    """False makes an encoder: no shift, every position sees every other. Training needs true."""
     legacy_mask: bool = False
-    """Treat key padding masks as the seed does, faults included: absolute positions, fully masked
-    queries see all keys, the mean of a bucket includes padding."""
 
-    # --- reading ---------------------------------------------------------------------------------
+    def build(self) -> ModelConfig:
+        """The same settings for the model."""
+        levels = tuple(level.build() for level in self.levels)
+        return ModelConfig(**dict(self) | {"levels": levels})
 
     @model_validator(mode="before")
     @classmethod
@@ -169,7 +114,7 @@ class ModelConfig(Section):
         return given
 
     @model_validator(mode="after")
-    def _levels_make_an_hourglass(self) -> ModelConfig:
+    def _levels_make_an_hourglass(self) -> ModelSection:
         *outer, inner = self.levels
         for index, level in enumerate(self.levels):
             where = f"model.levels.{index}"
@@ -199,7 +144,7 @@ class ModelConfig(Section):
         return self
 
     @model_validator(mode="after")
-    def _options_fit_together(self) -> ModelConfig:
+    def _options_fit_together(self) -> ModelSection:
         for wrong, message in self._contradictions():
             if wrong:
                 raise ValueError(message)
@@ -265,71 +210,70 @@ class ModelConfig(Section):
                 "upsampling=repeat and attention_resampling none or earlier"
             )
 
-    # --- what follows ----------------------------------------------------------------------------
 
-    @property
-    def strides(self) -> list[int]:
-        """Full-resolution tokens under one position, level by level."""
-        strides, stride = [], 1
-        for level in self.levels:
-            stride *= level.shorten
-            strides.append(stride)
-        return strides
+def _describe(section: type[Section], settings: type) -> None:
+    """Give the fields of ``section`` the docstrings that ``settings`` has under their names."""
+    [described] = ast.parse(inspect.getsource(settings)).body
+    assert isinstance(described, ast.ClassDef)
+    for field, text in pairwise(described.body):
+        match field, text:
+            case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str())):
+                section.model_fields[name].description = ast.literal_eval(text.value)
 
-    @property
-    def hierarchy(self) -> str:
-        """The paper's notation, e.g. ``4@1 8@3 4@1`` (layers @ stride)."""
-        sides = list(zip(self.levels, self.strides, strict=True))
-        down = [f"{level.pre}@{stride}" for level, stride in sides]
-        up = [f"{level.post}@{stride}" for level, stride in sides]
-        return " ".join(down + up[-2::-1])
 
-    @classmethod
-    def from_lucidrains(
-        cls,
-        *,
-        num_tokens: int,
-        dim: int,
-        max_seq_len: int,
-        depth: int | Sequence[Any],
-        shorten_factor: int | Sequence[int] | None = None,
-        heads: int = 8,
-        dim_head: int = 64,
-        attn_resampling: bool = True,
-        updown_sample_type: str = "naive",
-        causal: bool = True,
-    ) -> ModelConfig:
-        """The settings of ``HourglassTransformerLM(**kwargs)`` of hourglass-transformer-pytorch
-        0.0.6.
+_describe(LevelSection, LevelConfig)
+_describe(ModelSection, ModelConfig)
+Model = Annotated[ModelConfig, Built(ModelSection)]
+"""The type of a setting that is a model: validated as ModelSection, kept as ModelConfig."""
 
-        ``depth`` nests as ``(pre, inner, post)``, lists or tuples; ``shorten_factor`` is one number
-        for every nesting, or one for each. Raises ConfigError when they do not fit together.
-        """
-        ways = {"naive": ("mean", "repeat"), "linear": ("linear", "linear")}
-        if updown_sample_type not in ways:
-            raise ConfigError(
-                f"updown_sample_type: expected naive or linear, given {updown_sample_type!r}"
-            )
-        down, up = ways[updown_sample_type]
-        settings = {
-            "dim": dim,
-            "heads": heads,
-            "dim_head": dim_head,
-            "levels": _levels_of_lucidrains(depth, shorten_factor),
-            "max_seq_len": max_seq_len,
-            "vocab_size": num_tokens,
-            "downsampling": down,
-            "upsampling": up,
-            "attention_resampling": "bucket" if attn_resampling else "none",
-            "causal": causal,
-        }
-        return parse(cls, settings, source="from_lucidrains", prefix="model")
+
+def parse_model(written: dict[str, Any], *, source: str) -> ModelConfig:
+    """Check the settings of a model. Raises ConfigError with a line for every mistake; ``source``
+    names the file in them."""
+    return parse(ModelSection, written, source=source, prefix="model").build()
+
+
+def lucidrains_config(
+    *,
+    num_tokens: int,
+    dim: int,
+    max_seq_len: int,
+    depth: int | Sequence[Any],
+    shorten_factor: int | Sequence[int] | None = None,
+    heads: int = 8,
+    dim_head: int = 64,
+    attn_resampling: bool = True,
+    updown_sample_type: str = "naive",
+    causal: bool = True,
+) -> ModelConfig:
+    """The settings of ``HourglassTransformerLM(**kwargs)`` of hourglass-transformer-pytorch 0.0.6.
+
+    ``depth`` nests as ``(pre, inner, post)``, lists or tuples; ``shorten_factor`` is one number
+    for every nesting, or one for each. Raises ConfigError when they do not fit together.
+    """
+    ways = {"naive": ("mean", "repeat"), "linear": ("linear", "linear")}
+    if updown_sample_type not in ways:
+        raise ConfigError(
+            f"updown_sample_type: expected naive or linear, given {updown_sample_type!r}"
+        )
+    down, up = ways[updown_sample_type]
+    written = {
+        "dim": dim,
+        "heads": heads,
+        "dim_head": dim_head,
+        "levels": _levels_of_lucidrains(depth, shorten_factor),
+        "max_seq_len": max_seq_len,
+        "vocab_size": num_tokens,
+        "downsampling": down,
+        "upsampling": up,
+        "attention_resampling": "bucket" if attn_resampling else "none",
+        "causal": causal,
+    }
+    return parse_model(written, source="lucidrains_config")
 
 
 def _inherit(level: Any, model: dict[str, Any], index: int) -> Any:
     """``level`` with what it takes from ``model``; wrong types are left for their own errors."""
-    if isinstance(level, LevelConfig):
-        return level
     if not isinstance(level, dict):
         return level
     usual = {"heads": 8, "ff_mult": 4, "dropout": 0.0}

@@ -14,15 +14,7 @@ from pydantic import Field, model_validator
 
 from hourglass_dist.config.data import DataConfig
 from hourglass_dist.config.loader import ConfigError, Section, apply_override, parse, read_yaml
-from hourglass_dist.config.model import (
-    Fraction,
-    LevelConfig,
-    ModelConfig,
-    PositiveFloat,
-    PositiveInt,
-)
-
-__all__ = ["Config", "DataConfig", "LevelConfig", "ModelConfig", "load"]
+from hourglass_dist.config.model import Fraction, Model, PositiveFloat, PositiveInt
 
 
 class RunConfig(Section):
@@ -249,7 +241,7 @@ class Config(Section):
 
     run: RunConfig
     data: DataConfig
-    model: ModelConfig
+    model: Model
     optim: OptimConfig
     train: TrainConfig
     eval: EvalConfig

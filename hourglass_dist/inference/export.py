@@ -24,13 +24,14 @@ from torch import Tensor, nn
 
 from hourglass_dist.checkpoint import save
 from hourglass_dist.config import schema as settings
-from hourglass_dist.config.loader import parse
-from hourglass_dist.config.schema import Config, ModelConfig
+from hourglass_dist.config.model import parse_model
+from hourglass_dist.config.schema import Config
 from hourglass_dist.core.files import new_folder, replace
 from hourglass_dist.data.tokenizer import Fingerprint, Tokenizer, load_tokenizer, require_same
 from hourglass_dist.engine import sharded_state
 from hourglass_dist.model.hourglass import HourglassLM
 from hourglass_dist.model.lucidrains import lucidrains_kwargs, to_lucidrains
+from hourglass_dist.model.settings import ModelConfig
 
 FORMAT = 2
 Format = Literal["hourglass", "lucidrains"]
@@ -60,7 +61,7 @@ def export(run: Path, out: Path, format: Format = "hourglass", step: int | None 
     if format == "lucidrains":
         tensors, about = to_lucidrains(model), {"kwargs": lucidrains_kwargs(config.model)}
     else:
-        tensors, about = dict(model.state_dict()), {"model": config.model.model_dump(mode="json")}
+        tensors, about = dict(model.state_dict()), {"model": asdict(config.model)}
     about |= _origin(config, progress, tokenizer)
     with new_folder(out) as folder:
         sharded_state.write_tensors(
@@ -120,7 +121,7 @@ def load_export(folder: Path) -> tuple[HourglassLM, Tokenizer, dict[str, Any]]:
         raise ValueError(f"{folder}: written by another version: format {version}, known {FORMAT}")
     if "model" not in about:
         raise ValueError(f"{folder}: exported for another package (--format lucidrains)")
-    config = parse(ModelConfig, about["model"], source=str(folder / "config.json"), prefix="model")
+    config = parse_model(about["model"], source=str(folder / "config.json"))
     tokenizer = load_tokenizer(folder)
     require_same(saved, tokenizer.fingerprint, f"{folder}/config.json", f"{folder}'s tokenizer")
     return _fill(config, weights, folder), tokenizer, about

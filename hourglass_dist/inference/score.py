@@ -19,7 +19,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hourglass_dist.config.model import ModelConfig
 from hourglass_dist.core import ranks
 from hourglass_dist.data.held_out import held_out_rows
 from hourglass_dist.data.mixture import open_dataset
@@ -27,6 +26,7 @@ from hourglass_dist.data.stream import Batch
 from hourglass_dist.data.tokenizer import require_same
 from hourglass_dist.inference.export import load_export
 from hourglass_dist.model.layout import places
+from hourglass_dist.model.settings import ModelConfig
 
 Rows = Mapping[str, Tensor | None]
 """``Batch.rows``: the arguments of a model."""

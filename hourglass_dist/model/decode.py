@@ -20,13 +20,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hourglass_dist.config.model import ModelConfig
 from hourglass_dist.model.attention import Sight, additive, attend
 from hourglass_dist.model.hourglass import Hourglass, HourglassLM, Stage
 from hourglass_dist.model.layers import Layer, Waves, make_waves
 from hourglass_dist.model.layout import Rows, word_starts
 from hourglass_dist.model.pool import take
 from hourglass_dist.model.resample import EarlierAttention, Lengthen, Shorten
+from hourglass_dist.model.settings import ModelConfig
 
 
 @dataclass

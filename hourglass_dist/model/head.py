@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from hourglass_dist.config.model import ModelConfig
 from hourglass_dist.model.linear import Linear
 from hourglass_dist.model.norms import make_norm
+from hourglass_dist.model.settings import ModelConfig
 
 IGNORED_TARGET = -100
 CHUNK_LOGITS = 2**23

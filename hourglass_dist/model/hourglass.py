@@ -17,7 +17,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from hourglass_dist.config.model import ModelConfig
 from hourglass_dist.model.checkpointing import Recompute
 from hourglass_dist.model.head import Head
 from hourglass_dist.model.layers import (
@@ -41,6 +40,7 @@ from hourglass_dist.model.resample import (
     ValleyAttention,
     make_crossing,
 )
+from hourglass_dist.model.settings import ModelConfig
 
 INIT_STD = 0.02
 

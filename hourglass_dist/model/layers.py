@@ -16,11 +16,11 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hourglass_dist.config.model import LevelConfig, ModelConfig
 from hourglass_dist.model.attention import Sight, attend, self_sight
 from hourglass_dist.model.layout import Rows
 from hourglass_dist.model.linear import Linear
 from hourglass_dist.model.norms import RMSNorm, make_norm
+from hourglass_dist.model.settings import LevelConfig, ModelConfig
 
 LONGEST_WAVE = 10_000
 """The base of the frequencies of rotary and relative positions, in positions."""

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from hourglass_dist.config.model import LevelConfig, ModelConfig
+from hourglass_dist.model.settings import LevelConfig, ModelConfig
 
 
 class Buckets(NamedTuple):

@@ -13,11 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hourglass_dist.config.loader import differences
-from hourglass_dist.config.model import INHERITED, ModelConfig
 from hourglass_dist.model.hourglass import Hourglass, HourglassLM
 from hourglass_dist.model.layers import Attention, FeedForward, Layer
 from hourglass_dist.model.resample import BucketAttention, EarlierAttention, ValleyAttention
+from hourglass_dist.model.settings import ModelConfig
 
 
 def to_lucidrains(model: HourglassLM) -> dict[str, Tensor]:
@@ -59,40 +58,60 @@ def from_lucidrains(state_dict: Mapping[str, Tensor], model: HourglassLM) -> Non
 def lucidrains_kwargs(config: ModelConfig) -> dict[str, Any]:
     """The arguments of ``HourglassTransformerLM`` that make this model.
 
-    Dropout and activation checkpointing have no weights and are left out.
+    Dropout, activation checkpointing and the handling of masks have no weights and are left out.
     Raises ValueError, naming the setting, when the model cannot be built there.
     """
+    for name, theirs in _MODEL.items():
+        _require(name, theirs, getattr(config, name))
+    _require("upsampling", _SAMPLING[config.downsampling], config.upsampling)
+    if config.attention_resampling == "earlier":
+        _require("attention_resampling", "bucket", "earlier")
+    outermost = config.levels[0]
+    for index, level in enumerate(config.levels):
+        same = {name: getattr(outermost, name) for name in ("dim", "heads", "dim_head")}
+        for name, theirs in (_LEVEL | same).items():
+            _require(f"levels.{index}.{name}", theirs, getattr(level, name))
     *outer, inner = config.levels
     depth: Any = inner.pre
     for level in reversed(outer):
         depth = (level.pre, depth, level.post)
-    kwargs = {
+    return {
         "num_tokens": config.vocab_size,
-        "dim": config.levels[0].dim,
-        "max_seq_len": config.max_seq_len or 1,
+        "dim": outermost.dim,
+        "max_seq_len": config.max_seq_len,
         "depth": depth,
         "shorten_factor": tuple(level.shorten for level in config.levels[1:]) or None,
-        "heads": config.levels[0].heads,
-        "dim_head": config.levels[0].dim_head,
+        "heads": outermost.heads,
+        "dim_head": outermost.dim_head,
         "attn_resampling": config.attention_resampling != "none",
         "updown_sample_type": "linear" if config.downsampling == "linear" else "naive",
         "causal": config.causal,
     }
-    theirs = ModelConfig.from_lucidrains(**kwargs)
-    if wrong := differences(theirs, _without_what_has_no_weights(config, theirs)):
-        raise ValueError(f"hourglass-transformer-pytorch cannot build this model: model.{wrong[0]}")
-    return kwargs
 
 
-def _without_what_has_no_weights(config: ModelConfig, theirs: ModelConfig) -> ModelConfig:
-    names = ("dropout", "activation_checkpointing", "extra_buckets")
-    levels = [
-        ours.model_copy(update={name: getattr(level, name) for name in names})
-        for ours, level in zip(config.levels, theirs.levels, strict=True)
-    ]
-    defaults = {name: getattr(theirs, name) for name in INHERITED}  # each level has its own
-    rest = {"legacy_mask": False, "residual_dropout": False}
-    return config.model_copy(update={"levels": levels} | defaults | rest)
+_MODEL = {
+    "positions": "learned",
+    "norm": "layer",
+    "stack_norms": False,
+    "feed_forward": "gelu",
+    "bias": True,
+    "qk_norm": False,
+    "z_loss": 0.0,
+    "skip": "plain",
+}
+"""Settings of a model that the reference can build."""
+_LEVEL = {"pooling": "fixed", "shorten_choices": (), "ff_mult": 4, "window": None}
+"""Settings of each of its levels."""
+_SAMPLING = {"mean": "repeat", "linear": "linear"}
+"""Downsampling -> upsampling."""
+
+
+def _require(setting: str, theirs: object, ours: object) -> None:
+    if ours != theirs:
+        raise ValueError(
+            "hourglass-transformer-pytorch cannot build this model: "
+            f"model.{setting}: {theirs} -> {ours}"
+        )
 
 
 def _join(parts: list[Tensor]) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from hourglass_dist.config.model import ModelConfig
+from hourglass_dist.model.settings import ModelConfig
 
 EPS = 1e-5
 """Added to the variance, or to the mean square."""

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hourglass_dist.config.model import LevelConfig, ModelConfig
 from hourglass_dist.model.attention import Rule, attend, takes_flex
 from hourglass_dist.model.layers import FeedForward, Heads, Waves, drop, make_waves
 from hourglass_dist.model.layout import Rows, cut
@@ -33,6 +32,7 @@ from hourglass_dist.model.pool import (
     gather_buckets,
     lay_out,
 )
+from hourglass_dist.model.settings import LevelConfig, ModelConfig
 
 MANY_KEYS = 8
 """From this many positions in a bucket on, the query is taken through the key projection, instead

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from itertools import product
 from typing import NamedTuple
 
-from hourglass_dist.config.model import LevelConfig, ModelConfig
+from hourglass_dist.model.settings import LevelConfig, ModelConfig
 from hourglass_dist.planning import cost_parts as parts
 from hourglass_dist.planning.cost_units import Between, Part, Size
 
@@ -160,7 +160,7 @@ def choose_checkpointing(
     found: list[tuple[int, int, ModelConfig]] = []
     least = None
     for policies in product(*choices):
-        settled = _with_policies(config, policies)
+        settled = config.with_checkpointing(policies)
         cost = model_cost(
             settled, length, rows=rows, bytes_per_number=bytes_per_number, packed=packed
         )
@@ -174,14 +174,6 @@ def choose_checkpointing(
             f"{rows} x {length} tokens take {least:,} bytes or more, given {budget:,}"
         )
     return min(found, key=lambda candidate: candidate[:2])[2]
-
-
-def _with_policies(config: ModelConfig, policies: tuple[str, ...]) -> ModelConfig:
-    levels = [
-        level.model_copy(update={"activation_checkpointing": policy})
-        for level, policy in zip(config.levels, policies, strict=True)
-    ]
-    return config.model_copy(update={"levels": levels})
 
 
 # --- one level -----------------------------------------------------------------------------------

@@ -9,10 +9,10 @@ In names: n positions of a level, g those of the next one, s in a bucket.
 
 from __future__ import annotations
 
-from hourglass_dist.config.model import LevelConfig
 from hourglass_dist.model.head import CHUNK_LOGITS
 from hourglass_dist.model.layout import bucket_count
 from hourglass_dist.model.resample import MANY_KEYS
+from hourglass_dist.model.settings import LevelConfig
 from hourglass_dist.planning.cost_units import INDEX_BYTES, WIDE_BYTES, Between, Pairs, Part, Size
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from hourglass_dist.config.model import LevelConfig, ModelConfig
+from hourglass_dist.model.settings import LevelConfig, ModelConfig
 
 WIDE_BYTES = 4  # norm statistics, softmax normalisers and what the loss sums stay in fp32
 INDEX_BYTES = 8  # int64

@@ -26,9 +26,9 @@ from typing import NamedTuple
 import torch
 
 from hourglass_dist.config.loader import ConfigError
-from hourglass_dist.config.model import ModelConfig
 from hourglass_dist.config.schema import Config
 from hourglass_dist.model.hourglass import HourglassLM
+from hourglass_dist.model.settings import ModelConfig
 from hourglass_dist.planning.collective_times import all_reduce_s, ring_s
 from hourglass_dist.planning.devices import Device, Node, planned_device
 from hourglass_dist.planning.failures import (
@@ -124,7 +124,7 @@ class Forecast:
         fp32 = self.plan.config.train.precision == "fp32"
         device, node = self.cluster.device, self.cluster.node
         peak = node.fp32_flops if fp32 else device.bf16_flops
-        again = SELECTIVE if "selective" in _policies(self.plan.model) else 1.0
+        again = SELECTIVE if "selective" in self.plan.model.checkpointing else 1.0
         operations = self.plan.tokens_per_step * self.plan.cost.hardware_flops_per_token
         return again * operations / self.cluster.gpus / (PRODUCTS * peak)
 
@@ -166,7 +166,7 @@ class Forecast:
             return [Calls("all-gather", count, made.gathered_after)]
         least = zero.stage3_param_persistence_threshold
         small = PERSISTENCE if least is None else least
-        count = small_tensors(made.model.model_dump_json(), small) if zero.stage == 3 else 0
+        count = small_tensors(made.model, small) if zero.stage == 3 else 0
         return [Calls("all-gather", count, 0.0)] if count else []
 
     @property
@@ -239,10 +239,10 @@ class Calls(NamedTuple):
 
 
 @cache
-def small_tensors(model: str, elements: int) -> int:
-    """How many weights of a model (its settings as JSON) have no more than so many elements."""
+def small_tensors(model: ModelConfig, elements: int) -> int:
+    """How many weights of a model have no more than so many elements."""
     with torch.device("meta"):
-        made = HourglassLM(ModelConfig.model_validate_json(model))
+        made = HourglassLM(model)
     return sum(p.numel() <= elements for p in made.parameters())
 
 
@@ -257,13 +257,8 @@ def candidates(config: Config, machines: Cluster) -> Iterator[Forecast]:
     it on the device."""
     rows = min(portion.batch_size for portion in config.data.portions) // machines.gpus
     sizes = [n for n in range(1, rows + 1) if rows % n == 0][:MOST_MICRO_BATCHES]
-    models = [] if "auto" in _policies(config.model) else [config.model]
-    for policy in POLICIES:
-        levels = [
-            level.model_copy(update={"activation_checkpointing": policy})
-            for level in config.model.levels
-        ]
-        models.append(config.model.model_copy(update={"levels": levels}))
+    models = [] if "auto" in config.model.checkpointing else [config.model]
+    models += [config.model.with_checkpointing(policy) for policy in POLICIES]
     for size in sizes:
         train = config.train.model_copy(update={"micro_batch_size": size})
         for stage in range(4):
@@ -303,10 +298,6 @@ def _order(found: Forecast) -> tuple[int, float, int]:
         float(f"{found.step_s:.3g}"),
         -config.train.micro_batch_size,
     )
-
-
-def _policies(model: ModelConfig) -> list[str]:
-    return [level.activation_checkpointing for level in model.levels]
 
 
 # --- telling -------------------------------------------------------------------------------------
@@ -397,7 +388,7 @@ def _assumptions(found: Forecast) -> Iterator[str]:
 
 def _settings(found: Forecast) -> str:
     config = found.plan.config
-    policies = _policies(found.plan.model)
+    policies = found.plan.model.checkpointing
     shown = policies[0] if len(set(policies)) == 1 else ", ".join(policies)
     return (
         f"ZeRO stage {config.deepspeed.stage}, micro batches of {config.train.micro_batch_size}, "

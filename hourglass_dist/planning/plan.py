@@ -44,10 +44,10 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from hourglass_dist.config.model import ModelConfig
 from hourglass_dist.config.schema import Config
 from hourglass_dist.engine.optim import is_muons
 from hourglass_dist.model.hourglass import HourglassLM
+from hourglass_dist.model.settings import ModelConfig
 from hourglass_dist.planning.cost import LevelCost, ModelCost, choose_checkpointing, model_cost
 
 MASTER_BYTES, MOMENT_BYTES, SUM_BYTES = 4, 8, 4
@@ -358,8 +358,7 @@ def _level_table(plan: Plan) -> Table:
     for name in ("stride", "parameters", "FLOPs/token", "share", "activations"):
         table.add_column(name, justify="right")
     table.add_column("checkpointing")
-    policies = [level.activation_checkpointing for level in plan.model.levels]
-    for part, policy in zip(cost.parts, [*policies, ""], strict=True):
+    for part, policy in zip(cost.parts, [*plan.model.checkpointing, ""], strict=True):
         table.add_row(*_level_row(part, cost), policy)
     largest = max(cost.parts, key=lambda part: part.transient_bytes)
     name = "loss, for a moment" if largest is cost.ends else "one recomputed layer"

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from hourglass_dist.config.model import ModelConfig
+from hourglass_dist.model.settings import ModelConfig
 
 WIDTH = 48
 

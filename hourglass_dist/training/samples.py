@@ -13,11 +13,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from hourglass_dist.config.model import ModelConfig
 from hourglass_dist.data.stream import Batch
 from hourglass_dist.data.tokenizer import Tokenizer
 from hourglass_dist.inference.generate import generate
 from hourglass_dist.model.hourglass import HourglassLM
+from hourglass_dist.model.settings import ModelConfig
 
 PROMPT_TOKENS = 64
 """Tokens of held-out text that are continued."""
@@ -56,11 +56,8 @@ def write_samples(
     seed: int,
 ) -> list[Sample]:
     """``count`` continuations of the prompts in turn; the same weights and seed give them again."""
-    levels = [
-        level.model_copy(update={"activation_checkpointing": "none"}) for level in config.levels
-    ]
     with torch.device("meta"):
-        model = HourglassLM(config.model_copy(update={"levels": levels}))
+        model = HourglassLM(config.with_checkpointing("none"))
     model.load_state_dict(dict(weights), assign=True)
     generator = torch.Generator().manual_seed(seed)
     samples = []
