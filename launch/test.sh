@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Makes the environment and runs every check; arguments go to pytest: bash launch/test.sh tests/test_config.py -k lists
+# Makes the environment and runs every check; arguments go to pytest: bash launch/test.sh tests/unit/test_config.py -k lists
 #
 #   bash launch/test.sh --cluster      instead the drills of minutes: hosts that die, cables that are cut, real ssh, Slurm and pods.
 #                                      Needs root and Linux; what else is missing is said by the tests that are skipped for it.

@@ -6,30 +6,11 @@ from pathlib import Path
 
 import pytest
 from hypothesis import settings
+from paths import CORPUS
 from ranks import hourglass, torchrun
+from tiny_run import TINY
 
 settings.register_profile("thorough", max_examples=10_000, deadline=None)
-
-ROOT = Path(__file__).parents[1]
-CORPUS = ROOT / "data_tools" / "corpora" / "tinyshakespeare.txt.gz"
-
-TINY = """
-run: {dir: runs/tiny}
-data: {dataset: data/tiny, seq_len: 64, batch_size: 8}
-model:
-  dim: 32
-  heads: 2
-  dim_head: 16
-  max_seq_len: 64
-  levels:
-    - {layers: [1, 1]}
-    - {layers: 2, shorten: 2}
-optim: {lr: 1e-3, warmup_steps: 5}
-train: {steps: 20, micro_batch_size: 2}
-eval: {every: 20, batch_size: 64}
-checkpoint: {every: 5}
-metrics: {every: 1}
-"""
 
 
 @pytest.fixture(scope="session")

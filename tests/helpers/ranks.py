@@ -1,0 +1,97 @@
+"""Runs a script of the tests on several ranks, the way a user would: torchrun, real processes,
+gloo."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+from paths import HELPERS, ROOT
+
+
+def environment() -> dict[str, str]:
+    """This process's environment, one thread a rank, and no GPU: the tests compare CPU figures."""
+    return os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+        "TORCH_CPP_LOG_LEVEL": "ERROR",
+    }
+
+
+def torchrun_command(ranks: int, *target: str) -> list[str]:
+    """The command line of ``ranks`` local ranks."""
+    return [
+        *(sys.executable, str(ROOT / "launch" / "torchrun.py"), "--standalone"),
+        *("--local-addr", "127.0.0.1"),
+        *(f"--nproc-per-node={ranks}", *target),
+    ]  # fmt: skip
+
+
+def kill_tree(process: subprocess.Popen[str]) -> None:
+    """SIGKILL to a torchrun and all its ranks, which are in sessions of their own, and wait."""
+    agent = psutil.Process(process.pid)
+    family = [*agent.children(recursive=True), agent]
+    for member in family:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            member.kill()
+    process.communicate()
+    psutil.wait_procs(family, timeout=30)
+
+
+def start_torchrun(ranks: int, *target: str) -> subprocess.Popen[str]:
+    """Start ``target`` (a script, or -m and a module, with arguments); its output is piped."""
+    return subprocess.Popen(
+        torchrun_command(ranks, *target),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment(),
+    )
+
+
+def wait_for_step(process: subprocess.Popen[str], run: Path, step: int) -> None:
+    """Wait until a training has noted ``step`` in its folder; fails when it ends before."""
+    log, deadline = run / "metrics.jsonl", time.monotonic() + 240
+    while not (log.exists() and f'"step": {step},' in log.read_text()):
+        assert process.poll() is None, process.communicate()[1][-3000:]
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+
+
+def torchrun(ranks: int, *target: str, timeout: float = 300) -> subprocess.CompletedProcess[str]:
+    """Run ``target`` (a script, or -m and a module, with arguments) and wait; ends its whole
+    process group."""
+    process = start_torchrun(ranks, *map(str, target))
+    try:
+        out, err = process.communicate(timeout=timeout)
+    finally:
+        if process.poll() is None:
+            kill_tree(process)
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+
+def run_worker(ranks: int, name: str, *arguments: object) -> str:
+    """Run ``tests/NAME`` on ``ranks`` ranks; fails with its output when it does."""
+    done = torchrun(ranks, str(HELPERS / name), *map(str, arguments))
+    assert done.returncode == 0, f"{name} failed:\n{done.stdout}\n{done.stderr[-6000:]}"
+    return done.stdout
+
+
+def hourglass(*arguments: object, stdin: bytes = b"") -> subprocess.CompletedProcess[str]:
+    """Run the ``hourglass`` command and wait."""
+    done = subprocess.run(
+        [Path(sys.executable).with_name("hourglass"), *map(str, arguments)],
+        input=stdin,
+        capture_output=True,
+        env=environment(),
+        timeout=300,
+        check=False,
+    )
+    return subprocess.CompletedProcess(
+        done.args, done.returncode, done.stdout.decode(), done.stderr.decode()
+    )
