@@ -139,7 +139,7 @@ def step(model: nn.Module, batch: Tensor) -> float:
 
 
 def _lengthen_with_queries(
-    self: resample.Lengthen, valley_BGE: Tensor, x_BLD: Tensor, rows: Rows, _: Any
+    self: resample.Lengthen, valley_BGE: Tensor, x_BLD: Tensor, rows: Rows, *_: Any
 ) -> Tensor:
     """Each position asks its pooled token, the only key, and gets all of its value."""
     attention, length = self.attention, x_BLD.shape[1]

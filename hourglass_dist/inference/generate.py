@@ -15,7 +15,8 @@ from torch import Tensor
 
 from hourglass_dist.data.tokenizer import StreamDecoder
 from hourglass_dist.inference.export import load_export
-from hourglass_dist.model.decode import Cache, prefill, step
+from hourglass_dist.model.cache import Cache
+from hourglass_dist.model.decode import prefill, step
 from hourglass_dist.model.hourglass import HourglassLM
 
 

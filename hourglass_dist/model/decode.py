@@ -14,114 +14,14 @@ a bucket, H heads, K width of a head, D width of a level, V vocabulary.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
-from hourglass_dist.model.attention import Sight, additive, attend
-from hourglass_dist.model.hourglass import Hourglass, HourglassLM, Stage
+from hourglass_dist.model.cache import Cache, KeyValues, LevelCache
+from hourglass_dist.model.hourglass import Hourglass, HourglassLM
 from hourglass_dist.model.layers import Layer, Waves, make_waves
-from hourglass_dist.model.layout import Rows, word_starts
-from hourglass_dist.model.pool import take
+from hourglass_dist.model.layout import word_starts
 from hourglass_dist.model.resample import EarlierAttention, Lengthen, Shorten
-from hourglass_dist.model.settings import ModelConfig
-
-
-@dataclass
-class KeyValues:
-    """Keys and values of one attention."""
-
-    keys_BHCK: Tensor
-    values_BHCK: Tensor
-    window: int | None
-    """C, where slots are a ring: position p lies in slot p % C."""
-
-    def append(self, rows_N: Tensor, place_N: Tensor, key: Tensor, value: Tensor) -> None:
-        """Store (N, H, 1, K) of the positions ``place_N`` of some rows."""
-        slots_N = place_N if self.window is None else place_N % self.window
-        if (
-            self.window is None
-            and (missing := int(place_N.max()) + 1 - self.keys_BHCK.shape[2]) > 0
-        ):
-            self._grow(missing)
-        self.keys_BHCK[rows_N, :, slots_N] = key[:, :, 0]
-        self.values_BHCK[rows_N, :, slots_N] = value[:, :, 0]
-
-    def _grow(self, missing: int) -> None:
-        for name in ("keys_BHCK", "values_BHCK"):
-            old = getattr(self, name)
-            more = max(missing, old.shape[2], 16)
-            room = old.new_zeros(*old.shape[:2], more, old.shape[3])
-            setattr(self, name, torch.cat([old, room], dim=2))
-
-    def look(self, rows_N: Tensor, count_N: Tensor, query: Tensor, scale: float) -> Tensor:
-        """What queries (N, H, 1, K) find among the first ``count_N`` positions of their rows."""
-        used = min(int(count_N.max()), self.keys_BHCK.shape[2])
-        keys, values = self.keys_BHCK[:, :, :used], self.values_BHCK[:, :, :used]
-        if len(rows_N) < len(keys):
-            keys, values = keys[rows_N], values[rows_N]
-        mask = None
-        if len(rows_N) > 1:
-            mask = additive(torch.arange(used, device=query.device) < count_N[:, None], query)
-            mask = mask[:, None, None]
-        return attend(query, keys, values, Sight(False, None, mask), scale)
-
-
-@dataclass
-class BucketCache:
-    """The bucket that a level is filling, and what the last full one gave."""
-
-    ring_BSD: Tensor
-    """``fixed``: the last S-1 positions, zeros before the first. ``spacelike``: their sum."""
-    size_B: Tensor
-    """``spacelike``: how many positions are in the sum."""
-    block_BSD: Tensor
-    """What the positions of the bucket get: one for all, or one each."""
-    outside: KeyValues | None
-    """Attention over all earlier positions: their keys."""
-    inside: KeyValues | None
-    """Attention over all earlier pooled tokens: their keys."""
-
-
-@dataclass
-class LevelCache:
-    """All that one level remembers."""
-
-    count_B: Tensor
-    """Positions so far."""
-    pre: list[KeyValues]
-    post: list[KeyValues]
-    bucket: BucketCache | None
-    inner: LevelCache | None
-
-
-@dataclass
-class Cache:
-    """All that a batch of rows remembers, whatever their lengths."""
-
-    config: ModelConfig
-    """Of the model that made it."""
-    last_B: Tensor
-    """The newest token of each row."""
-    level: LevelCache
-
-    @property
-    def bytes(self) -> int:
-        """Memory of keys, values and buckets."""
-        return sum(t.numel() * t.element_size() for t in _tensors(self.level))
-
-
-def _tensors(part: Any) -> list[Tensor]:
-    if isinstance(part, Tensor):
-        return [part]
-    parts = part if isinstance(part, list) else vars(part).values() if part is not None else ()
-    found = [_tensors(p) for p in parts if isinstance(p, (Tensor, list)) or hasattr(p, "__dict__")]
-    return [tensor for some in found for tensor in some]
-
-
-# --- the prompt: one forward pass ----------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -144,95 +44,9 @@ def prefill(
         raise ValueError(
             f"decode: expected prompts of 1 to {length} tokens, given {lengths_B.tolist()}"
         )
-    model.check(tokens_BL)
-    x_BLD = model.embed(tokens_BL)
-    stages = model.stages(x_BLD, tokens_BL)
-    x_BLD, level = _read(model.hourglass, stages, x_BLD, lengths_B)
-    last_B1 = lengths_B[:, None] - 1
-    logits_BV: Tensor = model.head(take(x_BLD, last_B1))[:, 0]
-    return logits_BV, Cache(model.config, tokens_BL.gather(1, last_B1)[:, 0], level)
-
-
-def _read(
-    module: Hourglass, stages: list[Stage], x_BLD: Tensor, lengths_B: Tensor
-) -> tuple[Tensor, LevelCache]:
-    view, crossing = stages[module.index]
-    window = module.config.levels[module.index].window
-
-    def run(layer: nn.Module, x_BLD: Tensor, kept: list[KeyValues]) -> Tensor:
-        assert isinstance(layer, Layer)
-        q, k, v = layer.attention.project(x_BLD, view.waves)
-        kept.append(_keep(k, v, lengths_B, window))
-        mixed = attend(q, k, v, view.sight, layer.attention.heads.scale)
-        out: Tensor = layer.feed_forward(layer.attention.finish(x_BLD, mixed))
-        return out
-
-    cache = LevelCache(lengths_B.clone(), [], [], None, None)
-    for layer in module.pre:
-        x_BLD = run(layer, x_BLD, cache.pre)
-    if not module.is_innermost:
-        if module.pre_norm is not None:
-            x_BLD = module.pre_norm(x_BLD)
-        ends_BG = view.rows.ends(x_BLD.device)
-        inside_B = (ends_BG < lengths_B[:, None]).sum(dim=1)
-        pooled_BGE = module.shorten(x_BLD, view.rows, crossing)
-        valley_BGE, cache.inner = _read(module.inner, stages, pooled_BGE, inside_B)
-        cache.bucket = _read_bucket(module, stages, x_BLD, valley_BGE, lengths_B, inside_B)
-        x_BLD = module.lengthen(valley_BGE, x_BLD, view.rows, crossing)
-    for layer in module.post:
-        x_BLD = run(layer, x_BLD, cache.post)
-    return (module.post_norm(x_BLD) if module.post_norm is not None else x_BLD), cache
-
-
-def _read_bucket(
-    module: Hourglass,
-    stages: list[Stage],
-    x_BLD: Tensor,
-    valley_BGE: Tensor,
-    lengths_B: Tensor,
-    inside_B: Tensor,
-) -> BucketCache:
-    view, crossing = stages[module.index]
-    z_BLD = module.shorten.prepare(x_BLD)
-    keys_BGD, block_BGSD = module.lengthen.blocks(valley_BGE, view.rows.shorten)
-    newest = (inside_B - 1)[:, None, None, None].expand(-1, -1, *block_BGSD.shape[2:])
-    ring_BSD, size_B = _unfinished(module.shorten, z_BLD, view.rows, lengths_B, inside_B)
-    outside = inside = None
-    if crossing is not None:
-        k, v = _earlier(module.shorten).project_keys(z_BLD, crossing.outside)
-        outside = _keep(k, v, lengths_B, None)
-        k, v = _earlier(module.lengthen).project_keys(keys_BGD, crossing.inside)
-        inside = _keep(k, v, inside_B, None)
-    return BucketCache(ring_BSD, size_B, block_BGSD.gather(1, newest)[:, 0], outside, inside)
-
-
-def _unfinished(
-    shorten: Shorten, z_BLD: Tensor, rows: Rows, lengths_B: Tensor, inside_B: Tensor
-) -> tuple[Tensor, Tensor]:
-    """The positions that the next bucket of each row begins with: (ring, size of the sum)."""
-    length = z_BLD.shape[1]
-    if shorten.words:
-        newest_B1 = (inside_B - 1)[:, None]
-        index_L = torch.arange(length, device=z_BLD.device)
-        after_BL = index_L > rows.ends(z_BLD.device).expand(len(z_BLD), -1).gather(1, newest_B1)
-        after_BL &= index_L < lengths_B[:, None]
-        return (z_BLD * after_BL.unsqueeze(-1)).sum(dim=1, keepdim=True), after_BL.sum(dim=1)
-    index_BS = lengths_B[:, None] - torch.arange(rows.shorten - 1, 0, -1, device=z_BLD.device)
-    ring_BSD = take(z_BLD, index_BS.clamp(min=0))
-    return ring_BSD.masked_fill((index_BS < 0).unsqueeze(-1), 0.0), torch.zeros_like(lengths_B)
-
-
-def _keep(k_BHLK: Tensor, v_BHLK: Tensor, lengths_B: Tensor, window: int | None) -> KeyValues:
-    if window is None:
-        return KeyValues(k_BHLK.contiguous(), v_BHLK.contiguous(), None)
-    slots_C = torch.arange(window, device=k_BHLK.device)
-    last_B1 = lengths_B[:, None] - 1
-    index_BC = (last_B1 - (last_B1 - slots_C) % window).clamp(min=0)
-    index = index_BC[:, None, :, None].expand(-1, *k_BHLK.shape[1:2], -1, k_BHLK.shape[3])
-    return KeyValues(k_BHLK.gather(2, index), v_BHLK.gather(2, index), window)
-
-
-# --- one token -----------------------------------------------------------------------------------
+    cache = Cache(model.config, lengths_B)
+    logits_B1V: Tensor = model(tokens_BL, cache=cache)
+    return logits_B1V[:, 0], cache
 
 
 @torch.no_grad()
@@ -311,7 +125,7 @@ def _step_layer(
     attention = layer.attention
     q, k, v = attention.project(x_N1D, waves)
     known.append(rows_N, place_N, k, v)
-    mixed = known.look(rows_N, place_N + 1, q, attention.heads.scale)
+    mixed = known.attend(rows_N, place_N + 1, q, attention.heads.scale)
     out: Tensor = layer.feed_forward(attention.finish(x_N1D, mixed))
     return out
 
@@ -407,7 +221,7 @@ def _look(
 ) -> Tensor:
     attention = _earlier(way)
     q = attention.project(x_N1D, waves)
-    return attention.finish(x_N1D, known.look(rows_N, count_N, q, attention.heads.scale))
+    return attention.finish(x_N1D, known.attend(rows_N, count_N, q, attention.heads.scale))
 
 
 def _earlier(way: Shorten | Lengthen) -> EarlierAttention:

@@ -10,13 +10,15 @@ level, V vocabulary. With the settings of ``configs/seed.yaml`` the function is 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
+from itertools import repeat
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from hourglass_dist.model.cache import Cache, KeyValues, LevelCache
 from hourglass_dist.model.checkpointing import Recompute
 from hourglass_dist.model.head import Head
 from hourglass_dist.model.layers import (
@@ -30,7 +32,7 @@ from hourglass_dist.model.layers import (
 )
 from hourglass_dist.model.layout import check_documents, places, row_layouts
 from hourglass_dist.model.norms import RMSNorm, make_norm
-from hourglass_dist.model.pool import Gate, LinearPool, LinearSpread, Pad
+from hourglass_dist.model.pool import Gate, LinearPool, LinearSpread, Pad, take
 from hourglass_dist.model.resample import (
     BucketAttention,
     Crossing,
@@ -79,19 +81,26 @@ class Hourglass(nn.Module):
         # the last stack of level 0 ends in the norm before the logits
         self.post_norm = make_norm(config, own.dim) if ends and index > 0 else None
 
-    def forward(self, x_BLD: Tensor, stages: list[Stage]) -> Tensor:
-        """(B, L, D) -> (B, L, D). ``stages`` holds those of all levels."""
+    def forward(
+        self, x_BLD: Tensor, stages: list[Stage], cache: LevelCache | None = None
+    ) -> Tensor:
+        """(B, L, D) -> (B, L, D). ``stages`` holds those of all levels; ``cache``, if any, is
+        filled."""
         view, crossing = stages[self.index]
+        known: Iterator[KeyValues | None] = repeat(None)
+        bucket = inner = None
+        if cache is not None:
+            known, bucket, inner = iter([*cache.pre, *cache.post]), cache.bucket, cache.inner
         for number, layer in enumerate(self.pre):
-            x_BLD = self.run(number, layer, x_BLD, view)
+            x_BLD = self.run(number, layer, x_BLD, view, next(known))
         if not self.is_innermost:
             if self.pre_norm is not None:
                 x_BLD = self.pre_norm(x_BLD)
-            pooled_BGE = self.run(0, self.shorten, x_BLD, view.rows, crossing)
-            valley_BGE = self.inner(pooled_BGE, stages)
-            x_BLD = self.run(0, self.lengthen, valley_BGE, x_BLD, view.rows, crossing)
+            pooled_BGE = self.run(0, self.shorten, x_BLD, view.rows, crossing, bucket)
+            valley_BGE = self.inner(pooled_BGE, stages, inner)
+            x_BLD = self.run(0, self.lengthen, valley_BGE, x_BLD, view.rows, crossing, bucket)
         for number, layer in enumerate(self.post, start=len(self.pre)):
-            x_BLD = self.run(number, layer, x_BLD, view)
+            x_BLD = self.run(number, layer, x_BLD, view, next(known))
         return self.post_norm(x_BLD) if self.post_norm is not None else x_BLD
 
 
@@ -122,9 +131,13 @@ class HourglassLM(nn.Module):
         documents_BL: Tensor | None = None,
         targets_BL: Tensor | None = None,
         each_target: bool = False,
+        cache: Cache | None = None,
     ) -> Any:
         """int64 (B, L) to logits (B, L, V); with targets to (nats summed, targets that count), with
         ``each_target`` to (nats (B, L), targets that count) without gradient.
+
+        With an empty ``cache``, rows are prompts of ``cache.lengths_B`` tokens, padded behind: it
+        is filled with them, and the logits are those after their last tokens, (B, 1, V).
 
         ``mask_BL`` is True at real tokens: the others are as if they were not there, and the logits
         at their places mean nothing. ``documents_BL`` numbers the documents of packed rows: each
@@ -132,6 +145,7 @@ class HourglassLM(nn.Module):
         table, or documents out of order.
         """
         self.check(tokens_BL, documents_BL)
+        assert cache is None or mask_BL is None
         order_BL = None
         real_BL = mask_BL
         if mask_BL is not None and not self.config.legacy_mask:
@@ -143,7 +157,11 @@ class HourglassLM(nn.Module):
             real_BL = None if self.config.causal else _real_first(mask_BL)
         x_BLD = self.embed(tokens_BL, documents_BL)
         stages = self.stages(x_BLD, tokens_BL, documents_BL, real_BL)
-        x_BLD = self.hourglass(x_BLD, stages)
+        layouts = [view.rows for view, _ in stages]
+        level_cache = None if cache is None else cache.begin(tokens_BL, layouts)
+        x_BLD = self.hourglass(x_BLD, stages, level_cache)
+        if cache is not None:
+            x_BLD = take(x_BLD, cache.lengths_B[:, None] - 1)
         if order_BL is not None:
             back_BL = order_BL.argsort(dim=1)
             x_BLD = x_BLD.gather(1, back_BL.unsqueeze(-1).expand_as(x_BLD))

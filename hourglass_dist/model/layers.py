@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hourglass_dist.model.attention import Sight, attend, self_sight
+from hourglass_dist.model.cache import KeyValues
 from hourglass_dist.model.layout import Rows
 from hourglass_dist.model.linear import Linear
 from hourglass_dist.model.norms import RMSNorm, make_norm
@@ -168,10 +169,12 @@ class Attention(nn.Module):
         self.dropout = level.dropout
         self.branch_dropout = level.dropout if config.residual_dropout else 0.0
 
-    def forward(self, x_BLD: Tensor, view: View) -> Tensor:
-        """(B, L, D) -> (B, L, D)."""
+    def forward(self, x_BLD: Tensor, view: View, known: KeyValues | None = None) -> Tensor:
+        """(B, L, D) -> (B, L, D). ``known``, if any, is filled with these keys and values."""
         dropout = self.dropout if self.training else 0.0
         q, k, v = self.project(x_BLD, view.waves)
+        if known is not None:
+            known.fill(k, v)
         return self.finish(x_BLD, attend(q, k, v, view.sight, self.heads.scale, dropout))
 
     def project(self, x_BLD: Tensor, waves: Waves | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -223,8 +226,8 @@ class Layer(nn.Module):
         self.attention = Attention(config, level)
         self.feed_forward = FeedForward(config, level)
 
-    def forward(self, x_BLD: Tensor, view: View) -> Tensor:
-        """(B, L, D) -> (B, L, D)."""
-        x_BLD = self.attention(x_BLD, view)
+    def forward(self, x_BLD: Tensor, view: View, known: KeyValues | None = None) -> Tensor:
+        """(B, L, D) -> (B, L, D). ``known``, if any, is filled with keys and values."""
+        x_BLD = self.attention(x_BLD, view, known)
         out_BLD: Tensor = self.feed_forward(x_BLD)
         return out_BLD

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hourglass_dist.model.attention import Rule, attend, takes_flex
+from hourglass_dist.model.cache import BucketCache, KeyValues
 from hourglass_dist.model.layers import FeedForward, Heads, Waves, drop, make_waves
 from hourglass_dist.model.layout import Rows, cut
 from hourglass_dist.model.linear import Linear
@@ -139,12 +140,20 @@ class EarlierAttention(nn.Module):
         return x_BQD + drop(out_BQD, self.branch_dropout, self.training)
 
     def forward(
-        self, x_BQD: Tensor, keys_BJD: Tensor, rule: Rule, waves: tuple[Waves | None, Waves | None]
+        self,
+        x_BQD: Tensor,
+        keys_BJD: Tensor,
+        rule: Rule,
+        waves: tuple[Waves | None, Waves | None],
+        known: KeyValues | None = None,
     ) -> Tensor:
-        """(B, Q, D), (B, J, D) -> (B, Q, D). ``waves`` are those of queries and of keys."""
+        """(B, Q, D), (B, J, D) -> (B, Q, D). ``waves`` are those of queries and of keys; ``known``,
+        if any, is filled with keys and values."""
         dropout = self.dropout if self.training else 0.0
         sight = rule.sight(x_BQD, takes_flex(x_BQD, self.dropout))
         k, v = self.project_keys(keys_BJD, waves[1])
+        if known is not None:
+            known.fill(k, v)
         mixed = attend(self.project(x_BQD, waves[0]), k, v, sight, self.heads.scale, dropout)
         return self.finish(x_BQD, mixed)
 
@@ -211,14 +220,23 @@ class Shorten(nn.Module):
                 Pad(outer.dim, inner.dim) if pads else Linear(outer.dim, inner.dim, config.bias)
             )
 
-    def forward(self, x_BLD: Tensor, rows: Rows, crossing: Crossing | None) -> Tensor:
-        """(B, L, D) -> (B, G, E)."""
+    def forward(
+        self,
+        x_BLD: Tensor,
+        rows: Rows,
+        crossing: Crossing | None,
+        bucket: BucketCache | None = None,
+    ) -> Tensor:
+        """(B, L, D) -> (B, G, E). ``bucket``, if any, keeps what the next bucket begins with."""
+        x_BLD = self.prepare(x_BLD)
+        if bucket is not None:
+            bucket.fill_ring(x_BLD, rows, self.words)
         if self.attends == "earlier":
             assert crossing is not None
-            x_BLD = self.prepare(x_BLD)
             pooled_BGD = self.query_norm(self._pool(x_BLD, rows)[0])
             waves = crossing.inside, crossing.outside
-            pooled_BGD = self.attention(pooled_BGD, x_BLD, crossing.down, waves)
+            known = None if bucket is None else bucket.outside
+            pooled_BGD = self.attention(pooled_BGD, x_BLD, crossing.down, waves, known)
         else:
             pooled_BGD, x_BGSD, present_BGS = self._pool(x_BLD, rows)
             if self.attends == "bucket":
@@ -320,15 +338,23 @@ class Lengthen(nn.Module):
         self.gate = Gate(outer.dim) if config.skip == "gated" else None
 
     def forward(
-        self, valley_BGE: Tensor, x_BLD: Tensor, rows: Rows, crossing: Crossing | None
+        self,
+        valley_BGE: Tensor,
+        x_BLD: Tensor,
+        rows: Rows,
+        crossing: Crossing | None,
+        bucket: BucketCache | None = None,
     ) -> Tensor:
-        """(B, G, E), (B, L, D) -> (B, L, D)."""
+        """(B, G, E), (B, L, D) -> (B, L, D). ``bucket``, if any, keeps the newest block."""
         keys_BGD, block_BGSD = self.blocks(valley_BGE, rows.shorten)
+        if bucket is not None:
+            bucket.fill_block(block_BGSD)
         added_BLD = lay_out(block_BGSD, rows)
         if self.attends == "earlier":
             assert crossing is not None
             waves = crossing.outside, crossing.inside
-            added_BLD = self.attention(x_BLD + added_BLD, keys_BGD, crossing.up, waves)
+            known = None if bucket is None else bucket.inside
+            added_BLD = self.attention(x_BLD + added_BLD, keys_BGD, crossing.up, waves, known)
         return self.combine(x_BLD, added_BLD)
 
     def blocks(self, valley_BGE: Tensor, shorten: int) -> tuple[Tensor, Tensor]:

@@ -32,9 +32,11 @@ ORDER = [
     ),
     *("data.tokenizer", "data.shards", "data.write", "data.data_plan", "data.order"),
     *("data.remote", "data.mixture", "data.stream", "data.held_out"),
-    *("model.layout", "model.attention", "model.linear", "model.norms", "model.layers"),
+    *("model.layout", "model.attention", "model.linear", "model.norms"),
     *(
         "model.pool",
+        "model.cache",
+        "model.layers",
         "model.resample",
         "model.checkpointing",
         "model.head",

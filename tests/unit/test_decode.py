@@ -10,7 +10,8 @@ import zoo
 from torch import Tensor
 from zoo import farthest, make_model, random_text
 
-from hourglass_dist.model.decode import Cache, prefill, step
+from hourglass_dist.model.cache import Cache
+from hourglass_dist.model.decode import prefill, step
 from hourglass_dist.model.hourglass import HourglassLM
 
 every_kind = pytest.mark.parametrize("kind", zoo.KINDS)
