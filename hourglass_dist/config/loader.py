@@ -1,4 +1,4 @@
-"""The strict loader under ``config.py``: sections, strict YAML, overrides, readable errors.
+"""The strict loader under ``config/schema.py``: sections, strict YAML, overrides, readable errors.
 
     file.yaml  ->  strict YAML (no repeated keys, 3e-4 is a number)  ->  dict
     key=value  ->  dotted path, lists by index                       ->  the same dict
@@ -158,8 +158,10 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
 
 
 def apply_override(settings: dict[str, Any], override: str) -> str:
-    """Set one ``dotted.path=value`` in ``settings`` (lists by index) and return the path. Raises
-    ConfigError."""
+    """Set one ``dotted.path=value`` in ``settings`` and return the path.
+
+    Lists go by index; the index one past the end appends an item. Raises ConfigError.
+    """
     path, equals, text = override.partition("=")
     if not equals or not all(path.split(".")):
         raise ConfigError(
@@ -171,7 +173,11 @@ def apply_override(settings: dict[str, Any], override: str) -> str:
         if isinstance(target, dict) and target.get(part) is None:
             target[part] = {}
         target = target[_index(target, part, path)]
-    target[_index(target, last, path)] = _parse_yaml(text, f"command line: {path}")
+    value = _parse_yaml(text, f"command line: {path}")
+    if isinstance(target, list) and last == str(len(target)):
+        target.append(value)
+    else:
+        target[_index(target, last, path)] = value
     return path
 
 
@@ -182,7 +188,8 @@ def _index(target: Any, part: str, path: str) -> Any:
         if part.isdecimal() and int(part) < len(target):
             return int(part)
         raise ConfigError(
-            f"command line: {path}: expected an index from 0 to {len(target) - 1}, given {part!r}"
+            f"command line: {path}: expected an index from 0 to {len(target) - 1}, or "
+            f"{len(target)} to append a whole item, given {part!r}"
         )
     raise ConfigError(
         f"command line: {path}: {part!r} is inside {show(target)}, which has no parts"
@@ -229,7 +236,7 @@ _EXPECTED = {
     "model_type": "a mapping",
     "model_attributes_type": "a mapping",
 }
-_LIMITS = {"ge": "at least", "gt": "more than", "le": "at most", "lt": "less than"}
+LIMITS = {"ge": "at least", "gt": "more than", "le": "at most", "lt": "less than"}
 
 
 def _explain(cls: type[Section], detail: Any, prefix: str) -> tuple[str, str]:
@@ -251,7 +258,7 @@ def _explain(cls: type[Section], detail: Any, prefix: str) -> tuple[str, str]:
         return (path, str(context["error"])) if " " in start else (start, message)
     if kind == "literal_error":
         return path, f"expected {context['expected'].replace(chr(39), '')}, given {given}"
-    for name, words in _LIMITS.items():
+    for name, words in LIMITS.items():
         if name in context:
             return path, f"expected {words} {context[name]:g}, given {given}"
     if kind in _EXPECTED:
@@ -269,7 +276,7 @@ def show(value: Any) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def _sections(cls: type[Section]) -> dict[str, type[Section]]:
+def sections(cls: type[Section]) -> dict[str, type[Section]]:
     """Field name -> section class, for fields that are a section or a list of one."""
     found = {}
     for name, field in cls.model_fields.items():
@@ -283,7 +290,7 @@ def _sections(cls: type[Section]) -> dict[str, type[Section]]:
 
 def paths(cls: type[Section], prefix: str = "") -> Iterator[tuple[str, str]]:
     """Every setting below a section, as (dotted path, description)."""
-    inner = _sections(cls)
+    inner = sections(cls)
     for name, field in cls.model_fields.items():
         if name in inner:
             is_list = "list[" in str(field.annotation)
@@ -294,7 +301,7 @@ def paths(cls: type[Section], prefix: str = "") -> Iterator[tuple[str, str]]:
 
 def _owner(cls: type[Section], parts: Sequence[str]) -> type[Section]:
     for part in parts[:-1]:
-        cls = _sections(cls).get(part, cls)
+        cls = sections(cls).get(part, cls)
     return cls
 
 

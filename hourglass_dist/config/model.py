@@ -68,7 +68,7 @@ class LevelSection(Section):
 
 
 class ModelSection(Section):
-    """A model, as it is written."""
+    """An hourglass language model; with one level, a plain transformer."""
 
     dim: PositiveInt
     heads: PositiveInt = 8
@@ -227,9 +227,11 @@ Model = Annotated[ModelConfig, Built(ModelSection)]
 """The type of a setting that is a model: validated as ModelSection, kept as ModelConfig."""
 
 
-def parse_model(written: dict[str, Any], *, source: str) -> ModelConfig:
-    """Check the settings of a model. Raises ConfigError with a line for every mistake; ``source``
-    names the file in them."""
+def parse_model(written: dict[str, Any], *, source: str = "") -> ModelConfig:
+    """Check the settings of a model and fill in those that are left out.
+
+    Raises ConfigError with a line for every mistake; ``source`` names the file in them.
+    """
     return parse(ModelSection, written, source=source, prefix="model").build()
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from hourglass_dist.data.tokenizer import StreamDecoder
+from hourglass_dist.data.tokenizer import StreamDecoder, Tokenizer
 from hourglass_dist.inference.export import load_export
 from hourglass_dist.model.cache import Cache
 from hourglass_dist.model.decode import prefill, step
@@ -36,6 +36,22 @@ def generate_text(
     """
     check_sampling(temperature, top_k, top_p)
     model, tokenizer, _ = load_export(export)
+    yield from continue_text(
+        model, tokenizer, prompt, max_new_tokens, temperature, top_k, top_p, seed
+    )
+
+
+def continue_text(
+    model: HourglassLM,
+    tokenizer: Tokenizer,
+    prompt: bytes,
+    max_new_tokens: int,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    seed: int,
+) -> Iterator[str]:
+    """The same for a model that is in memory."""
     context = [tokenizer.eos_id, *tokenizer.encode_prompt(prompt)]
     generator = torch.Generator().manual_seed(seed)
     decoder = StreamDecoder(tokenizer)
