@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
@@ -22,6 +22,7 @@ from data_tools.reshape import compare
 from data_tools.tokenizer import train_tokenizer
 from data_tools.verify import verify as verify_dataset
 from data_tools.workspace import Show
+from hourglass_dist.config.describe import describe as describe_settings
 from hourglass_dist.data.shards import Manifest, Split
 from hourglass_dist.data.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
 
@@ -33,7 +34,10 @@ app = typer.Typer(
 
 Inputs = Annotated[
     list[Path],
-    typer.Argument(help="Files (.txt, .jsonl, also .gz and .zst) and folders of such files."),
+    typer.Argument(
+        help="Files (.txt, .jsonl, also .gz and .zst) and folders of such files; "
+        "tinyshakespeare comes with the package."
+    ),
 ]
 Separator = Annotated[
     str | None,
@@ -66,7 +70,7 @@ def tokenizer(
 
     Example:
 
-    hourglass data tokenizer data_tools/corpora --vocab-size 2048 --out data/tok
+    hourglass data tokenizer tinyshakespeare --vocab-size 2048 --out data/tok
     """
     with _live_line() as show:
         trained = train_tokenizer(
@@ -115,7 +119,7 @@ def shard(
 
     Example:
 
-    hourglass data shard data_tools/corpora --held-out last:0.1 --out data/try
+    hourglass data shard tinyshakespeare --held-out last:0.1 --out data/try
     """
     job = sharding.plan_job(
         inputs,
@@ -174,8 +178,12 @@ def _print_counts(progress: sharding.Progress, out: Path) -> None:
 @app.command()
 def prepare(
     config: Annotated[
-        Path, typer.Argument(help="A YAML file such as configs/prepare/english.yaml.")
-    ],
+        str | None,
+        typer.Argument(
+            help="A YAML file, or the name of shipped settings, bytes or english; a key for "
+            "--describe."
+        ),
+    ] = None,
     overrides: Annotated[
         list[str] | None,
         typer.Argument(help="Settings to change, such as out=data/mine executor.workers=4."),
@@ -187,17 +195,28 @@ def prepare(
     dry_run: Annotated[
         bool, typer.Option(help="Say what would be read and made, and how long it might take.")
     ] = False,
+    describe: Annotated[
+        bool, typer.Option("--describe", help="Say what a setting, or every setting, means.")
+    ] = False,
 ) -> None:
     """Make datasets of a corpus of any size: clean, without duplicates, shuffled.
 
     Runs on the cores of this machine, a Ray cluster or Slurm, and goes on where it was stopped.
 
-    Example: hourglass data prepare configs/prepare/bytes.yaml out=data/bytes
-    """
-    from data_tools.settings import load_settings
+    Example: hourglass data prepare bytes out=data/bytes
 
+    Example: hourglass data prepare --describe filters
+    """
+    from data_tools.settings import Prepare, load_settings
+
+    if describe:
+        print(describe_settings(Prepare, config or ""), end="")
+        return
+    if config is None:
+        raise ValueError("expected CONFIG, such as bytes, or --describe [KEY]")
     settings = load_settings(config, overrides or ())
-    preparing = _prepare_module()
+    from data_tools import prepare as preparing  # its packages are an extra
+
     if dry_run:
         print("\n".join(preparing.dry_run(settings)))
         return
@@ -205,18 +224,6 @@ def prepare(
         report = preparing.prepare(settings, only=stage, show=show, say=print)
     if report:
         print("\n".join([*report.lines(), f"report    {settings.out}/report.html"]))
-
-
-def _prepare_module() -> Any:
-    """The pipeline, whose packages training does not need."""
-    try:
-        from data_tools import prepare as preparing
-    except ModuleNotFoundError as error:
-        raise ValueError(
-            f"'hourglass data prepare' needs the package {error.name}: "
-            "pip install 'hourglass_dist[prepare]'"
-        ) from None
-    return preparing
 
 
 @app.command()
@@ -372,13 +379,12 @@ def bench_prepare(
 ) -> None:
     """Say how fast one core prepares text, beside what sentencepiece alone needs to encode it.
 
-    Example: hourglass bench prepare data_tools/corpora --megabytes 10
+    Example: hourglass bench prepare tinyshakespeare --megabytes 10
     """
     wanted = kinds.split(",")
     for kind in wanted:
         if kind not in ("bytes", "unigram", "bpe"):
             raise ValueError(f"--kinds: expected some of bytes,unigram,bpe, given {kind!r}")
-    _prepare_module()
     from data_tools.bench import bench_prepare as measure
 
     with _live_line() as show:

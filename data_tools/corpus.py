@@ -31,7 +31,8 @@ _CHUNK = 1 << 20
 def find_inputs(paths: Sequence[Path], suffixes: tuple[str, ...] = SUFFIXES) -> list[Path]:
     """The files among ``paths`` and below the folders among them, in that order, none twice.
 
-    Raises ValueError when a path is missing, a file is of an unknown kind or a folder has no input.
+    The bare name of a shipped corpus, ``tinyshakespeare``, stands for its file. Raises ValueError
+    when a path is missing, a file is of an unknown kind or a folder has no input.
     """
     found: dict[Path, Path] = {}  # by resolved path
     for path in paths:
@@ -39,6 +40,8 @@ def find_inputs(paths: Sequence[Path], suffixes: tuple[str, ...] = SUFFIXES) -> 
             files = sorted(file for file in path.rglob("*") if _is_input(file, suffixes))
             if not files:
                 raise ValueError(f"{path}: no input files here: expected {', '.join(suffixes)}")
+        elif not path.exists() and len(path.parts) == 1 and _shipped(path).exists():
+            files = [_shipped(path)]
         elif not path.exists():
             raise ValueError(f"{path}: no such file or folder")
         elif not _is_input(path, suffixes):
@@ -48,6 +51,10 @@ def find_inputs(paths: Sequence[Path], suffixes: tuple[str, ...] = SUFFIXES) -> 
         for file in files:
             found.setdefault(file.resolve(), file)
     return list(found.values())
+
+
+def _shipped(name: Path) -> Path:
+    return Path(__file__).parent / "corpora" / f"{name}.txt.gz"
 
 
 def _is_input(path: Path, suffixes: tuple[str, ...]) -> bool:

@@ -15,6 +15,7 @@ from typing import Any, Literal
 from pydantic import Field, NonNegativeInt, PositiveInt, field_validator, model_validator
 
 from data_tools.split import parse_rule
+from hourglass_dist.config import shipped
 from hourglass_dist.config.loader import ConfigError, Section, apply_override, parse, read_yaml
 
 Rule = Literal["gopher_repetition", "gopher_quality", "c4", "fineweb"]
@@ -205,7 +206,11 @@ class Prepare(Section):
 
 
 def load_settings(path: str | Path, overrides: Sequence[str] = ()) -> Prepare:
-    """The settings of a YAML file with ``key=value`` changes. Raises ConfigError."""
+    """The settings of a YAML file, or the shipped ones of a bare name, with ``key=value`` changes.
+
+    Raises ConfigError.
+    """
+    path = shipped.find(path, shipped.CONFIGS / "prepare")
     settings: dict[str, Any] = read_yaml(path)
     changed = [apply_override(settings, override) for override in overrides]
     try:

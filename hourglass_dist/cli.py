@@ -13,8 +13,11 @@ import typer
 
 from data_tools.cli import app as data_app
 from data_tools.cli import bench_prepare
+from hourglass_dist import __version__
 from hourglass_dist.bench.cli import app as bench_app
 from hourglass_dist.config import schema as settings
+from hourglass_dist.config import shipped
+from hourglass_dist.config.describe import describe as describe_settings
 from hourglass_dist.config.loader import print_error, to_yaml
 
 app = typer.Typer(
@@ -22,7 +25,6 @@ app = typer.Typer(
     add_completion=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
-    help="Pretrain hourglass language models: from a raw corpus to an exported checkpoint.",
 )
 app.add_typer(data_app, name="data")
 app.add_typer(bench_app, name="bench")
@@ -30,7 +32,29 @@ checkpoint_app = typer.Typer(no_args_is_help=True, help="A run's checkpoints: wh
 app.add_typer(checkpoint_app, name="checkpoint")
 bench_app.command("prepare")(bench_prepare)
 
-ConfigFile = Annotated[Path, typer.Argument(help="A YAML file such as configs/quickstart.yaml.")]
+
+def _print_version(is_asked: bool) -> None:
+    if is_asked:
+        print(f"hourglass_dist {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def hourglass(
+    version: Annotated[
+        bool,
+        typer.Option("--version", help="Print it.", callback=_print_version, is_eager=True),
+    ] = False,
+) -> None:
+    """Pretrain hourglass language models: from a raw corpus to an exported checkpoint.
+
+    Example: hourglass config quickstart
+    """
+
+
+ConfigFile = Annotated[
+    Path, typer.Argument(help="A YAML file, or the name of shipped settings such as quickstart.")
+]
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(help="Settings to change, such as train.steps=100 model.levels.1.layers=6."),
@@ -42,9 +66,11 @@ Export = Annotated[Path, typer.Argument(help="A folder made by 'hourglass export
 def train(config: ConfigFile, overrides: Overrides = None) -> None:
     """Train, or continue, the run that a settings file describes, on one rank.
 
-    The same program on every GPU, or on two CPU ranks: bash launch/torchrun.sh CONFIG key=value ...
+    The same program on every GPU, or on two CPU ranks: hourglass launch torchrun CONFIG ...
 
-    Example: hourglass train configs/quickstart.yaml train.steps=20 run.dir=runs/try
+    Example:
+
+    hourglass train quickstart data.dataset=data/try run.dir=runs/try
     """
     from hourglass_dist.train import main as train_main
 
@@ -59,9 +85,9 @@ def launch(
     ],
     config: ConfigFile,
     overrides: Overrides = None,
-    cluster: Annotated[Path, typer.Option(help="What the machines are like.")] = Path(
-        "launch/cluster.yaml"
-    ),
+    cluster: Annotated[
+        Path, typer.Option(help="What the machines are like: a file; 'cluster' is the shipped one.")
+    ] = Path("cluster"),
     print_only: Annotated[
         bool, typer.Option("--print", help="Show what would be run, and run nothing.")
     ] = False,
@@ -73,11 +99,12 @@ def launch(
 
     Settings are checked first. docs/clusters.md says what each target needs.
 
-    Example: hourglass launch torchrun configs/quickstart.yaml --print
+    Example: hourglass launch torchrun quickstart --print
     """
     from hourglass_dist.launch import cluster as clusters
     from hourglass_dist.launch import targets
 
+    config = shipped.find(config)
     loaded = settings.load(config, overrides or ())
     machines = targets.counted(target, clusters.load_cluster(cluster))
     clusters.require_ranks(machines, loaded)
@@ -91,12 +118,28 @@ def launch(
 
 
 @app.command()
-def config(config: ConfigFile, overrides: Overrides = None) -> None:
+def config(
+    config: Annotated[
+        str | None,
+        typer.Argument(help="A YAML file or the name of shipped settings; a key for --describe."),
+    ] = None,
+    overrides: Overrides = None,
+    describe: Annotated[
+        bool, typer.Option("--describe", help="Say what a setting, or every setting, means.")
+    ] = False,
+) -> None:
     """Print the resolved settings, every default filled in, or one line for each mistake.
 
-    Example: hourglass config configs/quickstart.yaml optim.lr=1e-3
+    Example: hourglass config quickstart optim.lr=1e-3
+
+    Example: hourglass config --describe model.levels
     """
-    print(to_yaml(settings.load(config, overrides or ())), end="")
+    if describe:
+        print(describe_settings(settings.Config, config or ""), end="")
+    elif config is None:
+        raise ValueError("expected CONFIG, such as quickstart, or --describe [KEY]")
+    else:
+        print(to_yaml(settings.load(config, overrides or ())), end="")
 
 
 @app.command()
@@ -116,7 +159,7 @@ def plan(
     """Say what a run will cost before it is started: parameters, FLOPs, memory and traffic of a
     rank; with --gpu also whether it fits, how long it takes, what it costs, and what is faster.
 
-    Example: hourglass plan configs/large_zero3.yaml --gpu h100 --nodes 8
+    Example: hourglass plan large_zero3 --gpu h100 --nodes 8
     """
     from hourglass_dist.planning import forecast
     from hourglass_dist.planning.plan import plan as make_plan
@@ -141,7 +184,7 @@ def checkpoint_list(run: Run) -> None:
 
     Any number of ranks continues from any of them, at any ZeRO stage: there is nothing to convert.
 
-    Example: hourglass checkpoint list runs/quickstart
+    Example: hourglass checkpoint list runs/try
     """
     from hourglass_dist.checkpoint.tools import listing
 
@@ -155,7 +198,7 @@ def checkpoint_verify(
 ) -> None:
     """Check every byte of a run's checkpoints; exit code 2 when one is damaged.
 
-    Example: hourglass checkpoint verify runs/quickstart
+    Example: hourglass checkpoint verify runs/try
     """
     from hourglass_dist.checkpoint.tools import check
 
@@ -169,7 +212,7 @@ def checkpoint_delete(
 ) -> None:
     """Remove checkpoints; the newest one stays.
 
-    Example: hourglass checkpoint delete runs/quickstart 1000
+    Example: hourglass checkpoint delete runs/try 1000
     """
     from hourglass_dist.checkpoint.tools import delete
 
@@ -189,7 +232,7 @@ def status(
     Exit code: 0 running or finished, 75 stopped on request (start it again), 1 crashed or hanging,
     2 no run there.
 
-    Example: hourglass status runs/quickstart
+    Example: hourglass status runs/try
     """
     from hourglass_dist.report import status as of_run
 
@@ -211,7 +254,7 @@ def report(
     """Make one HTML page of a run, finished or not, that can be mailed: curves, starts, samples,
     plan and settings.
 
-    Example: hourglass report runs/quickstart --out report.html
+    Example: hourglass report runs/try --out report.html
     """
     from hourglass_dist.report.page import write_report
 
@@ -235,7 +278,7 @@ def export(
 ) -> None:
     """Turn a run's checkpoint into model.safetensors, config.json and the tokenizer.
 
-    Example: hourglass export runs/quickstart exports/quickstart
+    Example: hourglass export runs/try exports/try
     """
     from hourglass_dist.inference.export import export as write_export
 
@@ -259,7 +302,7 @@ def evaluate(
 ) -> None:
     """Score an export on a held-out split, in bits per byte; every byte is scored once.
 
-    Example: hourglass evaluate exports/quickstart --data data/tinyshakespeare --stride 32
+    Example: hourglass evaluate exports/try --data data/try --stride 32
     """
     from hourglass_dist.inference.score import evaluate_export
 
@@ -287,7 +330,7 @@ def generate(
 ) -> None:
     """Continue a text, token by token, to standard output.
 
-    Example: hourglass generate exports/quickstart --prompt "ROMEO:" --max-new-tokens 200
+    Example: hourglass generate exports/try --prompt "ROMEO:" --max-new-tokens 200
     """
     from hourglass_dist.inference.generate import generate_text
 
@@ -304,6 +347,14 @@ def main() -> None:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
+    except ModuleNotFoundError as error:
+        extra = "pip install 'hourglass_dist[prepare]'"
+        print_error(ValueError(f"this needs the package {error.name}: {extra}"))
+        sys.exit(2)
     except (ValueError, OSError) as error:
         print_error(error)
         sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

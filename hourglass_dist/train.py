@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import signal
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
@@ -357,12 +358,10 @@ def say(world: ranks.World, line: str) -> None:
 
 def main(arguments: Sequence[str]) -> int:
     """``CONFIG.yaml key=value ...``; returns the exit code: 0 done, 1 the loss is no number, 2 bad
-    settings or data, 75 stopped on request and saved."""
+    settings or data, 75 stopped on request and saved, 130 stopped by Ctrl-C and not saved."""
     try:
         if not arguments:
-            raise ValueError(
-                "expected CONFIG.yaml [key=value ...], for example configs/quickstart.yaml"
-            )
+            raise ValueError("expected CONFIG [key=value ...], for example quickstart")
         train(settings.load(arguments[0], arguments[1:]))
     except (ValueError, OSError) as error:
         if ranks.is_main_process():
@@ -383,6 +382,11 @@ def main(arguments: Sequence[str]) -> int:
         if ranks.is_main_process():
             print(error, file=sys.stderr, flush=True)
         return EXIT_CODE
+    except KeyboardInterrupt:
+        if ranks.is_main_process():
+            line = "stopped by Ctrl-C, unsaved: the same command continues from the newest save"
+            print(line, file=sys.stderr, flush=True)
+        return 128 + signal.SIGINT
     finally:
         ranks.shutdown()
     return 0

@@ -13,7 +13,7 @@ bash launch/setup.sh
 source "${VIRTUAL_ENV:-.venv}/bin/activate"
 
 say "2/6 data: Tiny Shakespeare, byte by byte, the last tenth held out"
-hourglass data shard data_tools/corpora/tinyshakespeare.txt.gz --held-out last:0.1 --block-tokens 16384 --shard-blocks 2 --out "$data"
+hourglass data shard tinyshakespeare --held-out last:0.1 --block-tokens 16384 --shard-blocks 2 --out "$data"
 
 say "3/6 training"
 gpus=$(nvidia-smi -L 2>/dev/null | wc -l || true)

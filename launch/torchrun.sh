@@ -23,13 +23,18 @@ refuse() {
   echo "launch/torchrun.sh: $1" >&2
   exit 2
 }
-root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-environment=${VIRTUAL_ENV:-$root/.venv}
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+if [[ -d ${here%/*}/hourglass_dist ]]; then # a checkout: its own code runs, also where another one is installed
+  export PYTHONPATH=${here%/*}${PYTHONPATH:+:$PYTHONPATH}
+  environment=${VIRTUAL_ENV:-${here%/*}/.venv}
+else # a wheel: ENVIRONMENT/lib/python3.X/site-packages/hourglass_dist/shipped/launch
+  environment=${here%/lib/python*}
+fi
 if [[ :$PATH: != *:$environment/bin:* && -f $environment/bin/activate ]]; then
   source "$environment/bin/activate"
 fi
-command -v hourglass >/dev/null || refuse "no environment: run bash launch/setup.sh first"
-[[ $# -gt 0 ]] || refuse "expected CONFIG [key=value ...], for example configs/quickstart.yaml"
+python -c 'import hourglass_dist, typer' 2>/dev/null || refuse "no environment: run bash launch/setup.sh first"
+[[ $# -gt 0 ]] || refuse "expected CONFIG [key=value ...], for example quickstart"
 
 nodes=${NNODES:-1} address=${MASTER_ADDR:-} port=${MASTER_PORT:-29500}
 if [[ ! $nodes =~ ^[1-9][0-9]*(:[1-9][0-9]*)?$ || ${nodes%:*} -gt ${nodes#*:} ]]; then
@@ -45,7 +50,7 @@ elif [[ $nodes == *:* ]]; then
 else
   meeting=(--node-rank "$NODE_RANK" --master-addr "$address" --master-port "$port")
 fi
-hourglass config "$@" >/dev/null
+RANK=1 python -m hourglass_dist.cli config "$@" >/dev/null # which file a bare name means is said by rank 0
 
 ranks=${NPROC_PER_NODE:-$(python -c 'import torch; print(torch.cuda.device_count() or 2)')}
 threads=$(($(nproc) / ranks))
@@ -56,7 +61,7 @@ fi
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 TORCH_CPP_LOG_LEVEL=${TORCH_CPP_LOG_LEVEL:-ERROR}
 export JOIN_TIMEOUT=${JOIN_TIMEOUT:-600}
 
-exec python "$root/launch/torchrun.py" \
+exec python -m hourglass_dist.launch.agent \
   --nnodes "$nodes" --nproc-per-node "$ranks" --max-restarts "${MAX_RESTARTS:-0}" "${meeting[@]}" \
   --signals-to-handle SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 --shutdown-timeout "${SHUTDOWN_TIMEOUT:-300}" \
   -m "hourglass_dist.${HOURGLASS_PROGRAM:-train}" "$@"

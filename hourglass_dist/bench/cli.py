@@ -42,9 +42,7 @@ def model(
 
 @app.command("decode")
 def decode(
-    config: Annotated[Path, typer.Option(help="A second model to measure.")] = Path(
-        "configs/modern.yaml"
-    ),
+    config: Annotated[Path, typer.Option(help="A second model to measure.")] = Path("modern"),
     repeats: Repeats = 3,
     threads: Threads = None,
     device: Device = "auto",
@@ -66,7 +64,7 @@ def decode(
 @app.command("compare")
 def compare(
     arms: Annotated[Path, typer.Argument(help="A folder of arms, one YAML file each.")] = Path(
-        "configs/compare"
+        "compare"
     ),
     data: Annotated[Path, typer.Option(help="A dataset with a held-out split.")] = Path(
         "data/tinyshakespeare"
@@ -83,7 +81,7 @@ def compare(
 ) -> None:
     """Held-out bits per byte of several models at equal training FLOPs.
 
-    Example: hourglass bench compare configs/compare --dry-run
+    Example: hourglass bench compare --data data/try --dry-run
     """
     from hourglass_dist.bench.compare import Budget, bench_compare
 
@@ -99,7 +97,7 @@ def bench_data(
 ) -> None:
     """Say how fast training would read a dataset on one core, and how fast the machine could.
 
-    Example: hourglass bench data data/tinyshakespeare --seq-len 128
+    Example: hourglass bench data data/try --seq-len 128
     """
     from hourglass_dist.bench.data import bench_data as measure
 

@@ -30,6 +30,7 @@ import torch
 from pydantic import Field
 
 from hourglass_dist.bench.shared import apart, show
+from hourglass_dist.config import shipped
 from hourglass_dist.config.loader import Section, parse, read_yaml
 from hourglass_dist.config.model import Model, PositiveFloat
 from hourglass_dist.config.schema import OptimConfig
@@ -123,6 +124,7 @@ def read_arms(folder: Path, budget: Budget) -> list[Entry]:
     Raises ValueError when there are none, one is wrong, or the budget is so small that whole steps
     cannot match within ``TOLERANCE``.
     """
+    folder = shipped.find(folder, suffix="")
     files = sorted(folder.glob("*.yaml"))
     if not files:
         raise ValueError(f"{folder}: expected a YAML file for each arm, found none")

@@ -1,6 +1,6 @@
 """Every setting of a run, in typed, documented, frozen sections, and ``load``.
 
-A run is described by ``CONFIG.yaml key=value ...``; the rules of reading are in ``sections.py``.
+A run is described by ``CONFIG key=value ...``; the rules of reading are in ``config/loader.py``.
 This file knows no torch, no deepspeed and no data: importing it is cheap.
 """
 
@@ -12,6 +12,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from hourglass_dist.config import shipped
 from hourglass_dist.config.data import DataConfig
 from hourglass_dist.config.loader import ConfigError, Section, apply_override, parse, read_yaml
 from hourglass_dist.config.model import Fraction, Model, PositiveFloat, PositiveInt
@@ -356,8 +357,11 @@ class Config(Section):
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """Read ``path`` and apply ``key=value`` overrides. Raises ConfigError with one line for every
-    mistake."""
+    """Read a file, or the shipped settings of a bare name, and apply ``key=value`` overrides.
+
+    Raises ConfigError with one line for every mistake.
+    """
+    path = shipped.find(path)
     settings = read_yaml(path)
     keys = [override.partition("=")[0] for override in overrides]
     for key in keys:

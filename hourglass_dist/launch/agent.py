@@ -15,6 +15,7 @@ import logging
 import os
 import signal
 import socket
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -290,3 +291,8 @@ def apart(error: Exception, meeting: Meeting, args: Any) -> int | None:
         args.max_restarts -= 1
         say(f"lost {meeting.place}, where nodes meet: waiting for {meeting.seconds:g} s at most")
     return None
+
+
+if __name__ == "__main__":
+    code = main(sys.argv[1:])
+    sys.exit(code if code in (0, BAD_SETTINGS) else int(os.environ.get("RETRY_EXIT_CODE", code)))

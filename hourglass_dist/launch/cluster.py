@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
+from hourglass_dist.config import shipped
 from hourglass_dist.config.loader import ConfigError, Section, parse, read_yaml
 from hourglass_dist.config.model import PositiveFloat, PositiveInt
 from hourglass_dist.config.schema import Config
@@ -160,7 +161,11 @@ def seconds_of(limit: str) -> int:
 
 
 def load_cluster(path: Path) -> ClusterConfig:
-    """Read a cluster file. Raises ConfigError with one line for every mistake."""
+    """Read a cluster file, or the shipped one for the bare name ``cluster``.
+
+    Raises ConfigError with one line for every mistake.
+    """
+    path = shipped.find(path, shipped.LAUNCH)
     return parse(ClusterConfig, read_yaml(path), source=str(path))
 
 

@@ -1,11 +1,13 @@
 """Starts launch/torchrun.sh on every host of a hostfile over ssh, and looks after it.
 
+    python -m hourglass_dist.launch.ssh HOSTFILE CONFIG key=value ...
+
     a host or its connection is lost     started there again as soon as it answers
     the node where all meet stays away   the others start again without it, where min_nodes allows
     this program gets a signal           all save and stop: exit code 75
     this program is killed               so do they: launch/lifeline.sh on each host notices
 
-What the hosts say is shown after their name. Needs no more than Python and OpenSSH.
+What the hosts say is shown after their name. Needs no more than this package and OpenSSH.
 """
 
 from __future__ import annotations
@@ -25,9 +27,9 @@ from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 
+from hourglass_dist.config.shipped import LAUNCH
 from hourglass_dist.launch.hostfile import read_hostfile
 
-LAUNCH = Path(__file__).parents[2] / "launch"
 SSH = [
     *("ssh", "-T", "-o", "BatchMode=yes", "-o", "ConnectTimeout=15"),
     *("-o", "ServerAliveInterval=15", "-o", "ServerAliveCountMax=8"),
@@ -254,7 +256,8 @@ def last_line(text: str) -> str:
 
 def unfit(ssh: Sequence[str], host: str) -> str | None:
     """Why nothing can be started on a host; None when it can."""
-    command = f"cd {shlex.quote(str(Path.cwd()))} && test -f {shlex.quote(str(LAUNCH / 'ssh.py'))}"
+    folder, script = shlex.quote(str(Path.cwd())), shlex.quote(str(LAUNCH / "torchrun.sh"))
+    command = f"cd {folder} && test -f {script}"
     done = subprocess.run(
         [*ssh, host, command], stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=120
     )
@@ -275,7 +278,7 @@ def tell(line: str) -> None:
 
 def main(arguments: Sequence[str]) -> int:
     """``[--ssh-option=-p2222] HOSTFILE CONFIG key=value ...``; returns the exit code of the run."""
-    parser = argparse.ArgumentParser(prog="launch/ssh.py")
+    parser = argparse.ArgumentParser(prog="python -m hourglass_dist.launch.ssh")
     parser.add_argument("--ssh-option", action="append", default=[], help="such as -p2222")
     parser.add_argument("--pass", dest="passed", action="append", default=[], help="a variable")
     parser.add_argument("hostfile", type=Path, help="a line 'HOST slots=RANKS' for each node")
@@ -283,7 +286,7 @@ def main(arguments: Sequence[str]) -> int:
     given = parser.parse_args(arguments)
     try:
         if not given.arguments:
-            raise ValueError("launch/ssh.py: expected HOSTFILE CONFIG [key=value ...]")
+            raise ValueError("expected HOSTFILE CONFIG [key=value ...]")
         names, slots = read_hostfile(given.hostfile)
         ssh = [SSH[0], *(word for option in given.ssh_option for word in option.split()), *SSH[1:]]
         launcher = Launcher([Host(n, ssh) for n in names], slots, given.arguments, given.passed)
@@ -300,3 +303,7 @@ def main(arguments: Sequence[str]) -> int:
     for problem in problems:
         tell(f"{problem}; going on without")
     return launcher.run()
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -2,7 +2,7 @@
 
     TARGET     the command                                        on every node it ends in
     torchrun   bash launch/torchrun.sh CONFIG                     launch/torchrun.sh
-    ssh        python launch/ssh.py HOSTFILE CONFIG               launch/torchrun.sh
+    ssh        python -m hourglass_dist.launch.ssh HOSTS CONFIG   launch/torchrun.sh
     slurm      sbatch launch/slurm.sbatch CONFIG                  launch/torchrun.sh
     k8s        kubectl create -f - < launch/k8s/KIND.yaml, filled launch/torchrun.sh
 
@@ -22,11 +22,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from hourglass_dist.config.schema import Config
+from hourglass_dist.config.shipped import LAUNCH
 from hourglass_dist.launch.cluster import END_SECONDS, ClusterConfig
 from hourglass_dist.launch.hostfile import read_hostfile
 from hourglass_dist.launch.kubernetes import manifest
-
-SCRIPTS = Path(__file__).parents[2] / "launch"
 
 
 @dataclass(frozen=True)
@@ -89,7 +88,7 @@ def counted(target: str, cluster: ClusterConfig) -> ClusterConfig:
 
 def torchrun(request: Request) -> Launch:
     """On this node; with several, the same line on each, and MASTER_ADDR set."""
-    script = str(SCRIPTS / "torchrun.sh")
+    script = str(LAUNCH / "torchrun.sh")
     return Launch(["bash", script, *request.arguments], node_environment(request))
 
 
@@ -99,8 +98,8 @@ def ssh(request: Request) -> Launch:
     assert settings.hostfile  # see ``counted``
     options = [f"--ssh-option={option}" for option in settings.options]
     options += [f"--pass={name}" for name in request.cluster.environment]
-    script = str(SCRIPTS / "ssh.py")
-    command = [sys.executable, script, *options, settings.hostfile, *request.arguments]
+    command = [sys.executable, "-m", "hourglass_dist.launch.ssh", *options]
+    command += [settings.hostfile, *request.arguments]
     return Launch(command, node_environment(request))
 
 
@@ -125,7 +124,7 @@ def slurm(request: Request) -> Launch:
         *("--parsable", "--export=ALL"),
         *(["--no-kill"] if cluster.min_nodes else []),
         *(["--wait", "--no-requeue"] if request.preflight_only else []),
-        *(*settings.options, str(SCRIPTS / "slurm.sbatch"), *request.arguments),
+        *(*settings.options, str(LAUNCH / "slurm.sbatch"), *request.arguments),
     ]
     environment = node_environment(request)
     if cluster.port == ClusterConfig.model_fields["port"].default:
@@ -139,7 +138,7 @@ def k8s(request: Request) -> Launch:
     space = request.cluster.kubernetes.namespace
     command = ["kubectl", "create", *([f"--namespace={space}"] if space else []), "-f", "-"]
     text = manifest(
-        *(SCRIPTS / "k8s", request.cluster, request.config, request.arguments),
+        *(LAUNCH / "k8s", request.cluster, request.config, request.arguments),
         node_environment(request),
     )
     return Launch(command, input=text)

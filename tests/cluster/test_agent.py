@@ -24,7 +24,7 @@ needs_hosts = pytest.mark.skipif(bool(hosts.missing()), reason=f"hosts: {hosts.m
 
 
 def words(*options: str) -> list[str]:
-    return [sys.executable, str(ROOT / "launch/torchrun.py"), *options]
+    return [sys.executable, "-m", "hourglass_dist.launch.agent", *options]
 
 
 def program(folder: Path, body: str) -> str:

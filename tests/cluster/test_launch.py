@@ -88,7 +88,7 @@ def test_torchrun_ends_as_its_ranks_do(name: str, tmp_path: Path) -> None:
     program = tmp_path / "program.py"
     program.write_text(f"import os, sys, time\nrank = int(os.environ['RANK'])\n{body}\n")
     options = ("--standalone", "--local-addr", "127.0.0.1", "--nproc-per-node", "2")
-    done = run(sys.executable, ROOT / "launch/torchrun.py", *options, program)
+    done = run(sys.executable, "-m", "hourglass_dist.launch.agent", *options, program)
     assert done.returncode == code, done.stderr
     assert done.stderr.startswith(words)
     assert len(done.stderr.splitlines()) <= 1
@@ -101,5 +101,5 @@ def test_a_scheduler_may_be_told_to_try_again(name: str, code: int, tmp_path: Pa
     body = PROGRAMS[name][0]
     program.write_text(f"import os, sys, time\nrank = int(os.environ['RANK'])\n{body}\n")
     options = ("--standalone", "--local-addr", "127.0.0.1", "--nproc-per-node", "2")
-    command = (sys.executable, ROOT / "launch/torchrun.py", *options, program)
+    command = (sys.executable, "-m", "hourglass_dist.launch.agent", *options, program)
     assert run(*command, RETRY_EXIT_CODE="203").returncode == code

@@ -1,4 +1,4 @@
-"""What launch/ssh.py refuses before anything starts, and the line on which its commands hang."""
+"""What ``launch.ssh`` refuses before anything starts, and the line on which its commands hang."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_a_hostfile_is_read_with_comments(hostfile: Path) -> None:
 
 
 def start(*arguments: object) -> subprocess.CompletedProcess[str]:
-    words = [sys.executable, str(ROOT / "launch/ssh.py"), *map(str, arguments)]
+    words = [sys.executable, "-m", "hourglass_dist.launch.ssh", *map(str, arguments)]
     return subprocess.run(words, capture_output=True, text=True, timeout=100)
 
 
@@ -64,7 +64,7 @@ def test_launch_counts_nodes_and_ranks_in_the_hostfile(hostfile: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("NNODES=2 ")
     assert "NPROC_PER_NODE=8" in done.stdout
-    assert f"launch/ssh.py --pass=NCCL_IB_HCA {hostfile} {config}\n" in done.stdout
+    assert f"-m hourglass_dist.launch.ssh --pass=NCCL_IB_HCA {hostfile} {config}\n" in done.stdout
     hostfile.write_text("a slots=8\nb slots=7\n")
     done = hourglass("launch", "ssh", config, "--cluster", cluster, "--print")
     assert done.returncode == 2

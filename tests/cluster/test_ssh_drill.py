@@ -24,7 +24,7 @@ STEPS = 30
 
 
 class Launched(Run):
-    """A run that launch/ssh.py starts, on the first host."""
+    """A run that ``hourglass_dist.launch.ssh`` starts, on the first host."""
 
     servers: Sshd
 
@@ -32,7 +32,7 @@ class Launched(Run):
         hostfile = self.folder.with_suffix(".hosts")
         hostfile.write_text("".join(f"{name} slots=1\n" for name in self.hosts.names))
         option = f"--ssh-option=-F {self.servers.config}"
-        command = [sys.executable, str(ROOT / "launch/ssh.py"), option, str(hostfile)]
+        command = [sys.executable, "-m", "hourglass_dist.launch.ssh", option, str(hostfile)]
         given = self.environment(NNODES="2", PYTHONPATH=str(ROOT), **variables)
         del given["MASTER_ADDR"]
         self.processes[0] = self.hosts.start(

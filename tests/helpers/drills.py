@@ -53,7 +53,7 @@ class Run:
 
     def agent(self, host: int) -> psutil.Process:
         """The host's torchrun."""
-        (found,) = self.processes_of(host, str(ROOT / "launch/torchrun.py"))
+        (found,) = self.processes_of(host, "hourglass_dist.launch.agent")
         return found
 
     def rank(self, host: int) -> psutil.Process:

@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import psutil
-from paths import HELPERS, ROOT
+from paths import HELPERS
 
 
 def environment() -> dict[str, str]:
@@ -26,7 +26,7 @@ def environment() -> dict[str, str]:
 def torchrun_command(ranks: int, *target: str) -> list[str]:
     """The command line of ``ranks`` local ranks."""
     return [
-        *(sys.executable, str(ROOT / "launch" / "torchrun.py"), "--standalone"),
+        *(sys.executable, "-m", "hourglass_dist.launch.agent", "--standalone"),
         *("--local-addr", "127.0.0.1"),
         *(f"--nproc-per-node={ranks}", *target),
     ]  # fmt: skip

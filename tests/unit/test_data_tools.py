@@ -266,14 +266,12 @@ def examples() -> list[list[str]]:
 
 
 def test_the_examples_of_the_help_work(tmp_path: Path) -> None:
-    for name in ("configs", "data_tools"):
-        (tmp_path / name).symlink_to(ROOT / name)
     outputs = []
     commands = examples()
     for example in commands:
         done = hourglass_data(*example[2:], cwd=tmp_path)
         assert done.returncode == 0, done.stderr
-        assert done.stderr == ""
+        assert not [line for line in done.stderr.splitlines() if ": taking the shipped" not in line]
         outputs.append(done.stdout)
     tokenizer, shard, inspected, verified, stats, diff, *others = outputs
     reshard, merge, prepared, split, exported = others

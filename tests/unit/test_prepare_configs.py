@@ -37,7 +37,6 @@ def test_every_setting_is_described() -> None:
 
 def test_the_small_one_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "data_tools").symlink_to(ROOT / "data_tools")
     shutil.copy(ROOT / "configs" / "prepare" / "bytes.yaml", tmp_path / "bytes.yaml")
     planned = hourglass("data", "prepare", "bytes.yaml", "--dry-run")
     assert planned.returncode == 0, planned.stderr
@@ -70,7 +69,6 @@ def test_mistakes_are_one_line(
     override: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "data_tools").symlink_to(ROOT / "data_tools")
     done = hourglass("data", "prepare", ROOT / "configs" / "prepare" / "bytes.yaml", override)
     assert done.returncode == 2
     assert done.stderr.startswith("error: ")
