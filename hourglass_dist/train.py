@@ -114,12 +114,12 @@ def prepare(config: Config, history: History) -> Job | None:
     require_same_start(config, world)
     deepspeed_settings(config, world.size)  # refuses what does not fit, before anything is written
     require_writers(config.metrics.writers)
-    ranks.together(lambda: require_compiler(config, world.device), world.device)
-    datasets, tokenizer = ranks.together(lambda: open_data(config), world.device)
-    stream = ranks.together(lambda: open_stream(config, datasets, world), world.device)
+    ranks.raise_on_all_ranks(lambda: require_compiler(config, world.device), world.device)
+    datasets, tokenizer = ranks.raise_on_all_ranks(lambda: open_data(config), world.device)
+    stream = ranks.raise_on_all_ranks(lambda: open_stream(config, datasets, world), world.device)
     ranks.require_agreement(stream.identity(), world.device)
     run = RunFolder(Path(config.run.dir))
-    ranks.together(lambda: run.open(config) if world.is_main else None, world.device)
+    ranks.raise_on_all_ranks(lambda: run.open(config) if world.is_main else None, world.device)
     require_good_folder(config, world)
     requests = StopRequests(run.path, config.run.time_limit_hours, world)
     about = about_this_code() | {"config": to_yaml(config)}
@@ -138,11 +138,15 @@ def prepare(config: Config, history: History) -> Job | None:
             require_progress(run.path, step, config.run.max_fruitless_starts)
             run.record(config, tokenizer)
 
-    ranks.together(begin, world.device)
+    ranks.raise_on_all_ranks(begin, world.device)
     history.start(step, world)
     watchdog = Watchdog(run.path, config.run.hang_minutes, world, step)
     try:
-        warm = None if path else ranks.together(lambda: warm_start(config, tokenizer), world.device)
+        warm = (
+            None
+            if path
+            else ranks.raise_on_all_ranks(lambda: warm_start(config, tokenizer), world.device)
+        )
         engine = Engine(make_model(config, world, warm), config, world)
         rehearse(engine, config, world)
         if path:
@@ -169,7 +173,7 @@ def run_steps(job: Job) -> None:
     with closing(stream.batches(start_step=job.spikes.data_step(step))) as stored:
         batches = job.profiler.data(stored, step)
         while step < total:
-            batch = ranks.together(lambda: next(batches), job.world.device)
+            batch = ranks.raise_on_all_ranks(lambda: next(batches), job.world.device)
             with metrics.watch(step + 1), job.profiler.step(step + 1):
                 result = job.engine.step(batch.rows, step, job.requests.votes)
             rows = stream.rows_of(job.spikes.data_step(step))

@@ -183,7 +183,7 @@ class Checkpoints:
             if self._error:
                 raise self._error
 
-        ranks.together(check, self._world.device)
+        ranks.raise_on_all_ranks(check, self._world.device)
 
     def news(self) -> list[str]:
         """Lines about saves that ended since the last call (on the main rank)."""
@@ -298,7 +298,7 @@ class Checkpoints:
         self.passed_over = []
         for candidate in [path, *older]:
             try:
-                return candidate, ranks.together(
+                return candidate, ranks.raise_on_all_ranks(
                     partial(verify, candidate, share), self._world.device
                 )
             except ValueError as error:
@@ -321,7 +321,7 @@ class Checkpoints:
             return int(name[5:]) if name and (here is None or here.name < name) else -1
 
         device = self._world.device
-        step = ranks.gather_ints([ranks.together(find, device)], device)[0][0]
+        step = ranks.gather_ints([ranks.raise_on_all_ranks(find, device)], device)[0][0]
         if step < 0:
             return
         folder = self.folder / f".unfinished_fetch_{self._session:010x}"
@@ -331,7 +331,7 @@ class Checkpoints:
             for name in mirror.files(tag(step))[self._world.rank :: self._world.size]:
                 mirror.get(f"{tag(step)}/{name}", folder / name)
 
-        ranks.together(fetch, device)
+        ranks.raise_on_all_ranks(fetch, device)
         if self._world.is_main:
             target = self.folder / tag(step)
             if target.exists():

@@ -177,7 +177,7 @@ def hash_int(text: str) -> int:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
 
 
-def together(action: Callable[[], T], device: torch.device) -> T:
+def raise_on_all_ranks(action: Callable[[], T], device: torch.device) -> T:
     """Run ``action`` on every rank; when it raises ValueError or OSError on any, raise that one on
     all of them.
 

@@ -89,7 +89,7 @@ class Engine:
         if config.deepspeed.zero_optimization.offload_optimizer == "nvme":
             folder = Path(settings["zero_optimization"]["offload_optimizer"]["nvme_path"])
             builder = deepspeed.ops.op_builder.AsyncIOBuilder()
-            ranks.together(lambda: offload.require_files(builder, folder), world.device)
+            ranks.raise_on_all_ranks(lambda: offload.require_files(builder, folder), world.device)
         optimizer = optim.make_optimizer(model, config.optim)
         names = {id(p): name for name, p in model.named_parameters()}
         muons = [p for group in optimizer.param_groups if group["muon"] for p in group["params"]]
@@ -250,7 +250,9 @@ class Engine:
         Called by all ranks together. Raises ValueError, on all of them, when it is the state of
         another model or cannot be read.
         """
-        ranks.together(lambda: self._read_state(sharded_state.Reader(folder)), self._world.device)
+        ranks.raise_on_all_ranks(
+            lambda: self._read_state(sharded_state.Reader(folder)), self._world.device
+        )
         self._refresh_weights()
 
     @torch.no_grad()

@@ -179,5 +179,5 @@ def no_room(config: Config, world: ranks.World, checkpoints: int) -> list[str]:
             f"needed for {checkpoints} checkpoint{'s' if checkpoints > 1 else ''}"
         )
 
-    line = ranks.gather_texts(ranks.together(look, world.device), world.device)[0]
+    line = ranks.gather_texts(ranks.raise_on_all_ranks(look, world.device), world.device)[0]
     return [line] if line else []

@@ -107,7 +107,7 @@ def evaluate(
     """
     sums = np.zeros((3, len(names), stride))
     rest = iter(batches)
-    while batch := ranks.together(lambda: next(rest, None), world.device):
+    while batch := ranks.raise_on_all_ranks(lambda: next(rest, None), world.device):
         sums += _sums(batch, nats(batch.rows), byte_lengths_V, len(names), stride)
     flat = ranks.sum_over_ranks(sums.ravel().tolist(), world.device)
     total = np.array(flat).reshape(sums.shape)

@@ -41,7 +41,7 @@ class Evaluations:
         self._strides = fixed_strides(config.model)
         self._prompts: list[list[int]] = []
         if config.eval.samples:
-            self._prompts = ranks.together(self._find_prompts, world.device)
+            self._prompts = ranks.raise_on_all_ranks(self._find_prompts, world.device)
 
     def make(self, step: int, metrics: Metrics) -> Score:
         """Score the held-out text after ``step`` and note it; after the last step with sliding
@@ -81,10 +81,10 @@ class Evaluations:
                 )
                 metrics.record_samples(step, samples)
 
-        ranks.together(write, self._world.device)
+        ranks.raise_on_all_ranks(write, self._world.device)
 
     def _score(self, sliding: bool) -> Evaluation:
-        rows = ranks.together(
+        rows = ranks.raise_on_all_ranks(
             partial(held_out, self._config, self._datasets, self._world, sliding),
             self._world.device,
         )
