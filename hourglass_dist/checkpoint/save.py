@@ -205,7 +205,7 @@ class Checkpoints:
         try:
             with ExitStack() as stack:
                 mine = None if self._error else stack.enter_context(file.open("rb"))
-                ranks.post(f"{folder.name}/{self._world.rank}", json.dumps(entry))
+                ranks.put_note(f"{folder.name}/{self._world.rank}", json.dumps(entry))
                 if self._world.is_main:
                     target = self._complete(folder, progress)
                     seconds = time.perf_counter() - begun
@@ -224,9 +224,11 @@ class Checkpoints:
             mirror.put(f"{name}/{sharded_state.file_name(self._world.rank)}", mine)
         except Exception as error:  # of whichever library: the copy is lost, nothing else
             said = f"rank {self._world.rank}: {error or type(error).__name__}"
-        ranks.post(f"{attempt}/copy/{self._world.rank}", said)
+        ranks.put_note(f"{attempt}/copy/{self._world.rank}", said)
         if self._world.is_main:
-            failed = [t for t in ranks.posts(f"{attempt}/copy/{r}" for r in self._ranks) if t]
+            failed = [
+                t for t in ranks.wait_for_notes(f"{attempt}/copy/{r}" for r in self._ranks) if t
+            ]
             try:
                 if not failed:
                     kept = [path.name for path in complete(self.folder)]
@@ -241,7 +243,7 @@ class Checkpoints:
 
         Raises ValueError when a rank could not write its file.
         """
-        notes = ranks.posts(f"{folder.name}/{rank}" for rank in self._ranks)
+        notes = ranks.wait_for_notes(f"{folder.name}/{rank}" for rank in self._ranks)
         entries = [json.loads(note) for note in notes]
         for rank, entry in enumerate(entries):
             if "error" in entry:

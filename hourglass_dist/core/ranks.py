@@ -30,7 +30,7 @@ T = TypeVar("T")
 
 TIMEOUT = timedelta(minutes=10)
 """How long a collective may wait for a rank that does not come, where nobody watches."""
-POST_TIMEOUT = timedelta(minutes=30)
+NOTE_TIMEOUT = timedelta(minutes=30)
 """How long a note of another rank is waited for: longer than its part of a checkpoint takes."""
 
 
@@ -199,22 +199,22 @@ def raise_on_all_ranks(action: Callable[[], T], device: torch.device) -> T:
     return result  # type: ignore[return-value]  # no rank raised, so action returned
 
 
-def post(key: str, text: str) -> None:
-    """Leave a note for ``posts``, from any thread; no collective is involved."""
+def put_note(key: str, text: str) -> None:
+    """Leave a note for ``wait_for_notes``, from any thread; no collective is involved."""
     _store().set(key, text)
 
 
-def posts(keys: Iterable[str]) -> list[str]:
+def wait_for_notes(keys: Iterable[str]) -> list[str]:
     """The notes under ``keys``, when all are there; they are taken away.
 
-    Raises ValueError when they do not come within ``POST_TIMEOUT``.
+    Raises ValueError when they do not come within ``NOTE_TIMEOUT``.
     """
     wanted, store = list(keys), _store()
-    deadline = time.monotonic() + POST_TIMEOUT.total_seconds()
+    deadline = time.monotonic() + NOTE_TIMEOUT.total_seconds()
     while not store.check(wanted):
         if time.monotonic() > deadline:
             missing = [key for key in wanted if not store.check([key])]
-            raise ValueError(f"no word within {POST_TIMEOUT} about {', '.join(missing[:8])}")
+            raise ValueError(f"no word within {NOTE_TIMEOUT} about {', '.join(missing[:8])}")
         time.sleep(0.02)
     found = [store.get(key).decode() for key in wanted]
     for key in wanted:
