@@ -175,7 +175,7 @@ def run_steps(job: Job) -> None:
         while step < total:
             batch = ranks.raise_on_all_ranks(lambda: next(batches), job.world.device)
             with metrics.watch(step + 1), job.profiler.step(step + 1):
-                result = job.engine.step(batch.rows, step, job.requests.votes)
+                result = job.engine.step(batch.rows, step, job.requests.stop_flags)
             rows = stream.rows_of(job.spikes.data_step(step))
             step += 1
             job.watchdog.step(step, result.loss)
@@ -183,7 +183,7 @@ def run_steps(job: Job) -> None:
             metrics.record(step, result, batch, stream.epochs_read, job.skipped.total)
             job.spikes.look(step, result.loss)
             last = step == total
-            stop = None if last else job.requests.reason(result.votes)
+            stop = None if last else job.requests.reason(result.stop_flags)
             evaluate = due(step, config.eval.every) or last
             score = job.evaluations.make(step, metrics) if evaluate else None
             if due(step, config.checkpoint.every) or last or stop:

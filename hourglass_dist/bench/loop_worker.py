@@ -93,8 +93,8 @@ def main() -> None:
     times.watch(type(bare))
     look = StopRequests.reason
 
-    def look_and_compare(requests: StopRequests, votes: Sequence[int]) -> str | None:
-        found = look(requests, votes)
+    def look_and_compare(requests: StopRequests, stop_flags: Sequence[int]) -> str | None:
+        found = look(requests, stop_flags)
         times.after_step()
         return found
 

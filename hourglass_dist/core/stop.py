@@ -47,7 +47,7 @@ class StopRequests:
     def _note(self, number: int, _: FrameType | None) -> None:
         self._asked = signal.Signals(number).name
 
-    def votes(self) -> list[int]:
+    def stop_flags(self) -> list[int]:
         """1 for each way in which this rank is asked, in the order of ``WAYS``; the main rank looks
         for the file and at the clock."""
         asked = self._asked
@@ -58,9 +58,9 @@ class StopRequests:
                 asked = TIME
         return [int(way == asked) for way in WAYS]
 
-    def reason(self, votes: Sequence[int]) -> str | None:
-        """What asks for a stop by the summed votes of all ranks; None when nothing does."""
-        return next((way for way, count in zip(WAYS, votes, strict=True) if count), None)
+    def reason(self, stop_flags: Sequence[int]) -> str | None:
+        """What asks for a stop by the summed stop_flags of all ranks; None when nothing does."""
+        return next((way for way, count in zip(WAYS, stop_flags, strict=True) if count), None)
 
     def honoured(self, reason: str, step: int) -> Interrupted:
         """Note that the run was saved after ``step`` and ends now; returns what to raise."""

@@ -66,7 +66,7 @@ class StepResult(NamedTuple):
     lr: float
     applied: bool
     """Whether the weights were changed: not when the gradient is no number."""
-    votes: list[int]
+    stop_flags: list[int]
     """What the ranks had to say, summed."""
 
     @property
@@ -103,9 +103,11 @@ class Engine:
             optimizer.exchanges = self._exchanges()
         self._room = sharded_state.Room()
 
-    def step(self, rows: Rows, step: int, votes: Callable[[], Sequence[int]] = tuple) -> StepResult:
+    def step(
+        self, rows: Rows, step: int, stop_flags: Callable[[], Sequence[int]] = tuple
+    ) -> StepResult:
         """One optimizer step, number ``step`` (0 is the first), on this rank's rows of the global
-        batch. ``votes`` is asked at its end: the numbers travel with the loss, so they cost no
+        batch. ``stop_flags`` is asked at its end: the numbers travel with the loss, so they cost no
         collective of their own.
 
         The gradient is that of nats summed over the batch and divided by its number of positions,
@@ -126,7 +128,7 @@ class Engine:
             self._engine.step()
             nll += micro_nll.detach()
             count += micro_count
-        mine = [nll.item(), count.item(), *votes()]
+        mine = [nll.item(), count.item(), *stop_flags()]
         total_nll, total_count, *told = ranks.sum_over_ranks(mine, nll.device)
         applied = math.isfinite(norm)
         if self.stage > 0:

@@ -20,13 +20,13 @@ now, bad = 0, []
 step, forward, learning_rate = Engine.step, HourglassLM.forward, optim.learning_rate
 
 
-def noted(self, rows, number, votes):
+def noted(self, rows, number, stop_flags):
     global now, is_bad
     now = number + 1
     if now in steps and len(bad) < len(steps):
         bad.append(rows["tokens_BL"].clone())
     is_bad = any(torch.equal(tokens, rows["tokens_BL"]) for tokens in bad)
-    return step(self, rows, number, votes)
+    return step(self, rows, number, stop_flags)
 
 
 def broken(self, *args, **kwargs):
