@@ -194,7 +194,7 @@ def run_steps(job: Job) -> None:
             for line in job.checkpoints.news():
                 metrics.say(line)
             if stop:
-                raise job.requests.honoured(stop, step)
+                raise job.requests.mark_stopped(stop, step)
 
 
 def go_back(job: Job, spike: SpikeFound) -> Job:

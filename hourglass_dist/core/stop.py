@@ -62,7 +62,7 @@ class StopRequests:
         """What asks for a stop by the summed stop_flags of all ranks; None when nothing does."""
         return next((way for way, count in zip(WAYS, stop_flags, strict=True) if count), None)
 
-    def honoured(self, reason: str, step: int) -> Interrupted:
+    def mark_stopped(self, reason: str, step: int) -> Interrupted:
         """Note that the run was saved after ``step`` and ends now; returns what to raise."""
         line = f"stopped by {reason} after step {step}, which is saved"
         if self._world.is_main:
