@@ -142,13 +142,11 @@ def prepare(config: Config, history: History) -> Job | None:
     history.start(step, world)
     watchdog = Watchdog(run.path, config.run.hang_minutes, world, step)
     try:
-        warm = (
-            None
-            if path
-            else ranks.raise_on_all_ranks(lambda: warm_start(config, tokenizer), world.device)
-        )
+        warm = None
+        if not path:
+            warm = ranks.raise_on_all_ranks(lambda: warm_start(config, tokenizer), world.device)
         engine = Engine(make_model(config, world, warm), config, world)
-        rehearse(engine, config, world)
+        dry_run_step(engine, config, world)
         if path:
             engine.load(path)
         announce(config, world, step)
@@ -321,7 +319,7 @@ def warm_start(config: Config, tokenizer: Tokenizer) -> WarmStart | None:
     return warm
 
 
-def rehearse(engine: Engine, config: Config, world: ranks.World) -> None:
+def dry_run_step(engine: Engine, config: Config, world: ranks.World) -> None:
     """One step with the longest rows, which changes nothing: a run that will run out of memory does
     so now.
 
@@ -333,7 +331,7 @@ def rehearse(engine: Engine, config: Config, world: ranks.World) -> None:
     if config.data.isolate_documents:
         rows["documents_BL"] = tokens_BL
     try:
-        engine.rehearse(rows)
+        engine.dry_run_step(rows)
     except RuntimeError as error:
         if not re.search("out of memory|can't allocate memory", str(error)):
             raise

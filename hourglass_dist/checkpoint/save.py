@@ -226,9 +226,8 @@ class Checkpoints:
             said = f"rank {self._world.rank}: {error or type(error).__name__}"
         ranks.put_note(f"{attempt}/copy/{self._world.rank}", said)
         if self._world.is_main:
-            failed = [
-                t for t in ranks.wait_for_notes(f"{attempt}/copy/{r}" for r in self._ranks) if t
-            ]
+            notes = ranks.wait_for_notes(f"{attempt}/copy/{rank}" for rank in self._ranks)
+            failed = [note for note in notes if note]
             try:
                 if not failed:
                     kept = [path.name for path in complete(self.folder)]

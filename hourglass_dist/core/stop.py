@@ -23,7 +23,7 @@ from hourglass_dist.core.files import replace
 EXIT_CODE = 75
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 FILE, TIME = "the file STOP", "run.time_limit_hours"
-WAYS = (*(number.name for number in SIGNALS), FILE, TIME)
+REASONS = (*(number.name for number in SIGNALS), FILE, TIME)
 
 
 class Interrupted(Exception):
@@ -48,7 +48,7 @@ class StopRequests:
         self._asked = signal.Signals(number).name
 
     def stop_flags(self) -> list[int]:
-        """1 for each way in which this rank is asked, in the order of ``WAYS``; the main rank looks
+        """1 for each of ``REASONS`` for which this rank wants to stop, else 0; the main rank looks
         for the file and at the clock."""
         asked = self._asked
         if self._world.is_main and not asked:
@@ -56,11 +56,11 @@ class StopRequests:
                 asked = FILE
             elif self._ends is not None and time.monotonic() > self._ends:
                 asked = TIME
-        return [int(way == asked) for way in WAYS]
+        return [int(reason == asked) for reason in REASONS]
 
     def reason(self, stop_flags: Sequence[int]) -> str | None:
-        """What asks for a stop by the summed stop_flags of all ranks; None when nothing does."""
-        return next((way for way, count in zip(WAYS, stop_flags, strict=True) if count), None)
+        """The reason to stop by the summed flags of all ranks; None when there is none."""
+        return next((name for name, count in zip(REASONS, stop_flags, strict=True) if count), None)
 
     def mark_stopped(self, reason: str, step: int) -> Interrupted:
         """Note that the run was saved after ``step`` and ends now; returns what to raise."""

@@ -67,7 +67,7 @@ class StepResult(NamedTuple):
     applied: bool
     """Whether the weights were changed: not when the gradient is no number."""
     stop_flags: list[int]
-    """What the ranks had to say, summed."""
+    """Number of ranks that ask for a stop, by reason."""
 
     @property
     def loss(self) -> float:
@@ -107,7 +107,7 @@ class Engine:
         self, rows: Rows, step: int, stop_flags: Callable[[], Sequence[int]] = tuple
     ) -> StepResult:
         """One optimizer step, number ``step`` (0 is the first), on this rank's rows of the global
-        batch. ``stop_flags`` is asked at its end: the numbers travel with the loss, so they cost no
+        batch. ``stop_flags`` is called at its end: the flags travel with the loss, so they cost no
         collective of their own.
 
         The gradient is that of nats summed over the batch and divided by its number of positions,
@@ -136,7 +136,7 @@ class Engine:
             norm = float(self._engine.get_global_grad_norm()) if applied else math.nan
         return StepResult(total_nll, int(total_count), norm, lr, applied, [int(n) for n in told])
 
-    def rehearse(self, rows: Rows) -> None:
+    def dry_run_step(self, rows: Rows) -> None:
         """One step with the learning rate 0, on one micro batch: all memory that a step takes, and
         nothing changed by it. Only before the first step and before ``load``."""
         self._engine.train()

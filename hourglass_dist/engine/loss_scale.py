@@ -1,4 +1,4 @@
-"""The loss scale of fp16 training: saved, put back, left alone by a rehearsal.
+"""The loss scale of fp16 training: saved, put back, left alone by a dry-run step.
 
 Small gradients are zero in fp16, so DeepSpeed multiplies the loss with a power of two before the
 backward pass and divides the gradients after it; a step whose gradients overflow changes nothing

@@ -42,9 +42,9 @@ def run(case: dict[str, Any], world: ranks.World) -> dict[str, Any]:
         loss_scale.restore(
             engine.deepspeed.optimizer, scale_of(engine) | {"cur_scale": case["scale"]}
         )
-    if case.get("rehearse"):
+    if case.get("dry_run"):
         tokens = torch.zeros(config.train.micro_batch_size, config.data.seq_len, dtype=torch.int64)
-        engine.rehearse({"tokens_BL": tokens, "targets_BL": tokens})
+        engine.dry_run_step({"tokens_BL": tokens, "targets_BL": tokens})
     if case.get("look"):
         engine.eval_loss(rows_of(10_000, config, slice(None)))
     if "load" in case:

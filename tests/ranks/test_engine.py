@@ -23,13 +23,13 @@ def test_every_stage_agrees_with_plain_pytorch(tmp_path: Path) -> None:
     """Two ranks, accumulation 2, clipping on, 20 steps: losses within 1e-5 at every step."""
     expected = plain_pytorch(20)
     cases: list[dict[str, Any]] = [{"stage": stage, "steps": 20} for stage in range(4)]
-    more = [case | {"rehearse": True} for case in cases]
+    more = [case | {"dry_run": True} for case in cases]
     more += [case | {"offload": True} for case in cases[1:]]
     found = run_cases(tmp_path, 2, [*cases, *more])
-    results, rehearsed, offloaded = found[:4], found[4:8], found[8:]
+    results, dry_run, offloaded = found[:4], found[4:8], found[8:]
     for result in offloaded:
         assert result["losses"] == pytest.approx(expected, abs=1e-5)
-    assert rehearsed == results, "a rehearsal changes nothing, bit for bit"
+    assert dry_run == results, "a dry-run step changes nothing, bit for bit"
     print("\nstage  largest difference of the loss from plain PyTorch")
     for stage, result in enumerate(results):
         worst = max(abs(a - b) for a, b in zip(result["losses"], expected, strict=True))
@@ -130,7 +130,7 @@ def test_fp16_follows_fp32_and_resumes_with_its_loss_scale(tmp_path: Path) -> No
         common = {"stage": stage, "precision": "fp16", "steps": 20}
         overflowing = common | {"scale": 2.0**26}
         folder = str(tmp_path / f"stage{stage}")
-        cases += [common | {"rehearse": True}, overflowing]
+        cases += [common | {"dry_run": True}, overflowing]
         cases += [overflowing | {"steps": 3, "save": folder}, common | {"first": 3, "load": folder}]
     results = run_cases(tmp_path, 2, [*cases, {"stage": 1, "steps": 20}])
     exact = results.pop()

@@ -54,7 +54,7 @@ def test_two_runs_do_not_share_files() -> None:
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_state_in_files_trains_and_moves(ranks: int, precision: str, tmp_path: Path) -> None:
     """Several sub-groups in files, small ones in memory: bit for bit the losses and the state of
-    the host's memory, rehearsed or not, resumed or not, with or without files on the other side."""
+    the memory of the host, after a dry run or not, resumed or not, whatever the other side has."""
     from deepspeed.ops.op_builder import AsyncIOBuilder
 
     if not AsyncIOBuilder().is_compatible():
@@ -69,19 +69,19 @@ def test_state_in_files_trains_and_moves(ranks: int, precision: str, tmp_path: P
     memory, files = (common | {"zero_more": zero(kind)} for kind in ("cpu", "nvme"))
     kept = [str(tmp_path / name) for name in ("memory", "files", "moved", "resaved", "untrained")]
     cases = [
-        *(common, memory | {"save": kept[0]}, files | {"rehearse": True}, files),
+        *(common, memory | {"save": kept[0]}, files | {"dry_run": True}, files),
         files | {"steps": 6, "save": kept[1]},
         *(made | {"first": 6, "load": kept[1]} for made in (files, memory, common)),
         common | {"first": 6, "load": kept[1], "stage": 1},
         files | {"first": 10, "load": kept[0], "resave": kept[2]},
-        files | {"first": 6, "load": kept[1], "resave": kept[3], "rehearse": True},
+        files | {"first": 6, "load": kept[1], "resave": kept[3], "dry_run": True},
         files | {"zero_more": zero("nvme", "new"), "resave": kept[4]},
     ]
     results = run_cases(tmp_path, ranks, cases)
-    plain, in_memory, rehearsed, in_files, begun, *resumed = results[:9]
+    plain, in_memory, dry_run, in_files, begun, *resumed = results[:9]
     swaps = list((tmp_path / "files").rglob("rank0/*.tensor.swp"))
     assert len([path for path in swaps if path.name.startswith("exp_avg-")]) >= 2
-    assert in_files == in_memory == rehearsed == results[-1]
+    assert in_files == in_memory == dry_run == results[-1]
     near = 1e-5 if precision == "fp32" else 0.02
     assert in_files["losses"] == pytest.approx(plain["losses"], abs=near)
     for result in resumed[:2]:
