@@ -36,7 +36,7 @@ from hourglass_dist.data.mixture import open_mixture
 from hourglass_dist.engine.deepspeed_config import deepspeed_settings
 from hourglass_dist.health import rank_checks
 from hourglass_dist.health.history import device_name
-from hourglass_dist.health.rank_checks import unequal, who
+from hourglass_dist.health.rank_checks import mismatches, who
 from hourglass_dist.planning.plan import show_bytes
 
 SLOW = 1.5
@@ -139,9 +139,9 @@ def look_at_devices(group: Ranks, found: Findings) -> None:
     ranks_here = [f"{group.hosts.count(host)} a node" for host in group.hosts]
     gpus = group.texts(f"{torch.cuda.device_count()} GPUs")
     problems = [
-        *unequal("ranks", ranks_here, group.hosts),
-        *unequal("device", group.texts(kind), group.hosts),
-        *unequal("devices of a node", gpus, group.hosts),
+        *mismatches("ranks", ranks_here, group.hosts),
+        *mismatches("device", group.texts(kind), group.hosts),
+        *mismatches("devices of a node", gpus, group.hosts),
     ]
     nodes = len(set(group.hosts))
     found.add("devices", f"{size // nodes} x {kind} on each node", problems)
@@ -191,7 +191,7 @@ def look_at_data(group: Ranks, found: Findings) -> None:
         known = [json.loads(text) for text in everyone]
         for where in known[0]:
             of_ranks = [of_rank[where][:12] for of_rank in known]
-            mistakes += unequal(f"the manifest of {where}", of_ranks, group.hosts)
+            mistakes += mismatches(f"the manifest of {where}", of_ranks, group.hosts)
         sources = ", ".join(f"{where} ({known[0][where][:12]})" for where in known[0])
         note = f"{sources}, the same on all ranks"
     found.add("data", note, mistakes)

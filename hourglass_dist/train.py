@@ -117,7 +117,7 @@ def prepare(config: Config, history: History) -> Job | None:
     ranks.raise_on_all_ranks(lambda: require_compiler(config, world.device), world.device)
     datasets, tokenizer = ranks.raise_on_all_ranks(lambda: open_data(config), world.device)
     stream = ranks.raise_on_all_ranks(lambda: open_stream(config, datasets, world), world.device)
-    ranks.require_agreement(stream.identity(), world.device)
+    ranks.require_same_on_all_ranks(stream.identity(), world.device)
     run = RunFolder(Path(config.run.dir))
     ranks.raise_on_all_ranks(lambda: run.open(config) if world.is_main else None, world.device)
     require_good_folder(config, world)
@@ -217,7 +217,7 @@ def go_back(job: Job, spike: SpikeFound) -> Job:
 
 def save(job: Job, step: int, score: Score | None) -> None:
     """Begin to save the state after ``step``."""
-    ranks.require_agreement(job.stream.identity(), job.world.device)
+    ranks.require_same_on_all_ranks(job.stream.identity(), job.world.device)
     progress = Progress(
         step=step,
         data=job.stream.state(job.spikes.data_step(step)),

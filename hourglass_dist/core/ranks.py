@@ -158,7 +158,7 @@ def gather_texts(text: str, device: torch.device) -> list[str]:
     return [bytes(other[:length].tolist()).decode(errors="replace") for other, length in everyone]
 
 
-def require_agreement(values: Mapping[str, str], device: torch.device) -> None:
+def require_same_on_all_ranks(values: Mapping[str, str], device: torch.device) -> None:
     """Raise ValueError on every rank, naming the first of ``values`` that is not the same on all,
     and the ranks that differ from rank 0."""
     hashes = [hash_int(f"{name}={value}") for name, value in values.items()]

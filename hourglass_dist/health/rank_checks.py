@@ -71,7 +71,7 @@ def who(ranks: Sequence[int], hosts: Sequence[str]) -> str:
     )
 
 
-def unequal(name: str, values: Sequence[str | None], hosts: Sequence[str]) -> list[str]:
+def mismatches(name: str, values: Sequence[str | None], hosts: Sequence[str]) -> list[str]:
     """A line when the ``values`` of all ranks are not the same; None is unknown, and no other."""
     known = [value for value in values if value is not None]
     if len(set(known)) < 2:
@@ -89,7 +89,7 @@ def other_code(world: ranks.World, hosts: Sequence[str]) -> list[str]:
     everyone = [json.loads(text) for text in ranks.gather_texts(json.dumps(mine), world.device)]
     lines = []
     for name in mine:
-        lines += unequal(name, [of_rank[name] for of_rank in everyone], hosts)
+        lines += mismatches(name, [of_rank[name] for of_rank in everyone], hosts)
     return lines
 
 
