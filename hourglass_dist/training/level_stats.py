@@ -40,7 +40,7 @@ def part_of(parameter: str) -> str:
     return ENDS if inside < 0 else f"level_{level_of(parameter[inside:])}"
 
 
-class Observer:
+class LevelStats:
     """Watches an engine's model and optimizer. Created by all ranks."""
 
     def __init__(self, engine: Engine) -> None:
@@ -61,7 +61,7 @@ class Observer:
         engine.module.register_forward_hook(self._timer.end)
 
     @contextmanager
-    def watching(self, on: bool) -> Iterator[None]:
+    def collecting(self, on: bool) -> Iterator[None]:
         """Look into the step that is taken inside, if ``on``."""
         if not on:
             yield
@@ -122,8 +122,8 @@ class Observer:
         """Seconds of this rank's forward passes since the last call. Called after every step."""
         return self._timer.take()
 
-    def found(self) -> list[float]:
-        """What this rank saw in the last watched step, for ``summary``."""
+    def local_sums(self) -> list[float]:
+        """What this rank saw in the last watched step, for ``metrics``."""
         numbers = [
             float(self._squares.get((kind, part), 0.0))
             for kind in ("grad", "param", "update")
@@ -135,8 +135,8 @@ class Observer:
         logits = [float(o.largest_logit) for o in self._outputs if o.largest_logit is not None]
         return [*numbers, max(logits, default=math.nan)]
 
-    def summary(self, of_ranks: Sequence[Sequence[float]], grad_norm: float) -> dict[str, float]:
-        """Metrics by name from what ``found`` gave on every rank.
+    def metrics(self, of_ranks: Sequence[Sequence[float]], grad_norm: float) -> dict[str, float]:
+        """Metrics by name from what ``local_sums`` gave on every rank.
 
         Gradients reach the optimizer clipped: ``grad_norm``, that before clipping, is shared out in
         proportion.

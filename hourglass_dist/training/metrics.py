@@ -40,9 +40,9 @@ from hourglass_dist.inference.score import Evaluation, count_bytes
 from hourglass_dist.model.layout import missed_buckets
 from hourglass_dist.planning.plan import plan, render
 from hourglass_dist.report.diagram import as_text
-from hourglass_dist.training.level_stats import Observer
+from hourglass_dist.training.level_stats import LevelStats
 from hourglass_dist.training.samples import Sample
-from hourglass_dist.training.throughput import Work, memory
+from hourglass_dist.training.throughput import Throughput, memory
 from hourglass_dist.training.writers import Writer, open_writers
 
 USEFUL = "time/useful_seconds"
@@ -62,8 +62,8 @@ class Metrics:
         """Goes on after the steps that ``history`` says are done."""
         self._config, self._world, self._history = config, world, history
         self._byte_lengths_V = byte_lengths_V
-        self._observer = Observer(engine)
-        self._work = Work(config, world)
+        self._level_stats = LevelStats(engine)
+        self._throughput = Throughput(config, world)
         self._folder = Path(config.run.dir)
         self._jsonl = self._folder / "metrics.jsonl"
         self._positions = self._folder / "positions.jsonl"
@@ -108,7 +108,7 @@ class Metrics:
     @contextmanager
     def watch(self, step: int) -> Iterator[None]:
         """Around the step that will be completed step ``step``: looks into it if it is noted."""
-        with self._observer.watching(self.records(step)):
+        with self._level_stats.collecting(self.records(step)):
             yield
 
     def record(
@@ -122,7 +122,7 @@ class Metrics:
         """Note completed step ``step`` (1 is the first). Called by all ranks, each with its rows of
         the batch; ``epochs(step)`` is how often each source has been read, ``skipped`` how many
         steps of the run changed nothing."""
-        own = self._observer.own_seconds()
+        own = self._level_stats.own_seconds()
         self._clock.tick(step, batch.waited_s, own, result.applied)
         self._history.step = step
         if not self.records(step):
@@ -131,7 +131,7 @@ class Metrics:
         missed, wanted = missed_buckets(self._config.model, batch.tokens_BL, batch.documents_BL)
         share, own_mean = self._clock.shares()
         used = memory(self._world.device)
-        mine = [size, missed, wanted, own_mean, *used.values(), *self._observer.found()]
+        mine = [size, missed, wanted, own_mean, *used.values(), *self._level_stats.local_sums()]
         everyone = ranks.gather_floats(mine, self._world.device)
         if not self._world.is_main:
             return
@@ -149,7 +149,7 @@ class Metrics:
             values["train/missed_buckets"] = sum(missed_each) / sum(wanted_each)
         speed = self._clock.tokens_per_second
         bytes_per_token = sum(sizes) / max(1, result.tokens)
-        values |= self._work.speed(speed, bytes_per_token, batch.tokens_BL.shape[1])
+        values |= self._throughput.metrics(speed, bytes_per_token, batch.tokens_BL.shape[1])
         values |= self._times() | spread(seconds)
         if told := self._stragglers.look(step, values):
             self.say(told)
@@ -157,7 +157,7 @@ class Metrics:
         for index, name in enumerate(used, start=4):
             values[f"memory/{name}"] = max(rank[index] for rank in everyone)
         inside = [rank[start:] for rank in everyone]
-        values |= self._observer.summary(inside, result.grad_norm)
+        values |= self._level_stats.metrics(inside, result.grad_norm)
         self._write(step, values)
         self._show(self._line(step, values))
 

@@ -16,7 +16,7 @@ from hourglass_dist.planning.devices import peak_flops
 from hourglass_dist.planning.plan import settle_checkpointing
 
 
-class Work:
+class Throughput:
     """Operations of a run's tokens, and what its ranks could do at most."""
 
     def __init__(self, config: Config, world: ranks.World) -> None:
@@ -32,7 +32,7 @@ class Work:
 
         self._cost = cost
 
-    def speed(self, tokens: float, bytes_per_token: float, length: int) -> dict[str, float]:
+    def metrics(self, tokens: float, bytes_per_token: float, length: int) -> dict[str, float]:
         """Metrics of ``tokens`` per second over all ranks, in rows of ``length`` tokens.
 
         MFU is the share of the peak that the model's operations take (PaLM, arXiv 2204.02311), HFU

@@ -16,7 +16,7 @@ from toy import make_batch, make_config, make_model
 
 from hourglass_dist.core import ranks
 from hourglass_dist.engine.engine import Engine
-from hourglass_dist.training.level_stats import Observer
+from hourglass_dist.training.level_stats import LevelStats
 
 STEPS = 3
 
@@ -24,19 +24,19 @@ STEPS = 3
 def run(case: dict[str, Any], world: ranks.World) -> dict[str, Any]:
     config = make_config(case["stage"], case.get("precision", "fp32"))
     engine = Engine(make_model(config), config, world)
-    observer = Observer(engine)
+    level_stats = LevelStats(engine)
     losses, seen = [], []
     size = config.data.batch_size // world.size
     for step in range(STEPS):
         tokens, targets = make_batch(step, config)
         share = slice(world.rank * size, (world.rank + 1) * size)
         rows = {"tokens_BL": tokens[share], "targets_BL": targets[share]}
-        with observer.watching(case["watch"]):
+        with level_stats.collecting(case["watch"]):
             result = engine.step(rows, step)
-        assert observer.own_seconds() > 0
+        assert level_stats.own_seconds() > 0
         losses.append(result.loss)
-        found = ranks.gather_floats(observer.found(), world.device)
-        seen.append(observer.summary(found, result.grad_norm) | {"all": result.grad_norm})
+        found = ranks.gather_floats(level_stats.local_sums(), world.device)
+        seen.append(level_stats.metrics(found, result.grad_norm) | {"all": result.grad_norm})
     return {"losses": losses, "seen": seen}
 
 

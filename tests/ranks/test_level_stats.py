@@ -67,7 +67,7 @@ def plain_pytorch() -> list[dict[str, float]]:
 
 
 def test_norms_by_level_are_those_of_plain_pytorch(tmp_path: Path) -> None:
-    """Two ranks, accumulation, clipping, frozen weights, recomputation; losses without an observer
+    """Two ranks, accumulation, clipping, frozen weights, recomputation; losses without level_stats
     are the same to the last bit."""
     cases = [{"stage": s, "watch": watch} for s in range(4) for watch in (True, False)]
     cases += [{"stage": 1, "watch": True, "precision": "bf16"}]
