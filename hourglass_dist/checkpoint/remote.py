@@ -17,7 +17,7 @@ from typing import IO, Any
 from hourglass_dist.data.remote import EXTRAS
 
 
-class Mirror:
+class RemoteCopies:
     """A place elsewhere for the checkpoints of one run."""
 
     def __init__(self, url: str) -> None:

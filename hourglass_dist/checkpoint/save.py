@@ -36,7 +36,7 @@ from typing import IO, Any
 
 import google_crc32c
 
-from hourglass_dist.checkpoint.remote import Mirror
+from hourglass_dist.checkpoint.remote import RemoteCopies
 from hourglass_dist.config.loader import ConfigError, differences, to_yaml
 from hourglass_dist.config.schema import CheckpointConfig, Config, load
 from hourglass_dist.core import ranks
@@ -150,7 +150,7 @@ class Checkpoints:
         self._world = world
         self._attempts = 0
         self._ranks = range(world.size)
-        self._mirror = Mirror(config.remote) if config.remote else None
+        self._remote = RemoteCopies(config.remote) if config.remote else None
         self._session = ranks.gather_ints([secrets.randbits(40)], world.device)[0][0]
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
@@ -210,18 +210,20 @@ class Checkpoints:
                     target = self._complete(folder, progress)
                     seconds = time.perf_counter() - begun
                     self._news.append(f"step {progress.step}: saved {target} ({seconds:.1f} s)")
-                if self._mirror and mine:
-                    self._copy(self._mirror, mine, folder.name, progress)
+                if self._remote and mine:
+                    self._copy(self._remote, mine, folder.name, progress)
         except (OSError, ValueError, RuntimeError) as error:
             self._error = error
             shutil.rmtree(folder, ignore_errors=True)
             self._news.append(f"step {progress.step}: could not be saved: {error}")
 
-    def _copy(self, mirror: Mirror, mine: IO[bytes], attempt: str, progress: Progress) -> None:
-        """Bring this rank's file to the mirror; the main rank finishes the copy there."""
+    def _copy(
+        self, remote: RemoteCopies, mine: IO[bytes], attempt: str, progress: Progress
+    ) -> None:
+        """Bring this rank's file to the remote place; the main rank finishes the copy there."""
         name, said = tag(progress.step), ""
         try:
-            mirror.put(f"{name}/{sharded_state.file_name(self._world.rank)}", mine)
+            remote.put(f"{name}/{sharded_state.file_name(self._world.rank)}", mine)
         except Exception as error:  # of whichever library: the copy is lost, nothing else
             said = f"rank {self._world.rank}: {error or type(error).__name__}"
         ranks.put_note(f"{attempt}/copy/{self._world.rank}", said)
@@ -231,11 +233,11 @@ class Checkpoints:
             try:
                 if not failed:
                     kept = [path.name for path in complete(self.folder)]
-                    mirror.finish(self.folder / name, kept)
+                    remote.finish(self.folder / name, kept)
             except Exception as error:
                 failed = [str(error) or type(error).__name__]
             result = f"could not be copied: {failed[0]}" if failed else "copied"
-            self._news.append(f"step {progress.step}: {mirror.url}: {result}")
+            self._news.append(f"step {progress.step}: {remote.url}: {result}")
 
     def _complete(self, folder: Path, progress: Progress) -> Path:
         """The main rank's part once every file is there: manifest, rename, ``latest``, retention.
@@ -282,8 +284,8 @@ class Checkpoints:
         Those that were passed over are named in ``passed_over``: the one that ``latest`` names when
         it is missing or damaged, then older ones. Raises ValueError when none of them is whole.
         """
-        if self._mirror and up_to is None:
-            self._fetch_newer(self._mirror)
+        if self._remote and up_to is None:
+            self._fetch_newer(self._remote)
         path = latest(self.folder)
         if up_to is not None:
             early = [p for p in complete(self.folder) if p.name <= tag(up_to)]
@@ -306,18 +308,18 @@ class Checkpoints:
                 self.passed_over.append(str(error))
         raise ValueError(f"{self.passed_over[0]}; there is no other good checkpoint")
 
-    def _fetch_newer(self, mirror: Mirror) -> None:
-        """Bring the mirror's newest checkpoint here when the run folder has none as new.
+    def _fetch_newer(self, remote: RemoteCopies) -> None:
+        """Bring the newest remote checkpoint here when the run folder has none as new.
 
-        Raises ValueError, on all ranks, when the mirror is not reached: a run that began anew for
+        Raises ValueError, on all ranks, when the remote place is not reached: a run that began anew for
         that reason would be worse.
         """
 
         def find() -> int:
             try:
-                name = mirror.latest() if self._world.is_main else None
+                name = remote.latest() if self._world.is_main else None
             except Exception as error:
-                raise ValueError(f"{mirror.url}: {error or type(error).__name__}") from None
+                raise ValueError(f"{remote.url}: {error or type(error).__name__}") from None
             here = latest(self.folder)
             return int(name[5:]) if name and (here is None or here.name < name) else -1
 
@@ -329,8 +331,8 @@ class Checkpoints:
 
         def fetch() -> None:
             folder.mkdir(parents=True, exist_ok=True)
-            for name in mirror.files(tag(step))[self._world.rank :: self._world.size]:
-                mirror.get(f"{tag(step)}/{name}", folder / name)
+            for name in remote.files(tag(step))[self._world.rank :: self._world.size]:
+                remote.get(f"{tag(step)}/{name}", folder / name)
 
         ranks.raise_on_all_ranks(fetch, device)
         if self._world.is_main:

@@ -9,7 +9,7 @@ from pathlib import Path
 from hourglass_dist.config.data import CacheConfig, DataConfig
 from hourglass_dist.data.data_plan import Plan, Source, Stage
 from hourglass_dist.data.order import require_enough
-from hourglass_dist.data.remote import Cache, Remote, RemoteStore, is_remote, mirror_index
+from hourglass_dist.data.remote import Cache, Remote, RemoteStore, fetch_index, is_remote
 from hourglass_dist.data.shards import LocalStore, Manifest, Store
 from hourglass_dist.data.tokenizer import Tokenizer, load_tokenizer, require_same
 
@@ -40,7 +40,7 @@ def open_dataset(where: str, name: str = "data", cache: CacheConfig | None = Non
         return Dataset(name, where, manifest, LocalStore(manifest))
     settings = cache or CacheConfig()
     remote, files = Remote(where, settings), Cache(settings)
-    manifest = mirror_index(remote, files)
+    manifest = fetch_index(remote, files)
     return Dataset(name, where, manifest, RemoteStore(remote, manifest, files))
 
 

@@ -320,7 +320,7 @@ def _locked(path: Path) -> Iterator[Path]:
 # --- a dataset -----------------------------------------------------------------------------------
 
 
-def mirror_index(remote: Remote, cache: Cache) -> Manifest:
+def fetch_index(remote: Remote, cache: Cache) -> Manifest:
     """Fetch the manifest and tokenizer of a dataset into the cache and load the manifest.
 
     Raises ValueError when they are missing or damaged.

@@ -8,7 +8,7 @@ in what is printed:
                   torchtitan), with selective checkpointing 3 % longer (docs/benchmarks/cpu.md)
     collectives   rings over all links of a node at 70 % of their bandwidth; between nodes every
                   GPU uses its own network card; each also takes the latencies of its steps
-                  (rings.py), and there are as many as DeepSpeed's buckets make
+                  (collective_times.py), and there are as many as DeepSpeed's buckets make
     files         2 GB/s to the file system that takes checkpoints, all ranks together
     failures      as often as in the training of Llama 3 (failures.py)
     a step        with ``overlap_comm`` (stages 2 and 3) the longer of both, else their sum; then

@@ -75,7 +75,7 @@ def test_training_goes_on_with_the_state_while_it_is_written(tmp_path: Path) -> 
         assert sharded_state.Reader(path).full("fp32", "w").eq(value).all()
 
 
-def test_a_lost_run_folder_comes_back_from_its_mirror(tmp_path: Path) -> None:
+def test_a_lost_run_folder_comes_back_from_its_remote(tmp_path: Path) -> None:
     here, there = tmp_path / "checkpoints", tmp_path / "mirror"
     kept = make(here, keep=1, remote=there.as_uri())
     for step in (5, 10):
