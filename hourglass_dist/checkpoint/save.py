@@ -311,8 +311,8 @@ class Checkpoints:
     def _fetch_newer(self, remote: RemoteCopies) -> None:
         """Bring the newest remote checkpoint here when the run folder has none as new.
 
-        Raises ValueError, on all ranks, when the remote place is not reached: a run that began anew for
-        that reason would be worse.
+        Raises ValueError, on all ranks, when the remote place cannot be reached: the run would
+        otherwise start again from step 0.
         """
 
         def find() -> int:

@@ -1,4 +1,4 @@
-"""The only importer of deepspeed: a model on this rank's device becomes an engine with five verbs.
+"""DeepSpeed behind five verbs: a model on this rank's device becomes an engine.
 
     step(rows, step)  ->  StepResult     one optimizer step on this rank's rows
     eval_loss(rows)   ->  nats (B, L)    of each target; no gradient, nothing changed
@@ -17,10 +17,7 @@ because DeepSpeed's files need pickle and the world size that wrote them.
 
 from __future__ import annotations
 
-import logging
 import math
-import os
-import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -30,24 +27,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
-
-import deepspeed
-
 from hourglass_dist.config.schema import Config
 from hourglass_dist.core import ranks
-from hourglass_dist.engine import loss_scale, offload, optim, sharded_state
+from hourglass_dist.engine import compat, loss_scale, offload, optim, sharded_state
+from hourglass_dist.engine.compat import deepspeed
 from hourglass_dist.engine.deepspeed_config import deepspeed_settings
-from hourglass_dist.engine.muon import Exchange, MuonAdamW, Piece
+from hourglass_dist.engine.muon import Exchange, MuonAdamW
 from hourglass_dist.engine.sharded_state import Fragment, Key
-
-deepspeed.utils.logger.setLevel(logging.WARNING)
-warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
-deepspeed.runtime.bf16_optimizer.see_memory_usage = lambda *_, **__: None  # 18 lines at a start
-# The shared-memory collectives compile for about a minute at start and serve inference only.
-deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-# Its own Muon is imported at every start, though nobody uses it; to compile it took a second.
-deepspeed.runtime.compiler.compile = lambda: lambda function: function
+from hourglass_dist.engine.zero_layout import ZeroLayout
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 Rows = Mapping[str, Tensor | None]
@@ -99,9 +86,10 @@ class Engine:
         )
         loss_scale.stay_above_zero(self._engine.optimizer)
         self._module: nn.Module = self._engine.module
+        self._layout = ZeroLayout(self._engine, self.stage, world)
         if isinstance(optimizer, MuonAdamW):
             optimizer.exchanges = self._exchanges()
-        self._room = sharded_state.Room()
+        self._buffers = sharded_state.PinnedBuffers()
 
     def step(
         self, rows: Rows, step: int, stop_flags: Callable[[], Sequence[int]] = tuple
@@ -167,16 +155,11 @@ class Engine:
         """DeepSpeed's engine, for a profile to look at."""
         return self._engine
 
-    def held(self) -> Iterator[Fragment]:
-        """Every range of trained weights whose master copy this rank holds."""
-        return self._fragments()
-
     def _accumulate(self, micro_batches: int) -> None:
         """Make an optimizer step of so many forward passes: the batch may grow during a run."""
         if micro_batches != self._engine.gradient_accumulation_steps():
             rows = micro_batches * self._config.train.micro_batch_size * self._world.size
-            self._engine.set_train_batch_size(rows)
-            self._engine.micro_steps = 0  # or steps end after the wrong pass
+            compat.change_accumulation(self._engine, rows)
 
     def _clip(self) -> float:
         """Stage 0 only, where DeepSpeed clips but does not tell the norm, and takes any step."""
@@ -197,19 +180,17 @@ class Engine:
 
     @torch.no_grad()
     def weights(self) -> Iterator[tuple[str, Tensor]]:
-        """(name, value) of every weight as forward passes see it, whole, one after another.
+        """(name, value) of every weight as forward passes see it, whole, one after another. Called
+        by all ranks, to the end."""
+        yield from self._layout.whole_weights()
 
-        Called by all ranks together, to the end. At stage 3 each is put together from the ranks'
-        parts when its turn comes; otherwise the values are those that are trained, no copies.
-        """
-        for name, parameter in self._module.named_parameters():
-            if self.stage < 3:
-                yield name, parameter.detach()
-            else:
-                partitioned: Any = parameter
-                part = partitioned.ds_tensor.detach().view(-1).to(self._world.device)
-                whole = torch.cat(ranks.gather(part))[: partitioned.ds_numel]
-                yield name, whole.view(partitioned.ds_shape)
+    def fragments(self) -> Iterator[Fragment]:
+        """Every range of trained weights whose master copy this rank holds."""
+        return self._layout.fragments()
+
+    def tensors(self) -> dict[str, list[Tensor]]:
+        """What this rank keeps, by kind; see ``ZeroLayout.tensors``."""
+        return self._layout.tensors()
 
     def _micro_batches(self, rows: Rows) -> Iterator[dict[str, Tensor]]:
         size = self._config.train.micro_batch_size
@@ -228,23 +209,26 @@ class Engine:
     # --- state ---------------------------------------------------------------------------------
 
     def snapshot(self) -> sharded_state.Snapshot:
-        """A copy of this rank's part of the state; the next one overwrites it."""
+        """Copy this rank's part of the state; the next snapshot overwrites it."""
         states = self._engine.optimizer.state.values()
         steps = max((int(state["step"]) for state in states if state), default=0)
         scale = loss_scale.state(self._engine.optimizer)
-        return self._room.snapshot(self._pieces(), self._shapes(), steps, scale)
+        return self._buffers.snapshot(self._saved(), self._layout.shapes(), steps, scale)
 
-    def _pieces(self) -> Iterator[tuple[Key, Tensor]]:
-        """What this rank saves. A tensor may hold something else when the next one is asked for."""
-        for part in offload.each_here(self._engine.optimizer, self._fragments()):
-            if part.mine and part.numel:
-                state = self._state(part)
-                yield Key("fp32", part.name, part.start), part.view(part.flat)
-                for kind in self._moments(part.name):
-                    yield Key(kind, part.name, part.start), part.view(state[kind])
-        for name, start, tensor, mine in self._frozen():
-            if mine and tensor.numel():
-                yield Key("frozen", name, start), tensor
+    def _saved(self) -> Iterator[tuple[Key, Tensor]]:
+        """The ranges that this rank saves. With optimizer state in files a tensor holds something
+        else once the next one is asked for."""
+        fragments = self._layout.fragments()
+        for fragment in offload.each_in_memory(self._engine.optimizer, fragments):
+            if fragment.is_saved_here and fragment.numel:
+                name, start, state = fragment.name, fragment.start, self._state(fragment)
+                yield Key("fp32", name, start), fragment.view(fragment.flat)
+                for kind in self._moments(name):
+                    yield Key(kind, name, start), fragment.view(state[kind])
+        for fragment in self._layout.frozen():
+            if fragment.is_saved_here and fragment.numel:
+                key = Key("frozen", fragment.name, fragment.start)
+                yield key, fragment.view(fragment.flat)
 
     def load(self, folder: Path) -> None:
         """Take weights and moments from a folder of snapshots, of any stage and world size.
@@ -255,11 +239,11 @@ class Engine:
         ranks.raise_on_all_ranks(
             lambda: self._read_state(sharded_state.Reader(folder)), self._world.device
         )
-        self._refresh_weights()
+        self._layout.refresh_weights()
 
     @torch.no_grad()
     def _read_state(self, reader: sharded_state.Reader) -> None:
-        shapes = self._shapes()
+        shapes = self._layout.shapes()
         for name in sorted(shapes.keys() | reader.shapes.keys()):
             if shapes.get(name) != reader.shapes.get(name):
                 raise ValueError(
@@ -267,152 +251,47 @@ class Engine:
                     f"the checkpoint {reader.shapes.get(name)}"
                 )
         loss_scale.restore(self._engine.optimizer, reader.loss_scale)
-        for part in offload.each_here(self._engine.optimizer, self._fragments(), changed=True):
-            state = self._state(part)
+        fragments = self._layout.fragments()
+        for fragment in offload.each_in_memory(self._engine.optimizer, fragments, changed=True):
+            state = self._state(fragment)
             state["step"].fill_(reader.optimizer_steps)
-            kinds = self._moments(part.name)
-            for kind, target in [("fp32", part.flat), *((k, state[k]) for k in kinds)]:
-                part.view(target).copy_(reader.read(kind, part.name, part.start, part.numel))
-        for name, start, tensor, _ in self._frozen():
-            tensor.copy_(reader.read("frozen", name, start, tensor.numel()))
+            targets = {"fp32": fragment.flat}
+            targets |= {kind: state[kind] for kind in self._moments(fragment.name)}
+            for kind, target in targets.items():
+                fragment.view(target).copy_(reader.read(kind, *fragment.range))
+        for fragment in self._layout.frozen():
+            fragment.view(fragment.flat).copy_(reader.read("frozen", *fragment.range))
 
-    def _state(self, part: Fragment) -> dict[str, Tensor]:
-        """What the optimizer keeps of a fragment's tensor; zeros before the first step that
-        changed anything."""
-        every = self._engine.optimizer.state
-        if not every.get(part.flat):
-            kinds = self._moments(part.name)
-            every[part.flat] = {kind: torch.zeros_like(part.flat) for kind in kinds}
-            every[part.flat]["step"] = torch.tensor(0.0, device=part.flat.device)
-        found: dict[str, Tensor] = every[part.flat]
-        return found
+    def _state(self, fragment: Fragment) -> dict[str, Tensor]:
+        """The optimizer's state of a fragment's tensor; zeros before the first step that changed
+        anything."""
+        states = self._engine.optimizer.state
+        flat = fragment.flat
+        if not states.get(flat):
+            states[flat] = {kind: torch.zeros_like(flat) for kind in self._moments(fragment.name)}
+            states[flat]["step"] = torch.tensor(0.0, device=flat.device)
+        state: dict[str, Tensor] = states[flat]
+        return state
 
     def _moments(self, name: str) -> tuple[str, ...]:
         """What the optimizer keeps of a parameter besides its fp32 weights."""
         return optim.MUON_MOMENTS if name in self._muons else optim.ADAMW_MOMENTS
 
     def _exchanges(self) -> dict[int, Exchange]:
-        """Of each flat tensor with Muon's matrices: which they are, and what of them is here."""
-        shapes = self._shapes()
+        """For each flat tensor with Muon's matrices: their shapes, and this rank's fragments."""
+        shapes = self._layout.shapes()
         matrices: dict[int, list[Any]] = defaultdict(list)
-        pieces: dict[int, list[Piece]] = defaultdict(list)
-        for name, flat in self._flats():
+        fragments: dict[int, list[Fragment]] = defaultdict(list)
+        for name, flat in self._layout.flats():
             if name in self._muons:
                 matrices[id(flat)].append((name, shapes[name]))
-        for part in self._fragments():
-            if part.name in self._muons and part.numel:
-                piece = Piece(part.name, part.start, part.numel, part.offset)
-                pieces[id(part.flat)].append(piece)
+        for fragment in self._layout.fragments():
+            if fragment.name in self._muons and fragment.numel:
+                fragments[id(fragment.flat)].append(fragment)
         return {
-            flat: Exchange(every, pieces[flat], self.stage == 0, self._world.device)
+            flat: Exchange(every, fragments[flat], self.stage == 0, self._world.device)
             for flat, every in matrices.items()
         }
-
-    def _flats(self) -> Iterator[tuple[str, Tensor]]:
-        """Every trained parameter, the same on all ranks, and the flat tensor of its group."""
-        names = {id(p): name for name, p in self._module.named_parameters() if p.requires_grad}
-        optimizer = self._engine.optimizer
-        if self.stage == 0:
-            flats: list[Tensor] = [p for p in self._module.parameters() if p.requires_grad]
-            groups = [[flat] for flat in flats]
-        elif self.stage == 3:
-            groups, flats = optimizer.fp16_groups, optimizer.fp32_partitioned_groups_flat
-        else:
-            own_bf16 = hasattr(optimizer, "bf16_groups")
-            groups = optimizer.bf16_groups if own_bf16 else optimizer.bit16_groups
-            flats = self._flat_groups()
-        for group, flat in zip(groups, flats, strict=True):
-            yield from ((names[id(p)], flat) for p in group)
-
-    def _shapes(self) -> dict[str, tuple[int, ...]]:
-        return {
-            name: tuple(getattr(parameter, "ds_shape", parameter.shape))
-            for name, parameter in self._module.named_parameters()
-        }
-
-    def _fragments(self) -> Iterator[Fragment]:
-        """Every range of trained weights that this rank holds, wherever this ZeRO stage keeps
-        it."""
-        optimizer, rank = self._engine.optimizer, self._world.rank
-        names = {id(p): name for name, p in self._module.named_parameters() if p.requires_grad}
-        parameters = [p for p in self._module.parameters() if p.requires_grad]
-        if self.stage == 0:
-            for index, p in enumerate(parameters):
-                mine = index % self._world.size == rank
-                yield Fragment(names[id(p)], 0, p.numel(), p, 0, mine)
-        elif self.stage < 3:
-            for p in parameters:
-                if (mapping := getattr(p, "_hp_mapping", None)) is not None:
-                    flat = self._flat_groups()[mapping.param_group_index]
-                    start, where = mapping.lp_fragment_address, mapping.hp_fragment_address
-                    yield Fragment(names[id(p)], start.start, start.numel, flat, where.start, True)
-        else:
-            for flat, group in zip(
-                optimizer.fp32_partitioned_groups_flat, optimizer.fp16_groups, strict=True
-            ):
-                offset = 0
-                for p in group:
-                    size = p.partition_numel()
-                    numel = max(0, min(size, p.ds_numel - rank * size))
-                    yield Fragment(names[id(p)], rank * size, numel, flat, offset, True)
-                    offset += size
-
-    def _flat_groups(self) -> list[Tensor]:
-        """This rank's fp32 partitions at stages 1 and 2 (bf16 at stage 1 has an optimizer of its
-        own)."""
-        optimizer = self._engine.optimizer
-        own = getattr(optimizer, "fp32_groups_flat_partition", None)
-        flats: list[Tensor] = own or optimizer.single_partition_of_fp32_groups
-        return flats
-
-    def _frozen(self) -> Iterator[tuple[str, int, Tensor, bool]]:
-        """(name, start, flat view of this rank's range, whether this rank saves it) of untrained
-        weights."""
-        frozen = [(n, p) for n, p in self._module.named_parameters() if not p.requires_grad]
-        for name, parameter in frozen:
-            if self.stage < 3:
-                yield name, 0, parameter.detach().view(-1), self._world.is_main
-            else:
-                partitioned: Any = parameter
-                size = partitioned.partition_numel()
-                start = size * self._world.rank
-                numel = max(0, min(size, partitioned.ds_numel - start))
-                yield name, start, partitioned.ds_tensor.detach().view(-1)[:numel], True
-
-    def tensors(self) -> dict[str, list[Tensor]]:
-        """What this rank keeps, by kind: weights (at stage 3 its part), gathered weights, fp32
-        master weights, moments, and the buffers in which gradients wait. Gradients are elsewhere at
-        every stage and moment, and are not listed."""
-        optimizer = self._engine.optimizer
-        parameters: list[Any] = list(self._module.parameters())
-        split = self.stage == 3
-        known = [p for group in optimizer.param_groups for p in group["params"]]
-        buckets = getattr(optimizer, "ipg_buckets", {}).values()
-        buffers = [bucket.buffer for bucket in buckets if bucket.buffer is not None]
-        return {
-            "weights": [p.ds_tensor if split else p for p in parameters],
-            "gathered": parameters if split else [],
-            "master": optimizer.fp32_partitioned_groups_flat if split else known,
-            "moments": [t for s in optimizer.state.values() for k, t in s.items() if k != "step"],
-            "buffer": [t for b in buffers for t in ([b] if isinstance(b, Tensor) else b)],
-        }
-
-    @torch.no_grad()
-    def _refresh_weights(self) -> None:
-        """Make the weights that the forward pass uses equal to the master weights."""
-        optimizer = self._engine.optimizer
-        if self.stage in (1, 2):
-            optimizer.update_lp_params()
-        elif self.stage == 3:
-            optimizer._partition_all_parameters()  # an evaluation leaves the old ones gathered
-            parameters: list[Any] = list(self._module.parameters())
-            for parameter in parameters:
-                parameter.ds_secondary_tensor = None  # hpZ's copy, of the weights before
-            for index, flat in enumerate(optimizer.fp32_partitioned_groups_flat):
-                with offload.here(optimizer, flat):
-                    optimizer._reassign_or_swap_out_partitioned_parameters(index)
-            if optimizer.persistent_parameters:
-                optimizer.persistent_parameters[0].all_gather(optimizer.persistent_parameters)
 
 
 def making_weights(
@@ -421,6 +300,7 @@ def making_weights(
     """For ``HourglassLM.init_weights`` on the meta device: a module's own weights come to this
     rank's device before they are drawn; at stage 3 only a part of them stays."""
     dtype = DTYPES[config.train.precision]
+    secondary = config.deepspeed.group_size(world.size)
 
     @contextmanager
     def made(module: nn.Module) -> Iterator[None]:
@@ -434,16 +314,7 @@ def making_weights(
                 nn.ParameterList(own),
                 dtype=dtype,
                 mem_efficient_linear=False,
-                zero_param_parallel_group=_node_group(config, world),
+                zero_param_parallel_group=compat.secondary_group(secondary),
             )
 
     return made
-
-
-def _node_group(config: Config, world: ranks.World) -> Any:
-    """The ranks that keep a second copy of the weights among them; None where nobody does."""
-    size, groups = config.deepspeed.group_size(world.size), deepspeed.utils.groups
-    if size and groups._get_zero_param_intra_parallel_group() is None:
-        deepspeed.init_distributed(verbose=False)  # takes PyTorch's, which is there
-        groups._create_zero_param_parallel_group(size)
-    return groups._get_zero_param_intra_parallel_group()

@@ -1,4 +1,4 @@
-"""The loss scale of fp16 training: saved, put back, left alone by a dry-run step.
+"""The loss scale of fp16 training: saved, put back, unchanged by the dry-run step.
 
 Small gradients are zero in fp16, so DeepSpeed multiplies the loss with a power of two before the
 backward pass and divides the gradients after it; a step whose gradients overflow changes nothing
@@ -17,14 +17,14 @@ FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
 def stay_above_zero(optimizer: Any) -> None:
-    """At its least the scale stays there; DeepSpeed would end the run. Steps in a row that change
-    nothing are counted elsewhere."""
+    """Let the scale stay at its minimum, where DeepSpeed would end the run; ``SkippedSteps``
+    counts steps that change nothing."""
     if state(optimizer):
         optimizer.loss_scaler.raise_error_at_min_scale = False
 
 
 def state(optimizer: Any) -> dict[str, float]:
-    """What DeepSpeed's ``optimizer`` knows about its loss scale; {} where there is none."""
+    """The state of the loss scale of DeepSpeed's ``optimizer``; {} where it has none."""
     scaler = getattr(optimizer, "loss_scaler", None)
     if not getattr(scaler, "dynamic", False):
         return {}
@@ -39,7 +39,7 @@ def restore(optimizer: Any, values: Mapping[str, float]) -> None:
 
 @contextmanager
 def kept(optimizer: Any) -> Iterator[None]:
-    """Whatever happens inside, the scale is as before."""
+    """Restore the scale at the end."""
     before = state(optimizer)
     yield
     restore(optimizer, before)

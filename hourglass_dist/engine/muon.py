@@ -1,8 +1,8 @@
 """Muon: the momentum of a matrix, made orthogonal, is its update (Jordan et al. 2024,
 kellerjordan.github.io/posts/muon), however ZeRO has cut the matrix.
 
-    gradients of my pieces -> momentum of my pieces              like AdamW, element by element
-    pieces -> the matrix's owner -> orthogonal -> pieces back    two all-to-alls a group
+    gradients of my fragments -> momentum of my fragments       like AdamW, element by element
+    fragments -> owner of the matrix -> orthogonal -> back      two all-to-alls a group
     weights -= lr * (0.2 * sqrt(longer side) * update + weight_decay * weights)
 
 The factor makes the update as large as AdamW's usually is, so that both share one learning rate
@@ -15,11 +15,13 @@ Legend: M, N the sides of a matrix, M <= N.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as td
 from torch import Tensor
+
+from hourglass_dist.engine.sharded_state import Fragment
 
 MOMENTUM = 0.95
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
@@ -28,37 +30,27 @@ SCALE = 0.2
 """Typical root mean square of an AdamW update (Liu et al. 2025)."""
 
 
-class Piece(NamedTuple):
-    """A range of a flattened matrix in a flat tensor of this rank."""
-
-    name: str
-    start: int
-    numel: int
-    offset: int
-    """Where it begins in the flat tensor."""
-
-
 class Exchange:
     """Who orthogonalizes which matrix of one flat tensor, and who holds which range of it."""
 
     def __init__(
         self,
         matrices: Sequence[tuple[str, tuple[int, int]]],
-        pieces: Sequence[Piece],
+        fragments: Sequence[Fragment],
         everywhere: bool,
         device: torch.device,
     ) -> None:
-        """Called by all ranks together: with all ``matrices`` and this rank's ``pieces`` of them.
+        """Called by all ranks, with all ``matrices`` and this rank's ``fragments`` of them.
         ``everywhere``: each rank holds all of every matrix and does the work alone."""
         self._matrices = list(matrices)
-        self._mine = {piece.name: piece for piece in pieces}
+        self._mine = {fragment.name: fragment for fragment in fragments}
         self._alone = everywhere or td.get_world_size() == 1
         self._rank = 0 if self._alone else td.get_rank()
         table = torch.zeros(len(self._matrices), 2, dtype=torch.int64, device=device)
         for index, (name, _) in enumerate(self._matrices):
             if name in self._mine:
-                piece = self._mine[name]
-                table[index, 0], table[index, 1] = piece.start, piece.numel
+                fragment = self._mine[name]
+                table[index, 0], table[index, 1] = fragment.start, fragment.numel
         tables = [table]
         if not self._alone:
             tables = [torch.empty_like(table) for _ in range(td.get_world_size())]
@@ -80,8 +72,8 @@ class Exchange:
         return owners
 
     def orthogonalize(self, tensor: Tensor) -> Tensor:
-        """A tensor like ``tensor``, which is laid out like the flat one, with this rank's pieces of
-        the orthogonal matrices, and zeros elsewhere."""
+        """This rank's fragments of the orthogonal matrices, zeros elsewhere; ``tensor`` and the
+        result are laid out like the flat tensor."""
         flat = tensor.reshape(-1)
         received = self._swap(self._outgoing(flat), self._counts(out=True), self._counts(out=False))
         whole = self._assemble(received)
@@ -91,19 +83,19 @@ class Exchange:
         result, position = torch.zeros_like(flat), 0
         for owner in range(len(self._ranges)):
             for index in self._owned(owner):
-                piece = self._mine.get(self._matrices[index][0])
-                if piece:
-                    result[piece.offset : piece.offset + piece.numel] = returned[
-                        position : position + piece.numel
+                fragment = self._mine.get(self._matrices[index][0])
+                if fragment:
+                    result[fragment.offset : fragment.offset + fragment.numel] = returned[
+                        position : position + fragment.numel
                     ]
-                    position += piece.numel
+                    position += fragment.numel
         return result.view_as(tensor)
 
     def _owned(self, owner: int) -> list[int]:
         return [index for index, other in enumerate(self._owners) if other == owner]
 
     def _counts(self, out: bool) -> list[int]:
-        """Elements that go to each rank (``out``: my pieces), or come from each."""
+        """Elements that go to each rank (``out``: my fragments), or come from each."""
         ranks, me = range(len(self._ranges)), self._rank
         if out:
             return [sum(self._ranges[me][i][1] for i in self._owned(rank)) for rank in ranks]
@@ -120,9 +112,9 @@ class Exchange:
         parts = [flat.new_empty(0)]
         for owner in range(len(self._ranges)):
             for index in self._owned(owner):
-                piece = self._mine.get(self._matrices[index][0])
-                if piece:
-                    parts.append(flat[piece.offset : piece.offset + piece.numel])
+                fragment = self._mine.get(self._matrices[index][0])
+                if fragment:
+                    parts.append(flat[fragment.offset : fragment.offset + fragment.numel])
         return torch.cat(parts)
 
     def _assemble(self, received: Tensor) -> dict[int, Tensor]:

@@ -3,8 +3,8 @@
 DeepSpeed steps one sub-group after another and keeps each one's fp32 weights and moments in files
 between its steps; the tensors are empty then. Sub-groups of less than 1 MiB stay in memory.
 
-    with here(optimizer, flat):    flat and its moments are whole inside
-    each_here(optimizer, parts)    parts of flat tensors, each one while its flat tensor is whole
+    with in_memory(optimizer, flat)        flat and its moments are in memory inside
+    each_in_memory(optimizer, fragments)   fragments, each while its flat tensor is in memory
 """
 
 from __future__ import annotations
@@ -22,37 +22,39 @@ from hourglass_dist.engine.sharded_state import Fragment
 
 
 @contextmanager
-def here(optimizer: Any, flat: torch.Tensor, *, changed: bool = False) -> Iterator[None]:
-    """What DeepSpeed's ``optimizer`` keeps of a flat tensor is in memory inside; ``changed``: it is
-    written afterwards. Nothing happens where no files are used."""
+def in_memory(optimizer: Any, flat: torch.Tensor, *, changed: bool = False) -> Iterator[None]:
+    """Keep DeepSpeed's state of a flat tensor in memory inside, and write it to its files
+    afterwards if ``changed``. Nothing happens where no files are used."""
     swapper = getattr(optimizer, "optimizer_swapper", None)
     if swapper is None or flat.ds_id not in swapper.swap_params_info:  # type: ignore[attr-defined]
         yield
         return
-    new = not optimizer.state.get(flat)  # has no files yet, and may be made inside
+    is_new = not optimizer.state.get(flat)  # it has no files yet, and may be made inside
     swapper.swap_in_optimizer_state(parameter=flat)
     try:
         yield
     finally:
-        leave = swapper.swap_out_optimizer_state if changed or new else swapper.release_swap_buffers
-        leave(parameter=flat)
-        flat.grad = None  # was in the buffers, too
+        if changed or is_new:
+            swapper.swap_out_optimizer_state(parameter=flat)
+        else:
+            swapper.release_swap_buffers(parameter=flat)
+        flat.grad = None  # it was in the buffers, too
 
 
-def each_here(
-    optimizer: Any, parts: Iterable[Fragment], *, changed: bool = False
+def each_in_memory(
+    optimizer: Any, fragments: Iterable[Fragment], *, changed: bool = False
 ) -> Iterator[Fragment]:
-    """The same parts, one flat tensor after another."""
-    for _, group in groupby(parts, key=lambda part: id(part.flat)):
+    """The same fragments, one flat tensor after another."""
+    for _, group in groupby(fragments, key=lambda fragment: id(fragment.flat)):
         same = list(group)
-        with here(optimizer, same[0].flat, changed=changed):
+        with in_memory(optimizer, same[0].flat, changed=changed):
             yield from same
 
 
 def forget_moments(optimizer: Any) -> None:
-    """Make all that is kept besides the weights zero."""
+    """Set the optimizer's state to zero, all but the weights."""
     for flat, state in optimizer.state.items():
-        with here(optimizer, flat, changed=True):
+        with in_memory(optimizer, flat, changed=True):
             for tensor in state.values():
                 tensor.zero_()
 

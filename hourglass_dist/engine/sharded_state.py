@@ -1,4 +1,4 @@
-"""Training state on disk: flat pieces of named tensors, in one safetensors file for each rank.
+"""Training state on disk: flat ranges of named tensors, in one safetensors file for each rank.
 
 However ZeRO cuts a tensor, a rank holds a range of its flattened elements. That range is what is
 written, under ``kind/name@start``:
@@ -48,16 +48,28 @@ class Key(NamedTuple):
 
 
 class Fragment(NamedTuple):
-    """A range of a parameter whose master weights and moments live on this rank."""
+    """A range of a parameter that this rank holds."""
 
     name: str
-    start: int  # in the flattened parameter
+    """Name of the parameter."""
+    start: int
+    """First element of the flattened parameter."""
     numel: int
-    flat: Tensor  # the fp32 tensor that the optimizer knows
-    offset: int  # where the range begins in ``flat``
-    mine: bool  # whether this rank is the one that saves it
+    """Number of elements; 0 where a rank has none of it."""
+    flat: Tensor
+    """The tensor that holds it: the fp32 one that the optimizer steps, or a frozen weight."""
+    offset: int
+    """First element in ``flat``."""
+    is_saved_here: bool
+    """Whether this rank saves it; others may hold the same."""
+
+    @property
+    def range(self) -> tuple[str, int, int]:
+        """Name, start and number of elements."""
+        return self.name, self.start, self.numel
 
     def view(self, tensor: Tensor) -> Tensor:
+        """These elements of ``tensor``, which is laid out like ``flat``."""
         return tensor.detach().view(-1).narrow(0, self.offset, self.numel)
 
 
@@ -78,25 +90,25 @@ class Snapshot(NamedTuple):
         write_tensors(path, self.tensors, self.metadata)
 
 
-class Room:
-    """Memory for snapshots, taken once: the next one overwrites the last one."""
+class PinnedBuffers:
+    """Host memory for snapshots, allocated once: the next snapshot overwrites the last one."""
 
     def __init__(self) -> None:
         self._buffers: dict[str, Tensor] = {}
 
     def snapshot(
         self,
-        fragments: Iterable[tuple[Key, Tensor]],
+        ranges: Iterable[tuple[Key, Tensor]],
         shapes: Mapping[str, tuple[int, ...]],
         optimizer_steps: int,
         loss_scale: Mapping[str, float],
     ) -> Snapshot:
-        """Copy one rank's flat fragments (any device), each when its turn comes, and note the full
+        """Copy one rank's flat ranges (any device), each when its turn comes, and note the full
         shapes of all tensors of the model."""
-        taken = {}
-        for key, piece in fragments:
-            taken[str(key)] = self._buffer(str(key), piece)
-            taken[str(key)].copy_(piece.detach(), non_blocking=True)
+        copies = {}
+        for key, values in ranges:
+            copies[str(key)] = self._buffer(str(key), values)
+            copies[str(key)].copy_(values.detach(), non_blocking=True)
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         metadata = {
@@ -104,7 +116,7 @@ class Room:
             "optimizer_steps": str(optimizer_steps),
             "loss_scale": json.dumps(dict(loss_scale)),
         }
-        return Snapshot(taken, metadata)
+        return Snapshot(copies, metadata)
 
     def _buffer(self, name: str, like: Tensor) -> Tensor:
         buffer = self._buffers.get(name)
@@ -135,7 +147,7 @@ class Reader:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._pieces: dict[tuple[str, str], list[tuple[int, int, Path, str]]] = defaultdict(list)
+        self._ranges: dict[tuple[str, str], list[tuple[int, int, Path, str]]] = defaultdict(list)
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.optimizer_steps = 0
         self.loss_scale: dict[str, float] = {}
@@ -155,24 +167,24 @@ class Reader:
                 for text in file.keys():  # noqa: SIM118  (a safetensors file, not a dict)
                     key = Key.parse(text)
                     numel = file.get_slice(text).get_shape()[0]
-                    self._pieces[key.kind, key.name].append((key.start, numel, path, text))
+                    self._ranges[key.kind, key.name].append((key.start, numel, path, text))
         except (SafetensorError, KeyError, ValueError) as error:
             raise ValueError(f"{path}: not a readable state file: {error}") from None
 
     def names(self, kind: str) -> list[str]:
         """Names of the tensors of one kind, sorted."""
-        return sorted(name for other, name in self._pieces if other == kind)
+        return sorted(name for other, name in self._ranges if other == kind)
 
     def read(self, kind: str, name: str, start: int, numel: int) -> Tensor:
         """Elements [start, start + numel) of the flattened tensor, on the CPU in the stored
         dtype."""
         parts, position, end = [], start, start + numel
-        for piece_start, piece_numel, path, text in sorted(self._pieces[kind, name]):
-            piece_end = piece_start + piece_numel
-            if piece_start <= position < piece_end and position < end:
-                stop = min(end, piece_end)
+        for range_start, range_numel, path, text in sorted(self._ranges[kind, name]):
+            range_end = range_start + range_numel
+            if range_start <= position < range_end and position < end:
+                stop = min(end, range_end)
                 with safe_open(path, framework="pt") as file:
-                    parts.append(file.get_slice(text)[position - piece_start : stop - piece_start])
+                    parts.append(file.get_slice(text)[position - range_start : stop - range_start])
                 position = stop
         if position < end:
             raise ValueError(

@@ -149,8 +149,8 @@ class Watchdog:
     """Shows that this rank lives, and ends it when nothing has happened for a while; its stacks are
     then in the run folder.
 
-    Under torchrun the watcher of ``health/watcher.py`` does that. Without one, or when it is gone, too, a
-    timer of this process does, outside of Python's lock: a process that hangs inside a collective
+    Under torchrun ``health/watcher.py`` does that. Without it, or when it is gone, too, a timer of
+    this process does, outside of Python's lock: a process that hangs inside a collective
     is ended as well. All ranks wait for the hung one and so end at about the same time.
     """
 

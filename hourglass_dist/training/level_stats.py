@@ -82,10 +82,10 @@ class LevelStats:
         self._on = True
         self._squares, self._activations = {}, {}
         self._places = defaultdict(list)
-        for held in self._engine.held():
-            if held.mine and held.numel:
-                place = part_of(held.name), held.offset, held.numel
-                self._places[id(held.flat)].append(place)
+        for fragment in self._engine.fragments():
+            if fragment.is_saved_here and fragment.numel:
+                place = part_of(fragment.name), fragment.offset, fragment.numel
+                self._places[id(fragment.flat)].append(place)
         for output in self._outputs:
             output.watched, output.largest_logit = True, None
 

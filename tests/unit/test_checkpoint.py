@@ -61,10 +61,10 @@ def test_every_nth_and_the_best_stay(tmp_path: Path) -> None:
 def test_training_goes_on_with_the_state_while_it_is_written(tmp_path: Path) -> None:
     """The state changes as soon as ``save`` returns; the checkpoint has it as it was."""
     weight = torch.zeros(2_000_000)
-    kept, room = make(tmp_path / "checkpoints"), sharded_state.Room()
+    kept, buffers = make(tmp_path / "checkpoints"), sharded_state.PinnedBuffers()
 
     def take_weight() -> sharded_state.Snapshot:
-        return room.snapshot([(Key("fp32", "w", 0), weight)], {"w": weight.shape}, 1, {})
+        return buffers.snapshot([(Key("fp32", "w", 0), weight)], {"w": weight.shape}, 1, {})
 
     for step in range(1, 6):
         weight.fill_(step)
