@@ -13,13 +13,13 @@ from hourglass_dist.core import ranks
 from hourglass_dist.engine import sharded_state
 from hourglass_dist.engine.sharded_state import Key
 
-ROOM = sharded_state.Room()
+BUFFERS = sharded_state.PinnedBuffers()
 
 
 def take() -> sharded_state.Snapshot:
     weight = torch.arange(600.0)
     pieces = {Key("fp32", "w", 0): weight[:400], Key("fp32", "w", 400): weight[400:]}
-    return ROOM.snapshot(pieces.items(), {"w": (20, 30)}, optimizer_steps=7, loss_scale={})
+    return BUFFERS.snapshot(pieces.items(), {"w": (20, 30)}, optimizer_steps=7, loss_scale={})
 
 
 def make(folder: Path, **settings: Any) -> Checkpoints:
