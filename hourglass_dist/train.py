@@ -23,7 +23,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from hourglass_dist.checkpoint.save import Checkpoints, Progress, RunFolder
+from hourglass_dist.checkpoint.run_folder import RunFolder
+from hourglass_dist.checkpoint.save import Checkpoints, TrainingProgress
 from hourglass_dist.config import schema as settings
 from hourglass_dist.config.loader import print_error, to_yaml
 from hourglass_dist.config.schema import Config
@@ -218,7 +219,7 @@ def go_back(job: Job, spike: SpikeFound) -> Job:
 def save(job: Job, step: int, score: Score | None) -> None:
     """Begin to save the state after ``step``."""
     ranks.require_same_on_all_ranks(job.stream.identity(), job.world.device)
-    progress = Progress(
+    progress = TrainingProgress(
         step=step,
         data=job.stream.state(job.spikes.data_step(step)),
         tokenizer=asdict(job.tokenizer.fingerprint),
@@ -257,7 +258,7 @@ def open_stream(config: Config, datasets: Sequence[Dataset], world: ranks.World)
 
 def find_state(
     checkpoints: Checkpoints, stream: Stream, tokenizer: Tokenizer, world: ranks.World
-) -> tuple[Path, Progress] | None:
+) -> tuple[Path, TrainingProgress] | None:
     """The checkpoint to continue from, if there is one; the stream goes on from there.
 
     Raises ValueError when it belongs to other data or another tokenizer.

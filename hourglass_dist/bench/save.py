@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from hourglass_dist.bench.shared import headline, machine, show
-from hourglass_dist.checkpoint.save import Checkpoints, Progress
+from hourglass_dist.checkpoint.save import Checkpoints, TrainingProgress
 from hourglass_dist.config.loader import parse
 from hourglass_dist.config.schema import CheckpointConfig, Config
 from hourglass_dist.core import ranks
@@ -104,7 +104,7 @@ def _saves(
     def save() -> None:
         nonlocal step
         step += 1
-        checkpoints.save(engine.snapshot, Progress(step, {}, {}, engine.stage))
+        checkpoints.save(engine.snapshot, TrainingProgress(step, {}, {}, engine.stage))
 
     def save_and_wait() -> None:
         save()

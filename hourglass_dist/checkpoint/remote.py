@@ -10,66 +10,74 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
-from hourglass_dist.data.remote import EXTRAS
+from hourglass_dist.core.remote import open_filesystem, retry
+
+T = TypeVar("T")
+
+TIMEOUT_S, DEADLINE_S = 60.0, 300.0
+"""For one request, and for a file with all that is tried again."""
 
 
 class RemoteCopies:
-    """A place elsewhere for the checkpoints of one run."""
+    """The checkpoints of one run elsewhere. All methods raise ValueError, naming the address, when
+    they do not succeed before a deadline."""
 
     def __init__(self, url: str) -> None:
         """Raises ValueError for an address whose package is not installed, or that cannot be."""
         self.url = url.rstrip("/")
-        scheme = self.url.partition("://")[0]
-        package, extra = EXTRAS.get(scheme, ("fsspec", "s3"))
         try:
-            from fsspec.core import url_to_fs
-
-            self._system, self._root = url_to_fs(self.url)
-        except ImportError:
-            raise ValueError(
-                f"{self.url}: needs the package {package}: pip install 'hourglass_dist[{extra}]'"
-            ) from None
+            self._system, self._root = open_filesystem(self.url, TIMEOUT_S)
         except ValueError as error:
-            raise ValueError(f"checkpoint.remote: {self.url}: {error}") from None
+            raise ValueError(f"checkpoint.remote: {error}") from None
 
     def put(self, name: str, file: IO[bytes]) -> None:
-        """Write ``name`` from an open file. Raises OSError."""
-        path = f"{self._root}/{name}"
-        self._system.makedirs(path.rpartition("/")[0], exist_ok=True)
-        with self._system.open(path, "wb") as out:
-            shutil.copyfileobj(file, out, 1 << 22)
+        """Write ``name`` from an open file."""
+
+        def write() -> None:
+            path = f"{self._root}/{name}"
+            self._system.makedirs(path.rpartition("/")[0], exist_ok=True)
+            file.seek(0)
+            with self._system.open(path, "wb") as out:
+                shutil.copyfileobj(file, out, 1 << 22)
+
+        self._retry(name, write)
 
     def finish(self, folder: Path, kept: Sequence[str]) -> None:
-        """The rest of a checkpoint whose other files are there; then forget those not ``kept``."""
+        """Complete a checkpoint whose other files are there, and remove those not in ``kept``."""
         with (folder / "manifest.json").open("rb") as file:
             self.put(f"{folder.name}/manifest.json", file)
-        with self._system.open(f"{self._root}/latest", "wb") as out:
-            out.write(folder.name.encode() + b"\n")
-        for path in self._system.ls(self._root, detail=False):
+        latest = folder.name.encode() + b"\n"
+        self._retry("latest", lambda: self._system.pipe_file(f"{self._root}/latest", latest))
+        for path in self._retry("", lambda: self._system.ls(self._root, detail=False)):
             name = path.rstrip("/").rpartition("/")[2]
             if name.startswith("step_") and name not in kept:
                 self._system.rm(path, recursive=True)
 
     def latest(self) -> str | None:
-        """The name of the newest checkpoint there. Raises OSError when the place is not reached."""
-        self._system.invalidate_cache()
-        try:
-            name = self._system.cat_file(f"{self._root}/latest").decode().strip()
-        except FileNotFoundError:
-            return None
-        return name or None
+        """The name of the newest checkpoint there."""
+
+        def read() -> str | None:
+            try:
+                return str(self._system.cat_file(f"{self._root}/latest").decode().strip()) or None
+            except FileNotFoundError:
+                return None
+
+        return self._retry("latest", read)
 
     def files(self, name: str) -> list[str]:
         """The files of a checkpoint, the manifest last."""
-        manifest: dict[str, Any] = json.loads(
-            self._system.cat_file(f"{self._root}/{name}/manifest.json")
-        )
+        path = f"{name}/manifest.json"
+        text = self._retry(path, lambda: self._system.cat_file(f"{self._root}/{path}"))
+        manifest: dict[str, Any] = json.loads(text)
         return [*sorted(manifest["files"]), "manifest.json"]
 
     def get(self, name: str, target: Path) -> None:
-        """Read ``name`` into a file. Raises OSError."""
-        self._system.get_file(f"{self._root}/{name}", str(target))
+        """Read ``name`` into a file."""
+        self._retry(name, lambda: self._system.get_file(f"{self._root}/{name}", str(target)))
+
+    def _retry(self, name: str, action: Callable[[], T]) -> T:
+        return retry(f"{self.url}/{name}", action, DEADLINE_S)

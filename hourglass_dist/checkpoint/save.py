@@ -1,14 +1,9 @@
-"""The run folder: settings, a lock, and checkpoints that are whole or not there.
+"""Saves and finds the checkpoints of a run.
 
-    runs/NAME/
-        config.yaml                the resolved settings; see MAY_CHANGE
-        tokenizer/                 a copy, so that the run can be exported without its dataset
-        lock                       held by the process that trains here
-        metrics.jsonl, events.*    written by metrics.py
-        checkpoints/
-            step_00000500/         rank_00000.safetensors ... and manifest.json: the progress, and
-                                   size and crc32c of each file
-            latest                 the name of the newest one
+    RUN/checkpoints/
+        step_00000500/    rank_00000.safetensors ... and manifest.json: the progress, and size and
+                          crc32c of each file
+        latest            the name of the newest one
 
 A checkpoint is written under a temporary name, synced, renamed, and only then named by ``latest``:
 a process killed at any instant leaves the previous one in place and unharmed. So does a full disk:
@@ -17,48 +12,33 @@ the failed save is reported and training goes on.
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
-import re
 import secrets
 import shutil
-import socket
 import threading
 import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from functools import partial
-from io import TextIOWrapper
 from pathlib import Path
 from typing import IO, Any
 
 import google_crc32c
 
 from hourglass_dist.checkpoint.remote import RemoteCopies
-from hourglass_dist.config.loader import ConfigError, differences, to_yaml
-from hourglass_dist.config.schema import CheckpointConfig, Config, load
+from hourglass_dist.config.schema import CheckpointConfig
 from hourglass_dist.core import ranks
 from hourglass_dist.core.files import checksum, replace, sync
-from hourglass_dist.data.tokenizer import Tokenizer
 from hourglass_dist.engine import sharded_state
 from hourglass_dist.engine.sharded_state import Snapshot
 
 FORMAT = 1
-MAY_CHANGE = re.compile(
-    r"run\.dir|run\.time_limit_hours|run\.hang_minutes|run\.max_fruitless_starts|"
-    r"data\.dataset|data\.sources\.\d+\.path|data\.cache\.|data\.skip_shards|"
-    r"train\.micro_batch_size|train\.max_skipped_steps|train\.compile|deepspeed\.|eval\.|"
-    r"checkpoint\.|metrics\.|model\.levels\.\d+\.activation_checkpointing"
-)
-"""Settings that may differ when a run is continued: they decide where and how, not what is learned
-(a dataset is known by its id, wherever it lies; the state of the data remembers skipped shards)."""
 
 
 @dataclass(frozen=True)
-class Progress:
-    """How far a run is. With the weights this is its whole state."""
+class TrainingProgress:
+    """How far a run has come. With the weights this is its whole state."""
 
     step: int
     """Optimizer steps completed."""
@@ -73,57 +53,6 @@ class Progress:
     """Held-out bits per byte, where it was measured after this very step."""
     guard: dict[str, Any] = field(default_factory=dict)
     """What ``LossSpikes`` remembers."""
-
-
-class RunFolder:
-    """A run's folder, held by one process while it trains."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.checkpoints = path / "checkpoints"
-        self._lock: TextIOWrapper | None = None
-
-    def open(self, config: Config) -> None:
-        """Take the lock and compare the settings with those that the run was started with.
-
-        Raises ConfigError when another process trains here, or when a setting differs that decides
-        what is learned.
-        """
-        self.path.mkdir(parents=True, exist_ok=True)
-        self._take_lock()
-        written = self.path / "config.yaml"
-        changed = differences(load(written), config) if written.exists() else []
-        refused = [change for change in changed if not MAY_CHANGE.match(change)]
-        if refused:
-            self.close()
-            raise ConfigError(
-                f"{self.path}: this run was started with other settings ({'; '.join(refused)}); "
-                "start the new ones elsewhere with run.dir=..."
-            )
-
-    def record(self, config: Config, tokenizer: Tokenizer) -> None:
-        """Write the settings and the tokenizer."""
-        (self.path / "tokenizer").mkdir(exist_ok=True)
-        tokenizer.save(self.path / "tokenizer")
-        replace(self.path / "config.yaml", to_yaml(config))
-
-    def _take_lock(self) -> None:
-        lock = (self.path / "lock").open("a+")
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            lock.seek(0)
-            holder = lock.read().strip() or "another process"
-            raise ConfigError(f"{self.path}: {holder} is training in this folder") from None
-        lock.truncate(0)
-        lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-        lock.flush()
-        self._lock = lock
-
-    def close(self) -> None:
-        """Let another process train here. The end of this process does the same."""
-        if self._lock:
-            self._lock.close()
 
 
 class Checkpoints:
@@ -158,8 +87,8 @@ class Checkpoints:
         if world.is_main:
             remove_unfinished(folder)
 
-    def save(self, take: Callable[[], Snapshot], progress: Progress) -> None:
-        """Begin to save: ``take()`` copies this rank's state, a thread writes it. A save that is
+    def save(self, take: Callable[[], Snapshot], progress: TrainingProgress) -> None:
+        """Start to save: ``take()`` copies this rank's state, a thread writes it. A save that is
         still under way is waited for first."""
         self.wait()
         name = f"{tag(progress.step)}_{self._session:010x}_{self._attempts}"
@@ -170,7 +99,7 @@ class Checkpoints:
         self._thread.start()
 
     def wait(self) -> None:
-        """Until the save under way is over, well or badly."""
+        """Wait until the save under way has ended, whether or not it succeeded."""
         if self._thread:
             self._thread.join()
             self._thread = None
@@ -187,10 +116,10 @@ class Checkpoints:
 
     def news(self) -> list[str]:
         """Lines about saves that ended since the last call (on the main rank)."""
-        told, self._news = self._news, []
-        return told
+        news, self._news = self._news, []
+        return news
 
-    def _write(self, folder: Path, snapshot: Snapshot, progress: Progress) -> None:
+    def _write(self, folder: Path, snapshot: Snapshot, progress: TrainingProgress) -> None:
         """What the thread does: this rank's file; on the main rank also the rest."""
         begun = time.perf_counter()
         file = folder / sharded_state.file_name(self._world.rank)
@@ -204,29 +133,29 @@ class Checkpoints:
             entry = {"error": str(error)}
         try:
             with ExitStack() as stack:
-                mine = None if self._error else stack.enter_context(file.open("rb"))
+                my_file = None if self._error else stack.enter_context(file.open("rb"))
                 ranks.put_note(f"{folder.name}/{self._world.rank}", json.dumps(entry))
                 if self._world.is_main:
                     target = self._complete(folder, progress)
                     seconds = time.perf_counter() - begun
                     self._news.append(f"step {progress.step}: saved {target} ({seconds:.1f} s)")
-                if self._remote and mine:
-                    self._copy(self._remote, mine, folder.name, progress)
+                if self._remote and my_file:
+                    self._copy(self._remote, my_file, folder.name, progress)
         except (OSError, ValueError, RuntimeError) as error:
             self._error = error
             shutil.rmtree(folder, ignore_errors=True)
             self._news.append(f"step {progress.step}: could not be saved: {error}")
 
     def _copy(
-        self, remote: RemoteCopies, mine: IO[bytes], attempt: str, progress: Progress
+        self, remote: RemoteCopies, my_file: IO[bytes], attempt: str, progress: TrainingProgress
     ) -> None:
         """Bring this rank's file to the remote place; the main rank finishes the copy there."""
-        name, said = tag(progress.step), ""
+        name, problem = tag(progress.step), ""
         try:
-            remote.put(f"{name}/{sharded_state.file_name(self._world.rank)}", mine)
+            remote.put(f"{name}/{sharded_state.file_name(self._world.rank)}", my_file)
         except Exception as error:  # of whichever library: the copy is lost, nothing else
-            said = f"rank {self._world.rank}: {error or type(error).__name__}"
-        ranks.put_note(f"{attempt}/copy/{self._world.rank}", said)
+            problem = f"rank {self._world.rank}: {error or type(error).__name__}"
+        ranks.put_note(f"{attempt}/copy/{self._world.rank}", problem)
         if self._world.is_main:
             notes = ranks.wait_for_notes(f"{attempt}/copy/{rank}" for rank in self._ranks)
             failed = [note for note in notes if note]
@@ -239,7 +168,7 @@ class Checkpoints:
             result = f"could not be copied: {failed[0]}" if failed else "copied"
             self._news.append(f"step {progress.step}: {remote.url}: {result}")
 
-    def _complete(self, folder: Path, progress: Progress) -> Path:
+    def _complete(self, folder: Path, progress: TrainingProgress) -> Path:
         """The main rank's part once every file is there: manifest, rename, ``latest``, retention.
 
         Raises ValueError when a rank could not write its file.
@@ -265,19 +194,19 @@ class Checkpoints:
 
     def _retain(self, newest: Path) -> None:
         """Remove old checkpoints, and those past ``newest``: a future that was given up."""
-        found = {path: read_manifest(path)["progress"] for path in complete(self.folder)}
-        past = [path for path in found if path <= newest]
+        saved = {path: read_manifest(path)["progress"] for path in complete(self.folder)}
+        past = [path for path in saved if path <= newest]
         kept = past[-self._config.keep :]
         if every := self._config.keep_every:
-            kept += [path for path in past if found[path]["step"] % every == 0]
-        scored = [path for path in past if found[path].get("score") is not None]
+            kept += [path for path in past if saved[path]["step"] % every == 0]
+        scored = [path for path in past if saved[path].get("score") is not None]
         if self._config.keep_best and scored:
-            kept.append(min(scored, key=lambda path: found[path]["score"]))
-        for path in found:
+            kept.append(min(scored, key=lambda path: saved[path]["score"]))
+        for path in saved:
             if path not in kept:
                 remove(path)
 
-    def newest(self, up_to: int | None = None) -> tuple[Path, Progress] | None:
+    def newest(self, up_to: int | None = None) -> tuple[Path, TrainingProgress] | None:
         """The newest whole checkpoint (of step ``up_to`` or before), verified by all ranks
         together, or None when there is none.
 
@@ -293,7 +222,7 @@ class Checkpoints:
         older = [other for other in reversed(complete(self.folder)) if path and other < path]
         names = "\n".join(str(each.name) for each in [path, *older] if each)
         seen = ranks.gather_ints([google_crc32c.value(names.encode())], self._world.device)
-        if len({found for (found,) in seen}) > 1:
+        if len(set(map(tuple, seen))) > 1:
             raise ValueError(f"{self.folder}: ranks see different checkpoints: is it shared?")
         if path is None:
             return None
@@ -316,10 +245,7 @@ class Checkpoints:
         """
 
         def find() -> int:
-            try:
-                name = remote.latest() if self._world.is_main else None
-            except Exception as error:
-                raise ValueError(f"{remote.url}: {error or type(error).__name__}") from None
+            name = remote.latest() if self._world.is_main else None
             here = latest(self.folder)
             return int(name[5:]) if name and (here is None or here.name < name) else -1
 
@@ -374,8 +300,8 @@ def latest(folder: Path) -> Path | None:
     try:
         return folder / (folder / "latest").read_text().strip()
     except FileNotFoundError:
-        found = complete(folder)
-        return found[-1] if found else None
+        saved = complete(folder)
+        return saved[-1] if saved else None
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
@@ -385,7 +311,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
     try:
         manifest: dict[str, Any] = json.loads(file.read_text())
         version, crc = manifest["format"], manifest.pop("crc32c")
-        Progress(**manifest["progress"])
+        TrainingProgress(**manifest["progress"])
     except FileNotFoundError:
         raise ValueError(f"{path}: no such checkpoint (manifest.json is missing)") from None
     except (ValueError, KeyError, TypeError) as error:
@@ -402,7 +328,7 @@ def _own_checksum(manifest: dict[str, Any]) -> int:
     return int(google_crc32c.value(json.dumps(manifest, sort_keys=True).encode()))
 
 
-def verify(path: Path, share: tuple[int, int] = (0, 1)) -> Progress:
+def verify(path: Path, share: tuple[int, int] = (0, 1)) -> TrainingProgress:
     """Check size and checksum of a checkpoint's files (every n-th one from r for ``share=(r, n)``).
 
     Raises ValueError naming the first file that is missing, truncated or altered.
@@ -416,4 +342,4 @@ def verify(path: Path, share: tuple[int, int] = (0, 1)) -> Progress:
             raise ValueError(f"{file}: expected {expected['bytes']} bytes, found {size}")
         if (crc := checksum(file)) != expected["crc32c"]:
             raise ValueError(f"{file}: expected crc32c {expected['crc32c']:08x}, found {crc:08x}")
-    return Progress(**manifest["progress"])
+    return TrainingProgress(**manifest["progress"])

@@ -1,4 +1,4 @@
-"""Files that are whole or not there: checksums, syncing to disk, replacing in one instant."""
+"""Files: checksums, syncing to disk, atomic replacement, locks."""
 
 from __future__ import annotations
 
@@ -51,6 +51,31 @@ def replace(path: Path, content: str | bytes) -> None:
     sync(path.parent)
 
 
+def require_new(out: Path) -> None:
+    """Raise ValueError when ``out`` exists."""
+    if out.exists():
+        raise ValueError(f"{out}: already exists; choose another folder or remove it first")
+
+
+@contextmanager
+def file_lock(path: Path, busy: str | None = None) -> Iterator[int]:
+    """Hold the lock of a folder, or of a file, which is made if need be; yields its descriptor.
+
+    A lock ends with the process that holds it. Waits for another holder, or raises
+    ``ValueError(busy)`` at once.
+    """
+    flags = os.O_RDONLY if path.is_dir() else os.O_RDWR | os.O_CREAT
+    descriptor = os.open(path, flags, 0o666)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | (fcntl.LOCK_NB if busy else 0))
+        except BlockingIOError:
+            raise ValueError(busy) from None
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
 @contextmanager
 def new_folder(out: Path) -> Iterator[Path]:
     """A hidden folder beside ``out`` that becomes ``out`` at the end, and vanishes on an error.
@@ -61,12 +86,7 @@ def new_folder(out: Path) -> Iterator[Path]:
     folder = out.with_name(f".{out.name}.unfinished")
     missing = [parent for parent in folder.parents if not parent.exists()]  # nearest first
     folder.mkdir(parents=True, exist_ok=True)
-    lock = os.open(folder, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"{out}: another process is writing this folder") from None
+    with file_lock(folder, busy=f"{out}: another process is writing this folder"):
         for left in folder.iterdir():
             shutil.rmtree(left) if left.is_dir() else left.unlink()
         try:
@@ -80,5 +100,3 @@ def new_folder(out: Path) -> Iterator[Path]:
                 with suppress(OSError):  # it is in use by now
                     parent.rmdir()
             raise
-    finally:
-        os.close(lock)

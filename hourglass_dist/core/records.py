@@ -1,4 +1,4 @@
-"""Reading what a run has noted: lines of JSON, and how its starts ended. Knows no torch."""
+"""Files of JSON lines, and how the starts of a run ended. Knows no torch."""
 
 from __future__ import annotations
 
@@ -8,45 +8,45 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from hourglass_dist.core.files import replace
+
 HISTORY_FILE = "history.jsonl"
 KILLED = "killed, no end noted"
 
 
 def read_history(run: Path) -> list[dict[str, Any]]:
     """The entries of a run's history, oldest first; a line that was cut off is left out."""
-    return read_lines(run / HISTORY_FILE)
-
-
-KILLED = "killed, no end noted"
+    return read_jsonl(run / HISTORY_FILE)
 
 
 class Start(NamedTuple):
     """One start of a run and how it ended."""
 
     step: int
-    """From which it went on."""
+    """Steps done before it."""
     time: float
+    """When it was, in seconds since 1970."""
     ending: str | None = None
-    """None: it goes on, or nothing was noted."""
+    """Why it ended; None: it still runs, or was killed."""
     crashed: bool = True
-    """Not finished, not stopped on request, not a mistake of the user."""
+    """Whether it was not finished, not stopped on request, and no mistake of the user."""
 
 
 def starts_of(entries: Iterable[Mapping[str, Any]]) -> list[Start]:
-    """The starts that a history tells of, oldest first."""
-    found: list[Start] = []
+    """The starts in the entries of a history, oldest first."""
+    starts: list[Start] = []
     for entry in entries:
         if entry["event"] == "start":
-            found.append(Start(entry["step"], entry["time"]))
-        elif found:
+            starts.append(Start(entry["step"], entry["time"]))
+        elif starts:
             crashed = entry.get("crashed", False)
-            found[-1] = found[-1]._replace(ending=entry["reason"], crashed=crashed)
-    return found
+            starts[-1] = starts[-1]._replace(ending=entry["reason"], crashed=crashed)
+    return starts
 
 
 def require_progress(run: Path, step: int, most: int) -> None:
     """Raise ValueError when the last ``most`` starts of a run all crashed before they had saved
-    anything beyond ``step``, from which it would go on now."""
+    anything beyond ``step``, from which it would continue."""
     latest = takewhile(lambda start: start.step == step, reversed(starts_of(read_history(run))))
     crashes = [start.ending or KILLED for start in latest if start.crashed]
     if len(crashes) >= most:
@@ -57,15 +57,30 @@ def require_progress(run: Path, step: int, most: int) -> None:
         )
 
 
-def read_lines(path: Path) -> list[dict[str, Any]]:
+def append_jsonl(path: Path, record: Mapping[str, Any]) -> None:
+    """Add a record to a .jsonl file. Raises OSError."""
+    with path.open("a") as file:
+        file.write(json.dumps(record) + "\n")
+
+
+def forget_after(path: Path, step: int) -> list[dict[str, Any]]:
+    """Remove the records past ``step`` from a .jsonl file, and a line that a killed process left
+    unfinished. Returns the others."""
+    kept = [record for record in read_jsonl(path) if record["step"] <= step]
+    if path.exists():
+        replace(path, "".join(json.dumps(record) + "\n" for record in kept))
+    return kept
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
     """The records of a .jsonl file, without a line that a killed process left unfinished; none when
     there is no file."""
-    found = []
+    records = []
     for line in path.read_text().splitlines() if path.exists() else ():
         try:
             record = json.loads(line)
         except ValueError:
             continue
         if isinstance(record, dict):
-            found.append(record)
-    return found
+            records.append(record)
+    return records

@@ -15,42 +15,29 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import hashlib
 import os
-import random
-import re
 import threading
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
 
 import google_crc32c
 
 from hourglass_dist.config.data import CacheConfig
-from hourglass_dist.core.files import replace, sha256_of
+from hourglass_dist.core.files import file_lock, replace, sha256_of
+from hourglass_dist.core.remote import EXTRAS, open_filesystem, retry
 from hourglass_dist.data.shards import INDEX_FILE, Manifest, Shard, Split, dtype_of
 from hourglass_dist.data.tokenizer import DESCRIPTION_FILE, MODEL_FILE
-
-T = TypeVar("T")
 
 PART_BYTES = 16 << 20
 """Bytes asked for at a time."""
 FETCHERS = 4
 """Shards that a rank fetches ahead at a time."""
-EXTRAS = {"s3": ("s3fs", "s3"), "gs": ("gcsfs", "gcs")}
-"""Which package reads a scheme, and the extra of ours that installs it."""
-FIRST_WAIT_S, LONGEST_WAIT_S = 0.25, 15.0
 ABANDONED_S = 3600.0
 """Seconds after which a download that has not grown was left by a killed process."""
 GONE = -1.0
 """The access time of shards that are not needed any more."""
-
-
-def is_remote(where: str) -> bool:
-    """Whether a dataset's address is no folder."""
-    return re.match(r"^[a-z0-9]+://", where) is not None
 
 
 # --- one address ---------------------------------------------------------------------------------
@@ -63,14 +50,14 @@ class Remote:
         """Raises ValueError for a scheme that is not known or whose package is not installed."""
         self.url = url.rstrip("/")
         self._settings = settings
-        self._system = _filesystem(self.url, settings)
+        if self.url.partition("://")[0] not in EXTRAS:
+            raise ValueError(f"{url}: expected a folder, s3://, gs://, http:// or https://")
+        self._system, _ = open_filesystem(self.url, settings.timeout_s)
 
     def read(self, name: str, start: int | None = None, end: int | None = None) -> bytes:
         """Bytes ``start`` to ``end`` of a file, or all of it.
 
-        What may pass is tried again, with growing pauses, until the deadline: timeouts, broken
-        connections, bodies of a wrong length, the statuses 408, 429 and 5xx. Raises ValueError at
-        once for what will not (missing, forbidden), naming the address.
+        Tried again until the deadline, and raises ValueError, as ``retry`` says.
         """
         from fsspec.asyn import sync
 
@@ -90,85 +77,7 @@ class Remote:
                 data = data[start:end]
             return data
 
-        return self._patiently(address, once)
-
-    def _patiently(self, address: str, once: Callable[[], T]) -> T:
-        begun, wait, tries = time.monotonic(), FIRST_WAIT_S, 0
-        while True:
-            tries += 1
-            try:
-                return once()
-            except Exception as error:
-                reason = _reason(error)
-                if not _may_pass(error):
-                    raise ValueError(f"{address}: {reason}") from error
-                spent = time.monotonic() - begun
-                if spent + wait > self._settings.deadline_s:
-                    raise ValueError(
-                        f"{address}: gave up after {tries} tries in {spent:.0f} s: {reason}"
-                    ) from error
-            time.sleep(wait * random.uniform(0.5, 1.5))
-            wait = min(2 * wait, LONGEST_WAIT_S)
-
-
-def _filesystem(url: str, settings: CacheConfig) -> Any:
-    scheme = url.partition("://")[0]
-    package, extra = EXTRAS.get(scheme, ("aiohttp", "http"))
-    if scheme not in (*EXTRAS, "http", "https"):
-        raise ValueError(f"{url}: expected a folder, s3://, gs://, http:// or https://")
-    try:
-        import fsspec
-
-        __import__(package)
-    except ImportError:
-        raise ValueError(
-            f"{url}: reading it needs {package}: pip install 'hourglass_dist[{extra}]'"
-        ) from None
-    options: dict[str, Any] = {"skip_instance_cache": True, "use_listings_cache": False}
-    if scheme == "s3":
-        options["config_kwargs"] = {
-            "connect_timeout": settings.timeout_s,
-            "read_timeout": settings.timeout_s,
-            "retries": {"total_max_attempts": 1},
-        }
-    elif scheme in ("http", "https"):
-        import aiohttp
-
-        options["client_kwargs"] = {"timeout": aiohttp.ClientTimeout(total=settings.timeout_s)}
-    system = fsspec.filesystem(scheme, **options)
-    system.retries = 1  # s3fs would try again by itself; here one place decides
-    return system
-
-
-def _status(error: BaseException) -> int | None:
-    for value in (getattr(error, "status", None), getattr(error, "code", None)):
-        with contextlib.suppress(TypeError, ValueError):
-            return int(value)  # type: ignore[arg-type]
-    return None
-
-
-def _may_pass(error: Exception) -> bool:
-    """Whether trying again may help."""
-    status = _status(error)
-    if status is not None:
-        return status in (408, 425, 429) or status >= 500
-    never = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
-    if isinstance(error, never) or type(error).__name__ == "NoCredentialsError":
-        return False
-    return not isinstance(error, (TypeError, AttributeError, ImportError))
-
-
-def _reason(error: Exception) -> str:
-    status = _status(error)
-    names = {401: "not authorised", 403: "forbidden", 404: "not found"}
-    if status is not None:
-        return f"status {status}" + (f" ({names[status]})" if status in names else "")
-    if isinstance(error, FileNotFoundError):
-        return "not found"
-    if isinstance(error, PermissionError):
-        return f"forbidden ({error})"
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text}"[:300] if text else type(error).__name__
+        return retry(address, once, self._settings.deadline_s)
 
 
 # --- the cache -----------------------------------------------------------------------------------
@@ -222,7 +131,8 @@ class Cache:
         """
         if (file := self._take(shard)) is not None:
             return file
-        with _locked(self._path(f".{shard.sha256}.lock")) as lock:
+        lock = self._path(f".{shard.sha256}.lock")
+        with file_lock(lock):
             if (file := self._take(shard)) is None:
                 self._fill(shard, download)
                 file = self._take(shard)
@@ -252,14 +162,14 @@ class Cache:
     def _fill(self, shard: Shard, download: Callable[[int], None]) -> None:
         path, part = self._path(shard.sha256), self._path(f".{shard.sha256}.part")
         for attempt in (1, 2):
-            with _locked(self.folder / "lock"):  # no other download takes the room that is made
+            with file_lock(self.folder / "lock"):  # no other download takes the room that is made
                 self._make_room(shard.bytes, at_least=shard.bytes if attempt == 2 else 0)
                 file = os.open(part, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
                 os.truncate(file, shard.bytes)
             try:
                 download(file)
                 os.fsync(file)
-                with _locked(self.folder / "lock"):  # who makes room counts every file
+                with file_lock(self.folder / "lock"):  # who makes room counts every file
                     part.rename(path)
                 return
             except OSError as error:
@@ -306,17 +216,6 @@ class Cache:
         return self.folder / "shards" / name
 
 
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[Path]:
-    """Wait for a lock that goes with the process that holds it."""
-    file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield path
-    finally:
-        os.close(file)
-
-
 # --- a dataset -----------------------------------------------------------------------------------
 
 
@@ -331,7 +230,7 @@ def fetch_index(remote: Remote, cache: Cache) -> Manifest:
     tokenizer = {DESCRIPTION_FILE: remote.read(DESCRIPTION_FILE)}
     if b"sentencepiece" in tokenizer[DESCRIPTION_FILE]:
         tokenizer[MODEL_FILE] = remote.read(MODEL_FILE)
-    with _locked(folder / "lock"):
+    with file_lock(folder / "lock"):
         for name, data in (tokenizer | {INDEX_FILE: index}).items():
             replace(folder / name, data)
         try:

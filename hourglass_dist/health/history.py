@@ -11,7 +11,6 @@ time before it has saved anything new, is refused in the end: ``records.require_
 
 from __future__ import annotations
 
-import json
 import os
 import socket
 import subprocess
@@ -26,7 +25,7 @@ from typing import Any
 import torch
 
 from hourglass_dist.core import ranks
-from hourglass_dist.core.records import HISTORY_FILE, read_history
+from hourglass_dist.core.records import HISTORY_FILE, append_jsonl, read_history
 from hourglass_dist.core.stop import Interrupted
 
 PACKAGES = ("hourglass_dist", "torch", "deepspeed")
@@ -59,8 +58,8 @@ class History:
 
     def _add(self, event: str, **facts: Any) -> dict[str, Any]:
         entry: dict[str, Any] = {"event": event, "time": time.time(), "step": self.step, **facts}
-        with suppress(OSError), self._path.open("a") as file:  # no reason to end a run
-            file.write(json.dumps(entry) + "\n")
+        with suppress(OSError):  # no reason to end a run
+            append_jsonl(self._path, entry)
         return entry
 
     def __enter__(self) -> History:

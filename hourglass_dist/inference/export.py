@@ -26,7 +26,7 @@ from hourglass_dist.checkpoint import save
 from hourglass_dist.config import schema as settings
 from hourglass_dist.config.model import parse_model
 from hourglass_dist.config.schema import Config
-from hourglass_dist.core.files import new_folder, replace
+from hourglass_dist.core.files import new_folder, replace, require_new
 from hourglass_dist.data.tokenizer import Fingerprint, Tokenizer, load_tokenizer, require_same
 from hourglass_dist.engine import sharded_state
 from hourglass_dist.model.hourglass import HourglassLM
@@ -44,8 +44,7 @@ def export(run: Path, out: Path, format: Format = "hourglass", step: int | None 
     Raises ValueError when the run has no such checkpoint, the checkpoint is damaged, or ``out``
     exists.
     """
-    if out.exists():
-        raise ValueError(f"{out}: already exists; choose another folder or remove it first")
+    require_new(out)
     if not (run / "config.yaml").exists():
         raise ValueError(f"{run}: expected a run folder (with config.yaml), found none")
     config = settings.load(run / "config.yaml")
@@ -74,7 +73,9 @@ def export(run: Path, out: Path, format: Format = "hourglass", step: int | None 
     return progress.step
 
 
-def _origin(config: Config, progress: save.Progress, tokenizer: Tokenizer) -> dict[str, Any]:
+def _origin(
+    config: Config, progress: save.TrainingProgress, tokenizer: Tokenizer
+) -> dict[str, Any]:
     return {
         "model_type": "hourglass_lm",
         "architectures": ["HourglassLM"],

@@ -18,7 +18,7 @@ from typing import Any
 from hourglass_dist.config.loader import to_yaml
 from hourglass_dist.config.schema import Config, load
 from hourglass_dist.core.files import replace
-from hourglass_dist.core.records import read_history, read_lines
+from hourglass_dist.core.records import read_history, read_jsonl
 from hourglass_dist.planning.plan import plan, render
 from hourglass_dist.report.charts import CLIP, line_chart, number
 from hourglass_dist.report.diagram import label, stacks
@@ -64,7 +64,7 @@ def read_run(path: Path) -> Run:
     if not (path / "metrics.jsonl").exists():
         raise ValueError(f"{path}: no metrics.jsonl: expected the folder of a run that has begun")
     metrics: dict[str, Points] = defaultdict(list)
-    for record in read_lines(path / "metrics.jsonl"):
+    for record in read_jsonl(path / "metrics.jsonl"):
         for name, value in record.items():
             if name != "step":
                 metrics[name].append((record["step"], value))
@@ -74,9 +74,9 @@ def read_run(path: Path) -> Run:
         config=load(path / "config.yaml"),
         metrics=dict(metrics),
         history=read_history(path),
-        skipped=read_lines(path / "skipped.jsonl"),
-        samples=read_lines(path / "samples.jsonl"),
-        positions=read_lines(path / "positions.jsonl"),
+        skipped=read_jsonl(path / "skipped.jsonl"),
+        samples=read_jsonl(path / "samples.jsonl"),
+        positions=read_jsonl(path / "positions.jsonl"),
         profile=table.read_text() if table.exists() else "",
     )
 

@@ -26,7 +26,7 @@ from rich.table import Table
 from rich.text import Text
 
 from hourglass_dist.config.schema import Config, load
-from hourglass_dist.core.records import KILLED, Start, read_history, read_lines, starts_of
+from hourglass_dist.core.records import KILLED, Start, read_history, read_jsonl, starts_of
 from hourglass_dist.health.heartbeat import (
     Beat,
     clock_time,
@@ -88,7 +88,7 @@ def read_status(run: Path) -> Status:
     if not (run / "config.yaml").exists():
         raise ValueError(f"{run}: expected a run folder (with config.yaml), found none")
     config, now = load(run / "config.yaml"), time.time()
-    records, starts = read_lines(run / "metrics.jsonl"), starts_of(history := read_history(run))
+    records, starts = read_jsonl(run / "metrics.jsonl"), starts_of(history := read_history(run))
     beats = read_heartbeats(run)
     if history and history[-1]["event"] == "end":  # what an earlier start left says nothing
         beats = [beat for beat in beats if beat.time > history[-1]["time"]]
@@ -119,7 +119,7 @@ def read_status(run: Path) -> Status:
         hosts=sorted(set(hosts.values())),
         last_sign_seconds=now - max(beat.time for beat in beats) if beats else None,
         silent=silent_ranks(beats, now),
-        skipped_steps=len(read_lines(run / "skipped.jsonl")),
+        skipped_steps=len(read_jsonl(run / "skipped.jsonl")),
         starts=len(starts),
         last_ending=(over[-1].ending or KILLED) if over else None,
         **_speeds(trained, hosts),

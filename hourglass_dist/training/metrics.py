@@ -13,7 +13,6 @@ checkpoint. docs/training.md explains every name.
 
 from __future__ import annotations
 
-import json
 import math
 import platform
 import sys
@@ -29,8 +28,7 @@ import numpy as np
 from hourglass_dist.config.loader import to_yaml
 from hourglass_dist.config.schema import Config
 from hourglass_dist.core import ranks
-from hourglass_dist.core.files import replace
-from hourglass_dist.core.records import read_lines
+from hourglass_dist.core.records import append_jsonl, forget_after
 from hourglass_dist.data.stream import Batch
 from hourglass_dist.engine.engine import Engine, StepResult
 from hourglass_dist.health.heartbeat import clock_time
@@ -247,7 +245,7 @@ class Metrics:
         """A line in a file, and the writers. A full disk, or a server that is gone, costs the
         record, not the run."""
         try:
-            append(path, record)
+            append_jsonl(path, record)
             for writer in self._writers:
                 tell(writer)
             self._losing = False
@@ -337,18 +335,3 @@ class Clock:
 def due(step: int, every: int) -> bool:
     """Whether something that happens every so many steps happens after ``step``."""
     return step % every == 0
-
-
-def append(path: Path, record: Mapping[str, Any]) -> None:
-    """Add a line to a file of JSON lines."""
-    with path.open("a") as file:
-        file.write(json.dumps(record) + "\n")
-
-
-def forget_after(path: Path, step: int) -> list[dict[str, float]]:
-    """Drop the records of a file of JSON lines past ``step`` and a last line that a killed process
-    left unfinished. Returns the others."""
-    kept = [record for record in read_lines(path) if record["step"] <= step]
-    if path.exists():
-        replace(path, "".join(json.dumps(record) + "\n" for record in kept))
-    return kept

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from hourglass_dist.checkpoint.save import Checkpoints, Progress
+from hourglass_dist.checkpoint.save import Checkpoints, TrainingProgress
 from hourglass_dist.config.schema import CheckpointConfig
 from hourglass_dist.core import ranks
 from hourglass_dist.engine import sharded_state
@@ -27,9 +27,9 @@ def make(folder: Path, **settings: Any) -> Checkpoints:
     return Checkpoints(folder, config, ranks.init())
 
 
-def progress(step: int, score: float | None = None) -> Progress:
+def progress(step: int, score: float | None = None) -> TrainingProgress:
     data = {"next_row": step * 4}
-    return Progress(step, data, {"model_sha256": "a", "vocab_sha256": "b"}, 1, score)
+    return TrainingProgress(step, data, {"model_sha256": "a", "vocab_sha256": "b"}, 1, score)
 
 
 def save(checkpoints: Checkpoints, step: int, score: float | None = None) -> None:

@@ -15,7 +15,7 @@ from hosts import Hosts
 from paths import ROOT
 from ranks import environment
 
-from hourglass_dist.core.records import read_history, read_lines
+from hourglass_dist.core.records import read_history, read_jsonl
 from hourglass_dist.engine import sharded_state
 
 
@@ -72,7 +72,7 @@ class Run:
     def steps(self) -> list[int]:
         """The steps that metrics.jsonl has now."""
         log = self.folder / "metrics.jsonl"
-        return [record["step"] for record in read_lines(log) if "train/loss" in record]
+        return [record["step"] for record in read_jsonl(log) if "train/loss" in record]
 
     def last(self) -> int:
         """The last one."""

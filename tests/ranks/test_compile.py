@@ -14,7 +14,7 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from zoo import documents_of, farthest, make_model, random_text, with_policy
 
-from hourglass_dist.core.records import read_lines
+from hourglass_dist.core.records import read_jsonl
 from hourglass_dist.model.hourglass import HourglassLM
 
 ZERO = "deepspeed.zero_optimization"
@@ -93,7 +93,7 @@ def test_a_compiled_run_goes_on_bit_for_bit(
         return ["-m", "hourglass_dist.train", str(tiny_config), *where, *more]
 
     def losses(run: str) -> dict[int, float]:
-        records = read_lines(tmp_path / run / "metrics.jsonl")
+        records = read_jsonl(tmp_path / run / "metrics.jsonl")
         return {int(r["step"]): r["train/loss"] for r in records if "train/loss" in r}
 
     plain = ["model.levels.0.activation_checkpointing=selective", f"{ZERO}.stage=2"]

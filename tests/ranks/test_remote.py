@@ -260,7 +260,7 @@ def test_a_missing_package_is_named(tmp_path: Path) -> None:
         [sys.executable, "-c", program], capture_output=True, text=True, check=False, cwd=tmp_path
     )
     assert done.stderr.splitlines()[-1] == (
-        "ValueError: gs://bucket/words: reading it needs gcsfs: pip install 'hourglass_dist[gcs]'"
+        "ValueError: gs://bucket/words: needs the package gcsfs: pip install 'hourglass_dist[gcs]'"
     )
 
 
