@@ -19,6 +19,7 @@ from hourglass_dist.config import schema as settings
 from hourglass_dist.config import shipped
 from hourglass_dist.config.describe import describe as describe_settings
 from hourglass_dist.config.loader import print_error, to_yaml
+from hourglass_dist.core import exit_codes
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -346,14 +347,14 @@ def main() -> None:
         app()
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
+        sys.exit(exit_codes.FAILED)
     except ModuleNotFoundError as error:
         extra = "pip install 'hourglass_dist[prepare]'"
         print_error(ValueError(f"this needs the package {error.name}: {extra}"))
-        sys.exit(2)
+        sys.exit(exit_codes.BAD_INPUT)
     except (ValueError, OSError) as error:
         print_error(error)
-        sys.exit(2)
+        sys.exit(exit_codes.BAD_INPUT)
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ import torch.distributed as td
 from hourglass_dist.config import schema as settings
 from hourglass_dist.config.loader import print_error
 from hourglass_dist.config.schema import Config
-from hourglass_dist.core import ranks
+from hourglass_dist.core import exit_codes, ranks
 from hourglass_dist.data.mixture import open_mixture
 from hourglass_dist.engine.deepspeed_config import deepspeed_settings
 from hourglass_dist.health import rank_checks
@@ -306,11 +306,11 @@ def main(arguments: Sequence[str]) -> int:
             if found.problems:
                 print_error(ValueError("\n".join(found.problems)))
         ranks.barrier()  # until it is said
-        return 2 if found.problems else 0
+        return exit_codes.BAD_INPUT if found.problems else exit_codes.DONE
     except (ValueError, OSError) as error:
         if ranks.is_main_process():
             print_error(error)
-        return 2
+        return exit_codes.BAD_INPUT
     finally:
         ranks.shutdown()
 
@@ -318,5 +318,5 @@ def main(arguments: Sequence[str]) -> int:
 if __name__ == "__main__":
     if len(sys.argv) < 2:
         print_error(ValueError("expected CONFIG.yaml [key=value ...]"))
-        sys.exit(2)
+        sys.exit(exit_codes.BAD_INPUT)
     ranks.leave(main(sys.argv[1:]))

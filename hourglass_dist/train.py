@@ -28,9 +28,9 @@ from hourglass_dist.checkpoint.save import Checkpoints, TrainingProgress
 from hourglass_dist.config import schema as settings
 from hourglass_dist.config.loader import print_error, to_yaml
 from hourglass_dist.config.schema import Config
-from hourglass_dist.core import ranks
+from hourglass_dist.core import exit_codes, ranks
 from hourglass_dist.core.records import require_progress
-from hourglass_dist.core.stop import EXIT_CODE, Interrupted, StopRequests
+from hourglass_dist.core.stop import Interrupted, StopRequests
 from hourglass_dist.data.mixture import Dataset, make_plan, open_mixture
 from hourglass_dist.data.stream import Stream
 from hourglass_dist.data.tokenizer import Tokenizer, require_same
@@ -360,8 +360,7 @@ def say(world: ranks.World, line: str) -> None:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """``CONFIG.yaml key=value ...``; returns the exit code: 0 done, 1 the loss is no number, 2 bad
-    settings or data, 75 stopped on request and saved, 130 stopped by Ctrl-C and not saved."""
+    """``CONFIG.yaml key=value ...``; returns the exit code; 130 after Ctrl-C, unsaved."""
     try:
         if not arguments:
             raise ValueError("expected CONFIG [key=value ...], for example quickstart")
@@ -369,22 +368,22 @@ def main(arguments: Sequence[str]) -> int:
     except (ValueError, OSError) as error:
         if ranks.is_main_process():
             print_error(error)
-        return 2
+        return exit_codes.BAD_INPUT
     except FloatingPointError as error:
         if ranks.is_main_process():
             print(f"stopped: {error}", file=sys.stderr, flush=True)
-        return 1
+        return exit_codes.FAILED
     except RuntimeError as error:
         words = ranks.lost_rank(error)
         if words is None:
             raise
         rank = os.environ.get("RANK", "0")
         print(f"rank {rank} has lost another one: {words}", file=sys.stderr, flush=True)
-        return 1
+        return exit_codes.FAILED
     except Interrupted as error:
         if ranks.is_main_process():
             print(error, file=sys.stderr, flush=True)
-        return EXIT_CODE
+        return exit_codes.STOPPED
     except KeyboardInterrupt:
         if ranks.is_main_process():
             line = "stopped by Ctrl-C, unsaved: the same command continues from the newest save"
@@ -392,7 +391,7 @@ def main(arguments: Sequence[str]) -> int:
         return 128 + signal.SIGINT
     finally:
         ranks.shutdown()
-    return 0
+    return exit_codes.DONE
 
 
 if __name__ == "__main__":

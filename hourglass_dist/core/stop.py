@@ -4,9 +4,9 @@
     RUN/STOP             an empty file that a person makes
     run.time_limit_hours since the start of the process
 
-One rank that is asked is enough; all ranks learn of it after the same step, save and end with exit
-code 75, the one that means "try again" (EX_TEMPFAIL of sysexits.h). The run folder then holds a
-file INTERRUPTED that says why; the same command continues.
+One rank that is asked is enough; all ranks learn of it after the same step, save and end with
+``exit_codes.STOPPED``. The run folder then holds a file INTERRUPTED that says why; the same command
+continues.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ from types import FrameType
 from hourglass_dist.core import ranks
 from hourglass_dist.core.files import replace
 
-EXIT_CODE = 75
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 FILE, TIME = "the file STOP", "run.time_limit_hours"
 REASONS = (*(number.name for number in SIGNALS), FILE, TIME)
@@ -31,11 +30,10 @@ class Interrupted(Exception):
 
 
 class StopRequests:
-    """Looks for them, in all three places."""
+    """Signals, file and clock, looked at after every step."""
 
     def __init__(self, run: Path, time_limit_hours: float | None, world: ranks.World) -> None:
-        """Takes over the signals for as long as the process lives. Forgets an earlier
-        interruption."""
+        """Handle the signals until the process ends, and remove an earlier INTERRUPTED."""
         self._stop, self._interrupted, self._world = run / "STOP", run / "INTERRUPTED", world
         self._ends = time.monotonic() + 3600 * time_limit_hours if time_limit_hours else None
         self._asked: str | None = None

@@ -42,14 +42,13 @@ from torch.distributed.elastic.rendezvous.api import (
 )
 from torch.distributed.launcher import api as untyped_api
 
+from hourglass_dist.core.exit_codes import BAD_INPUT, DONE, STOPPED
 from hourglass_dist.health.watcher import Watcher, watching
 from hourglass_dist.launch.rendezvous import Meeting, own_address, say
 
 run: Any = untyped_run
 api: Any = untyped_api
 
-BAD_SETTINGS, INTERRUPTED = 2, 75
-"""Exit codes of ranks that are not started again."""
 SIGNALS = ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT", "SIGUSR1")
 HOPELESS = 30
 """Seconds that ranks have to end when others are gone: they can no longer save."""
@@ -82,7 +81,7 @@ class Agent(LocalElasticAgent):
 
     def run(self, role: str = DEFAULT_ROLE) -> RunResult:
         """Until the run has ended on all nodes."""
-        code = INTERRUPTED
+        code = STOPPED
         try:
             result: RunResult = super().run(role)
             code = exit_code(result.failures) if result.is_failed() else 0
@@ -117,9 +116,9 @@ class Agent(LocalElasticAgent):
         if result.state != WorkerState.FAILED:
             return result
         code = exit_code(result.failures)
-        if code == INTERRUPTED and self._is_wanted_again():
+        if code == STOPPED and self._is_wanted_again():
             self._remaining_restarts += 1  # torch takes it away: this start is free
-        elif code in (BAD_SETTINGS, INTERRUPTED):
+        elif code in (BAD_INPUT, STOPPED):
             self._remaining_restarts = 0
         elif self._remaining_restarts:
             left = self._remaining_restarts - 1
@@ -165,7 +164,12 @@ def worst(failures: Mapping[int, ProcessFailure]) -> tuple[int, int]:
     def place(item: tuple[int, ProcessFailure]) -> tuple[int, int]:
         code = item[1].exitcode
         ended = code == -signal.SIGTERM
-        order = (code == BAD_SETTINGS, code == INTERRUPTED, code < 0 and not ended, not ended)
+        order = (
+            code == BAD_INPUT,
+            code == STOPPED,
+            code < 0 and not ended,
+            not ended,
+        )
         return order.index(True) if any(order) else len(order), item[0]
 
     rank, failure = min(failures.items(), key=place)
@@ -206,7 +210,7 @@ def main(arguments: Sequence[str]) -> int:
             return attend(args)
     except ChildFailedError as error:
         code = exit_code(error.failures)
-        if code not in (BAD_SETTINGS, INTERRUPTED):
+        if code not in (BAD_INPUT, STOPPED):
             say(describe(error.failures))
         return code
     except Apart as error:  # of one node: its own store is lost
@@ -214,10 +218,10 @@ def main(arguments: Sequence[str]) -> int:
         return 1
     except SignalException as error:  # the ranks had the signal, too, and time to save
         stopped = error.sigval in (signal.SIGTERM, signal.SIGUSR1)
-        return INTERRUPTED if stopped else 128 + error.sigval.value
+        return STOPPED if stopped else 128 + error.sigval.value
     except ValueError as error:
         say(f"error: {error}")
-        return BAD_SETTINGS
+        return BAD_INPUT
 
 
 def _raise(number: int, _: FrameType | None) -> None:
@@ -295,4 +299,4 @@ def apart(error: Exception, meeting: Meeting, args: Any) -> int | None:
 
 if __name__ == "__main__":
     code = main(sys.argv[1:])
-    sys.exit(code if code in (0, BAD_SETTINGS) else int(os.environ.get("RETRY_EXIT_CODE", code)))
+    sys.exit(code if code in (DONE, BAD_INPUT) else int(os.environ.get("RETRY_EXIT_CODE", code)))

@@ -28,13 +28,15 @@ from pathlib import Path
 from types import FrameType
 
 from hourglass_dist.config.shipped import LAUNCH
+from hourglass_dist.core.exit_codes import BAD_INPUT, DONE, STOPPED
 from hourglass_dist.launch.hostfile import read_hostfile
 
 SSH = [
     *("ssh", "-T", "-o", "BatchMode=yes", "-o", "ConnectTimeout=15"),
     *("-o", "ServerAliveInterval=15", "-o", "ServerAliveCountMax=8"),
 ]
-SSH_FAILED, INTERRUPTED, BAD_SETTINGS = 255, 75, 2
+SSH_FAILED = 255
+"""Exit code of ssh when the connection was not made, or was lost."""
 NODE_VARIABLES = (
     *("NPROC_PER_NODE", "MASTER_PORT", "JOIN_TIMEOUT", "NETWORK_INTERFACE", "MAX_RESTARTS"),
     *("SHUTDOWN_TIMEOUT", "HOURGLASS_PROGRAM", "VIRTUAL_ENV", "CUDA_VISIBLE_DEVICES"),
@@ -154,7 +156,7 @@ class Launcher:
         while True:
             code = self._once()
             was_lost = time.monotonic() - self._last_loss < self._join_seconds + 60
-            if self._stop_asked or not was_lost or code in (0, BAD_SETTINGS) or self._restarts <= 0:
+            if self._stop_asked or not was_lost or code in (DONE, BAD_INPUT) or self._restarts <= 0:
                 return code
             self._restarts -= 1
             self.hosts.sort(key=lambda host: host.lost_at is not None)
@@ -240,10 +242,10 @@ class Launcher:
 def outcome(codes: Sequence[int], is_stopped: bool) -> int:
     """The exit code of a run whose hosts ended with these, in this order."""
     bad = [code for code in codes if code]
-    if BAD_SETTINGS in bad:
-        return BAD_SETTINGS
-    if is_stopped and all(code in (INTERRUPTED, 128 + signal.SIGTERM) for code in bad):
-        return INTERRUPTED
+    if BAD_INPUT in bad:
+        return BAD_INPUT
+    if is_stopped and all(code in (STOPPED, 128 + signal.SIGTERM) for code in bad):
+        return STOPPED
     if 0 in codes and all(code == SSH_FAILED for code in bad):
         return 0  # the run is done, whatever has become of the connection
     return 1 if SSH_FAILED in bad[:1] or not codes else bad[0]
@@ -296,7 +298,7 @@ def main(arguments: Sequence[str]) -> int:
             raise ValueError("\n".join(problems))
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return BAD_SETTINGS
+        return BAD_INPUT
     for host in launcher.hosts:
         if any(problem.startswith(f"{host.name}: ") for problem in problems):
             host.lost_at = time.monotonic()

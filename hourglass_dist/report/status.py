@@ -26,6 +26,7 @@ from rich.table import Table
 from rich.text import Text
 
 from hourglass_dist.config.schema import Config, load
+from hourglass_dist.core import exit_codes
 from hourglass_dist.core.records import KILLED, Start, read_history, read_jsonl, starts_of
 from hourglass_dist.health.heartbeat import (
     Beat,
@@ -37,8 +38,13 @@ from hourglass_dist.health.heartbeat import (
 )
 from hourglass_dist.health.stragglers import straggler
 
-EXIT_CODES = {"running": 0, "finished": 0, "stopped": 75, "crashed": 1, "hanging": 1}
-"""0 all is well, 75 start it again, 1 look into it; 2 is a folder that holds no run."""
+EXIT_CODES = {
+    "running": exit_codes.DONE,
+    "finished": exit_codes.DONE,
+    "stopped": exit_codes.STOPPED,
+    "crashed": exit_codes.FAILED,
+    "hanging": exit_codes.FAILED,
+}
 WIDTH = 100
 
 
