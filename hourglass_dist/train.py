@@ -38,6 +38,7 @@ from hourglass_dist.engine.deepspeed_config import deepspeed_settings
 from hourglass_dist.engine.engine import Engine, making_weights
 from hourglass_dist.health.history import History, about_this_code
 from hourglass_dist.health.rank_checks import require_good_folder, require_same_start
+from hourglass_dist.health.watchdog import Watchdog, record_collectives
 from hourglass_dist.inference.export import WarmStart
 from hourglass_dist.inference.score import Score
 from hourglass_dist.model.hourglass import HourglassLM
@@ -47,8 +48,6 @@ from hourglass_dist.training.guards import (
     LossSpikes,
     SkippedSteps,
     SpikeFound,
-    Watchdog,
-    record_collectives,
 )
 from hourglass_dist.training.metrics import Metrics, due
 from hourglass_dist.training.profiler import Profiler
@@ -178,9 +177,9 @@ def run_steps(job: Job) -> None:
             rows = stream.rows_of(job.spikes.data_step(step))
             step += 1
             job.watchdog.step(step, result.loss)
-            job.skipped.look(step, result, rows)
+            job.skipped.check(step, result, rows)
             metrics.record(step, result, batch, stream.epochs_read, job.skipped.total)
-            job.spikes.look(step, result.loss)
+            job.spikes.check(step, result.loss)
             last = step == total
             stop = None if last else job.requests.reason(result.stop_flags)
             evaluate = due(step, config.eval.every) or last

@@ -67,8 +67,9 @@ def forget_after(path: Path, step: int) -> list[dict[str, Any]]:
     """Remove the records past ``step`` from a .jsonl file, and a line that a killed process left
     unfinished. Returns the others."""
     kept = [record for record in read_jsonl(path) if record["step"] <= step]
-    if path.exists():
-        replace(path, "".join(json.dumps(record) + "\n" for record in kept))
+    text = "".join(json.dumps(record) + "\n" for record in kept)
+    if path.exists() and path.read_text() != text:
+        replace(path, text)
     return kept
 
 

@@ -1,4 +1,4 @@
-"""A sign of life of every rank, for ``hourglass status``: ``RUN/heartbeats/rank_00003.json``.
+"""A heartbeat of every rank, for ``hourglass status``: ``RUN/heartbeats/rank_00003.json``.
 
     {"time": 1770000000.0, "rank": 3, "ranks": 8, "host": "node0", "pid": 4711,
      "space": "pid:[4026531836]", "doing": "training", "step": 500, "seconds": 0.31, "loss": 1.93,
@@ -23,8 +23,8 @@ FOLDER = "heartbeats"
 
 
 @dataclass(frozen=True)
-class Beat:
-    """What a rank said last."""
+class Heartbeat:
+    """The last report of a rank."""
 
     time: float
     rank: int
@@ -32,7 +32,7 @@ class Beat:
     host: str
     pid: int
     space: str
-    """Where ``pid`` means something: see ``process_space``."""
+    """Name space of ``pid``: see ``process_space``."""
     doing: str
     step: int
     seconds: float | None
@@ -46,24 +46,33 @@ class Beat:
 
 
 def pause_between(ranks: int) -> float:
-    """Seconds between two writes of a rank: a file system has to bear those of all of them."""
+    """Seconds between two writes of a rank; longer with more ranks, to spare the file system."""
     return max(5.0, ranks / 100)
 
 
-class Heart:
-    """Writes this rank's file, now and then; there is no thread."""
+class HeartbeatFile:
+    """The file of this rank, rewritten every few seconds; there is no thread."""
 
     def __init__(self, run: Path, rank: int, ranks: int, step: int, limit: float) -> None:
-        """A rank that starts after ``step`` steps. The main rank forgets those of an earlier start
-        with more ranks."""
+        """Start after ``step`` steps. The main rank removes files of an earlier start with more
+        ranks."""
         self._folder = run / FOLDER
         self._path = self._folder / _name(rank)
         self._unfinished = self._path.with_name(f".{self._path.name}.unfinished")
         self._written = time.monotonic()
         host = socket.gethostname()
-        self._beat = Beat(
-            *(time.time(), rank, ranks, host, os.getpid(), process_space(), "starting", step),
-            *(None, None, limit),
+        self._beat = Heartbeat(
+            time=time.time(),
+            rank=rank,
+            ranks=ranks,
+            host=host,
+            pid=os.getpid(),
+            space=process_space(),
+            doing="starting",
+            step=step,
+            seconds=None,
+            loss=None,
+            limit=limit,
         )
         with suppress(OSError):
             self._folder.mkdir(parents=True, exist_ok=True)
@@ -75,7 +84,7 @@ class Heart:
     def beat(
         self, doing: str, step: int, seconds: float | None, loss: float | None, limit: float
     ) -> None:
-        """Something has happened; written at once when it is something new, else now and then."""
+        """Report what this rank does; written at once when that is new, else every few seconds."""
         new = (doing, limit) != (self._beat.doing, self._beat.limit)
         self._beat = replace(
             self._beat, doing=doing, step=step, seconds=seconds, loss=loss, limit=limit
@@ -86,14 +95,14 @@ class Heart:
             self._write()
 
     def _write(self) -> None:
-        """Whole or not at all, but not synced: what a crash of the machine takes is of no use."""
+        """Write it atomically, but not synced: after a crash of the machine it is of no use."""
         self._beat = replace(self._beat, time=time.time())
         with suppress(OSError):  # a full disk ends no run
             self._unfinished.write_text(json.dumps(asdict(self._beat)))
             self._unfinished.rename(self._path)
 
     def close(self) -> None:
-        """The rank ends by itself."""
+        """Remove the file: the rank ends by itself."""
         with suppress(OSError):
             self._path.unlink(missing_ok=True)
             self._unfinished.unlink(missing_ok=True)
@@ -104,20 +113,19 @@ def _name(rank: int) -> str:
     return f"rank_{rank:05d}.json"
 
 
-def read_heartbeats(run: Path) -> list[Beat]:
-    """The last sign of every rank, in rank order; files that cannot be read are left out."""
-    found = []
-    names = {field.name for field in fields(Beat)}
+def read_heartbeats(run: Path) -> list[Heartbeat]:
+    """The last heartbeat of every rank, in rank order; files that cannot be read are left out."""
+    heartbeats = []
+    names = {field.name for field in fields(Heartbeat)}
     for path in sorted((run / FOLDER).glob("rank_*.json")):
         with suppress(OSError, ValueError, TypeError):
             entry = json.loads(path.read_text())
-            found.append(Beat(**{name: entry[name] for name in names & entry.keys()}))
-    return found
+            heartbeats.append(Heartbeat(**{name: entry[name] for name in names & entry.keys()}))
+    return heartbeats
 
 
 def process_space() -> str:
-    """Linux's name for the processes that this one sees: containers of one host have their own;
-    empty elsewhere."""
+    """Linux's name of the process name space, which containers do not share; empty elsewhere."""
     try:
         return os.readlink("/proc/self/ns/pid")
     except OSError:

@@ -11,14 +11,14 @@ from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 
 SLOW = 1.5
-"""Times the median of the other ranks; less is the usual difference."""
+"""Time of a slow rank over the median of the others; smaller differences are usual."""
 IN_A_ROW = 5
-"""Records in a row in which the same rank is that slow: then it is no accident."""
+"""Records in a row in which the same rank must be slow before it is reported."""
 
 
 def spread(seconds: Sequence[float]) -> dict[str, float]:
-    """How differently long ranks need for themselves, and which one needs the longest; nothing to
-    say of a single rank."""
+    """Metrics of what a step takes each rank for itself, and which rank is the slowest; none of a
+    single rank."""
     if len(seconds) == 1:
         return {}
     slowest = seconds.index(max(seconds))
@@ -38,13 +38,12 @@ def straggler(records: Iterable[Mapping[str, float]]) -> tuple[int, float] | Non
     last = [record for record in records if "train/slowest_over_others" in record][-IN_A_ROW:]
     ranks = {int(record["train/slowest_rank"]) for record in last}
     times = min((record["train/slowest_over_others"] for record in last), default=0.0)
-    return (
-        (ranks.pop(), times) if len(last) == IN_A_ROW and len(ranks) == 1 < SLOW < times else None
-    )
+    is_one = len(last) == IN_A_ROW and len(ranks) == 1
+    return (ranks.pop(), times) if is_one and times > SLOW else None
 
 
 class Stragglers:
-    """Tells of one once, when it begins."""
+    """Reports a slow rank once, when it becomes slow."""
 
     def __init__(self, hosts: Sequence[str]) -> None:
         """``hosts``: that of every rank."""
@@ -52,14 +51,14 @@ class Stragglers:
         self._last: deque[Mapping[str, float]] = deque(maxlen=IN_A_ROW)
         self._told: int | None = None
 
-    def look(self, step: int, values: Mapping[str, float]) -> str | None:
-        """A line, if the record of ``step`` makes a straggler."""
+    def check(self, step: int, values: Mapping[str, float]) -> str | None:
+        """A line, if with the record of ``step`` a rank becomes slow."""
         self._last.append(values)
-        found = straggler(self._last)
-        before, self._told = self._told, found[0] if found else None
-        if found is None or found[0] == before:
+        slow = straggler(self._last)
+        before, self._told = self._told, slow[0] if slow else None
+        if slow is None or slow[0] == before:
             return None
-        rank, times = found
+        rank, times = slow
         return (
             f"step {step}: rank {rank} ({self._hosts[rank]}) is slow: it needs {times:.1f} times "
             "as long as the others for itself, and all wait for it"

@@ -1,8 +1,8 @@
 """Ends ranks that hang, from outside: a thread in torchrun's own process, one on every node.
 
-Each rank tells it now and then that it lives, and for how long it may be silent from here on: by a
-datagram, so that neither a file system nor a clock that is set can make a rank look dead. When one
-is silent for longer
+Each rank reports every now and then that it is alive, and for how long it may be silent from here
+on: by a datagram, so that neither a file system nor a changed clock can make a rank look dead. When
+one is silent for longer
 
     the stacks of all ranks of this node go to RUN/stacks/, by py-spy, which can read a process that
     is stopped or holds Python's lock; where it may not, by a signal to the rank;
@@ -35,18 +35,18 @@ from pathlib import Path
 from hourglass_dist.health.heartbeat import process_state
 
 VARIABLE = "HOURGLASS_WATCHER"
-"""Of the environment: the name of the watcher's socket."""
+"""Environment variable with the name of the watcher's socket."""
 STACKS_SIGNAL = signal.SIGUSR2
-"""Makes a rank write its own stacks."""
+"""Signal on which a rank writes its own stacks."""
 KEPT = 3
-"""Stacks of earlier hangs that stay, of each rank."""
+"""Number of files with stacks of earlier hangs that are kept for each rank."""
 PY_SPY_SECONDS = 15
 MARGIN = 60.0
 """Seconds that a watcher has to do all of this, before a rank ends itself."""
 
 
-class Sign:
-    """The rank's end."""
+class WatcherClient:
+    """Tells the watcher, from a rank, that the rank is alive."""
 
     def __init__(self, rank: int, stacks: Path) -> None:
         """``stacks``: the file for this rank's stacks."""
@@ -60,9 +60,9 @@ class Sign:
             with suppress(OSError, AttributeError):  # where Linux lets only parents look inside
                 ctypes.CDLL(None).prctl(_PR_SET_PTRACER, os.getppid())
 
-    def give(self, step: int, limit: float | None) -> None:
-        """This rank lives and has done ``step`` steps; it is silent for ``limit`` seconds at most,
-        or, with None, for ever."""
+    def report(self, step: int, limit: float | None) -> None:
+        """Report that this rank has done ``step`` steps, and may be silent for ``limit`` seconds;
+        with None, it is watched no longer."""
         if self.is_watched:
             message = json.dumps({**self._about, "step": step, "limit": limit}).encode()
             with suppress(OSError):  # the watcher is gone, or busy
@@ -74,18 +74,18 @@ _PR_SET_PTRACER = 0x59616D61
 
 @dataclass
 class _Rank:
-    """What the watcher knows of one."""
+    """What the watcher knows of a rank."""
 
     rank: int
     stacks: Path
     step: int
     limit: float
     heard: float
-    """Of the watcher's own clock."""
+    """When it last reported, by the watcher's clock."""
 
 
 class Watcher(threading.Thread):
-    """Listens to the ranks that this process has started."""
+    """Watches the ranks that this process has started."""
 
     def __init__(self) -> None:
         super().__init__(name="watcher", daemon=True)
@@ -105,7 +105,7 @@ class Watcher(threading.Thread):
                 self._end(silent)
 
     def _listen(self, seconds: float) -> None:
-        """Hear signs for so long. The kernel says which process sent one; only children count."""
+        """Receive reports for so long. The kernel says who sent one; only children count."""
         ends = time.monotonic() + seconds
         while (left := ends - time.monotonic()) > 0:
             self._socket.settimeout(left)
@@ -116,12 +116,12 @@ class Watcher(threading.Thread):
             pid = struct.unpack("3i", extra[0][2])[0]
             if (process_state(pid) or ("", 0))[1] != os.getpid():
                 continue
-            said = json.loads(message)
-            if said["limit"] is None:
+            report = json.loads(message)
+            if report["limit"] is None:
                 self._ranks.pop(pid, None)
             else:
-                known = said["rank"], Path(said["stacks"]), said["step"], said["limit"]
-                self._ranks[pid] = _Rank(*known, heard=time.monotonic())
+                about = report["rank"], Path(report["stacks"]), report["step"], report["limit"]
+                self._ranks[pid] = _Rank(*about, heard=time.monotonic())
 
     def _silent(self) -> list[int]:
         """The processes that have been silent for too long."""
@@ -131,7 +131,7 @@ class Watcher(threading.Thread):
         return [pid for pid, rank in self._ranks.items() if now - rank.heard > rank.limit]
 
     def _end(self, silent: Sequence[int]) -> None:
-        """All that the docstring of this file promises."""
+        """Write the stacks of all ranks, and kill those that are still silent then."""
         begun = time.monotonic()
         first = self._ranks[silent[0]]
         which = ", ".join(str(self._ranks[pid].rank) for pid in silent[:8])
@@ -160,10 +160,10 @@ class Watcher(threading.Thread):
             f"process {pid}{', which is stopped' if stopped else ''}, after step {rank.step}: "
             f"silent for {time.monotonic() - rank.heard:.1f} s"
         )
-        found = py_spy(pid, stopped)
+        stacks = py_spy(pid, stopped)
         with suppress(OSError), rank.stacks.open("a") as file:
-            file.write(f"{title}\n{found or 'py-spy cannot read it; what it writes itself:'}\n")
-        if not found:
+            file.write(f"{title}\n{stacks or 'py-spy cannot read it; what it writes itself:'}\n")
+        if not stacks:
             with suppress(ProcessLookupError):
                 os.kill(pid, STACKS_SIGNAL)
                 os.kill(pid, signal.SIGCONT)
@@ -192,7 +192,7 @@ def py_spy(pid: int, stopped: bool) -> str:
 @contextmanager
 def watching() -> Iterator[Watcher | None]:
     """A watcher over the ranks that are started inside; None where the system has no way to know
-    who sent a sign (it is not Linux): there ranks end themselves."""
+    who sent a report (it is not Linux): there ranks end themselves."""
     if not hasattr(socket, "SO_PASSCRED"):
         yield None
         return
@@ -216,5 +216,5 @@ def open_stacks(run: Path, rank: int) -> Path:
 
 
 def say(line: str) -> None:
-    """To whoever started torchrun."""
+    """Print a line for whoever started torchrun."""
     print(line, file=sys.stderr, flush=True)

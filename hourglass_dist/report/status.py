@@ -29,7 +29,7 @@ from hourglass_dist.config.schema import Config, load
 from hourglass_dist.core import exit_codes
 from hourglass_dist.core.records import KILLED, Start, read_history, read_jsonl, starts_of
 from hourglass_dist.health.heartbeat import (
-    Beat,
+    Heartbeat,
     clock_time,
     pause_between,
     process_space,
@@ -134,7 +134,7 @@ def read_status(run: Path) -> Status:
 
 
 def find_state(
-    run: Path, starts: Sequence[Start], beats: Sequence[Beat], now: float
+    run: Path, starts: Sequence[Start], beats: Sequence[Heartbeat], now: float
 ) -> tuple[str, str]:
     """Which of the five it is, and more words about it."""
     if not beats:
@@ -158,7 +158,7 @@ def find_state(
     return "hanging", f"silent for longer than {clock_time(late[0].limit)}: {_names(late)}"
 
 
-def silent_ranks(beats: Sequence[Beat], now: float) -> list[str]:
+def silent_ranks(beats: Sequence[Heartbeat], now: float) -> list[str]:
     """Those that stand out, with the reason."""
     found = []
     newest = max((beat.time for beat in beats), default=0.0)
@@ -173,12 +173,12 @@ def silent_ranks(beats: Sequence[Beat], now: float) -> list[str]:
     return found
 
 
-def _here(beat: Beat) -> bool:
+def _here(beat: Heartbeat) -> bool:
     """Whether this process can look at that of a rank."""
     return beat.host == socket.gethostname() and beat.space == process_space() != ""
 
 
-def _names(beats: Sequence[Beat]) -> str:
+def _names(beats: Sequence[Heartbeat]) -> str:
     more = f" and {len(beats) - 4} more" if len(beats) > 4 else ""
     return ", ".join(beat.where for beat in beats[:4]) + more
 

@@ -149,7 +149,7 @@ class Metrics:
         bytes_per_token = sum(sizes) / max(1, result.tokens)
         values |= self._throughput.metrics(speed, bytes_per_token, batch.tokens_BL.shape[1])
         values |= self._times() | spread(seconds)
-        if told := self._stragglers.look(step, values):
+        if told := self._stragglers.check(step, values):
             self.say(told)
         start = 4 + len(used)
         for index, name in enumerate(used, start=4):

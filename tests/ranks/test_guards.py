@@ -95,7 +95,7 @@ def test_the_state_of_spikes_goes_on_as_it_was() -> None:
         spikes, found = LossSpikes(config, {}), []
         for step, loss in enumerate(losses, start=1):
             try:
-                spikes.look(step, loss)
+                spikes.check(step, loss)
             except SpikeFound as spike:
                 found.append(spike.data_step)
             if step == cut:

@@ -174,7 +174,7 @@ def test_a_straggler_is_told_of_once() -> None:
     stragglers = Stragglers(["node0", "node0", "node1", "node1"])
 
     def look(step: int, slow: bool) -> str | None:
-        return stragglers.look(step, spread([1.0, 1.1, 0.9, 2.5 if slow else 1.2]))
+        return stragglers.check(step, spread([1.0, 1.1, 0.9, 2.5 if slow else 1.2]))
 
     for begin in (0, 100):
         told = [look(begin + step, slow=True) for step in range(3 * IN_A_ROW)]
