@@ -33,7 +33,7 @@ EXCEPTIONS = {("engine", "planning")}
 """(room, a room it imports against the rules): to be removed."""
 
 LONGEST_FUNCTION, LONGEST_FILE, FULLEST_FOLDER = 60, 450, 30
-LINES_TO_TRUST_A_RUN, LINES = 9_200, 25_000
+LINES_TO_TRUST_A_RUN, LINES = 9_350, 25_200
 
 HOUSE = Graph(ROOT)
 ROOMS = HOUSE.rooms()
