@@ -15,9 +15,6 @@ import multiprocessing
 import os
 import platform
 import statistics
-import subprocess
-import sys
-import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
@@ -126,32 +123,6 @@ def interleave(
 def ratio(over: Sequence[float], under: Sequence[float]) -> float:
     """The median of the ratios within a round."""
     return statistics.median(a / b for a, b in zip(over, under, strict=True))
-
-
-def on_ranks(ranks: int, module: str, *arguments: str) -> Any:
-    """What ``python -m module OUT.json *arguments`` writes on so many CPU ranks, one thread each.
-    What they print goes to standard error: it shows how far they are.
-
-    Raises ValueError when it fails; its words come before.
-    """
-    with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder) / "out.json"
-        done = subprocess.run(
-            [
-                *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
-                *("--local-addr", "127.0.0.1", f"--nproc-per-node={ranks}"),
-                *("-m", module, str(out), *arguments),
-            ],
-            env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-            stdout=2,
-            stderr=subprocess.PIPE,
-            text=True,
-            check=False,
-        )
-        if done.returncode:
-            sys.stderr.write(done.stderr)
-            raise ValueError(f"measuring on {ranks} ranks failed: see above")
-        return json.loads(out.read_text())
 
 
 # --- memory --------------------------------------------------------------------------------------

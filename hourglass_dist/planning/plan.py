@@ -1,7 +1,7 @@
 """What a run will cost before it is started: memory, operations and traffic of one rank.
 
 In names: P trained parameters, W ranks. Bytes of P as DeepSpeed 0.19.8 keeps them, between the
-passes of a step; ``hourglass bench zero`` measures them, and what a rank sends:
+passes of a step; ``tests.measure.zero`` measures them, and what a rank sends:
 
     stage  precision  weights  gradients    master    moments
     0      both       4 P      4 P          -         8 P

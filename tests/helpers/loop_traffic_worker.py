@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from zero_worker import Collectives
 
 from hourglass_dist import train
-from hourglass_dist.bench.zero_worker import Collectives
 from hourglass_dist.config import schema
 from hourglass_dist.core import ranks
 from hourglass_dist.core.stop import StopRequests

@@ -4,11 +4,14 @@ gloo."""
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import psutil
 from paths import HELPERS
@@ -80,6 +83,21 @@ def run_worker(ranks: int, name: str, *arguments: object) -> str:
     done = torchrun(ranks, str(HELPERS / name), *map(str, arguments))
     assert done.returncode == 0, f"{name} failed:\n{done.stdout}\n{done.stderr[-6000:]}"
     return done.stdout
+
+
+def on_ranks(ranks: int, worker: str, *arguments: object) -> Any:
+    """What ``helpers/WORKER OUT.json *arguments`` writes on ``ranks`` ranks. What they print goes
+    to standard error: it shows how far they are."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "out.json"
+        command = torchrun_command(ranks, str(HELPERS / worker), str(out), *map(str, arguments))
+        subprocess.run(command, env=environment(), stdout=2, check=True)
+        return json.loads(out.read_text())
+
+
+def numbers(text: str) -> list[int]:
+    """Whole numbers written with commas, as an option of the instruments."""
+    return [int(number) for number in text.split(",")]
 
 
 def hourglass(*arguments: object, stdin: bytes = b"") -> subprocess.CompletedProcess[str]:

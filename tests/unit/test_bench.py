@@ -14,7 +14,6 @@ from ranks import hourglass
 
 from hourglass_dist.bench import model as bench
 from hourglass_dist.bench.compare import TOLERANCE, Budget, interval, read_arms
-from hourglass_dist.bench.loop import bench_loop
 from hourglass_dist.bench.shared import apart, peak_bytes, ratio, reference
 from hourglass_dist.model import layers
 from hourglass_dist.model.lucidrains import to_lucidrains
@@ -208,17 +207,6 @@ def bits(line: dict[str, float]) -> float:
     return line["bits_per_byte"]
 
 
-# --- the loop ------------------------------------------------------------------------------------
-
-
-def test_the_loop_is_measured_beside_bare_ones(tiny_config: Path, dataset: Path) -> None:
-    rows = bench_loop(tiny_config, [f"data.dataset={dataset}"], [1], 3)
-    assert [row["name"] for row in rows] == ["1: training", "1: bare engine", "1: plain PyTorch"]
-    assert rows[0]["over"] == 1.0
-    for row in rows:
-        assert row["ms"] * row["flops"] == pytest.approx(rows[0]["ms"] * rows[0]["flops"])
-
-
 # --- mistakes ------------------------------------------------------------------------------------
 
 
@@ -230,7 +218,6 @@ def test_mistakes_are_one_line(arms: Path, dataset: Path, tmp_path: Path) -> Non
         (("bench", "model", "--device", "cuda"), "--device: cuda: this PyTorch sees no GPU"),
         (("bench", "model", "--device", "tpu"), "--device: expected auto, cpu or cuda"),
         ((*compare, "--flops", 1e7), "--flops: 1e+07 are too few"),
-        (("bench", "zero", "--stages", "1,4"), "--stages: expected 0, 1, 2, 3, with commas, given"),
         (("bench", "compare", tmp_path), "expected a YAML file for each arm, found none"),
         ((*compare, "--out", damaged, "--flops", 3e11), "damaged.jsonl:2: expected a result"),
     ]:
@@ -247,10 +234,3 @@ def test_without_the_reference_one_line_says_how_to_get_it(monkeypatch: pytest.M
     monkeypatch.setitem(sys.modules, "hourglass_transformer_pytorch", None)
     with pytest.raises(ValueError, match=r"pip install hourglass_dist\[test\]"):
         reference()
-
-
-def test_saving_is_measured(tmp_path: Path) -> None:
-    done = hourglass("bench", "save", "--folder", tmp_path, "--millions", 1, "--repeats", 1)
-    assert done.returncode == 0, done.stderr
-    assert "synchronous: training stands still" in done.stdout
-    assert not list(tmp_path.iterdir())

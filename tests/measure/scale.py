@@ -1,11 +1,14 @@
-"""``hourglass bench scale``: one run on more and more accelerators, on paper.
+"""One run on more and more accelerators, on paper.
+
+    python -m tests.measure.scale configs/large_zero3.yaml --ranks 64,1024
 
     a step         bytes and number of collectives of every ZeRO stage, seconds with their latencies
     a checkpoint   files, what one costs the file system and the store, and reading it again
     failures       how many, the best interval by formula and by a walk along simulated failures
 
-The formulas of bytes are those of ``hourglass plan``, which ``bench zero`` counts on live ranks; so
-does ``--count`` with a small twin of this very run. All else is the same on every machine.
+The formulas of bytes are those of ``hourglass plan``, which ``tests.measure.zero`` counts on live
+ranks; so does ``--count`` with a small twin of this very run. All else is the same on every
+machine.
 """
 
 from __future__ import annotations
@@ -17,8 +20,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import typer
+from ranks import numbers, on_ranks
 
-from hourglass_dist.bench.shared import on_ranks, show
+from hourglass_dist.bench.shared import show
 from hourglass_dist.config.schema import Config, load
 from hourglass_dist.model.hourglass import HourglassLM
 from hourglass_dist.model.settings import ModelConfig
@@ -140,7 +145,7 @@ def _counted(file: Path, overrides: Sequence[str], count: Sequence[int]) -> Repo
     rows: list[dict[str, Any]] = []
     for ranks in count:
         arguments = json.dumps({"file": str(file), "overrides": list(overrides)})
-        rows += on_ranks(ranks, "hourglass_dist.bench.traffic_worker", arguments)
+        rows += on_ranks(ranks, "traffic_worker.py", arguments)
     for row in rows:
         row["apart"] = row["sent"] / row["planned"] - 1
     columns = {"ranks": "{ranks}", "stage": "{stage}", "passes": "{passes}"}
@@ -320,3 +325,21 @@ def _intervals(size: Size, failures: int, seed: int) -> Report:
 def key_of(name: str) -> str:
     """A name that a format may hold."""
     return name.replace(" ", "_").replace("-", "_")
+
+
+def main(
+    config: Path,
+    overrides: list[str] = [],  # noqa: B006
+    gpu: str = "h100",
+    ranks: str = "64,256,512,1024,4096",
+    failures: int = 3000,
+    seed: int = 0,
+    count: str = "",
+) -> None:
+    """Print the tables; ``count``: on how many CPU ranks to count the traffic of a twin, too."""
+    live = numbers(count) if count else []
+    bench_scale(config, overrides, gpu, numbers(ranks), failures, seed, live)
+
+
+if __name__ == "__main__":
+    typer.run(main)

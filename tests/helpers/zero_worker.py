@@ -1,6 +1,6 @@
-"""Run by torchrun from ``bench/zero.py``: what every rank really holds and sends.
+"""Run by torchrun from ``measure/zero.py``: what every rank really holds and sends.
 
-    python -m hourglass_dist.bench.zero_worker OUT.json '[{"stage": 1, "precision": "fp32", ...}]'
+    zero_worker.py OUT.json '[{"stage": 1, "precision": "fp32", ...}]'
 
 All tensors that Python knows are walked, each storage counted once, and told apart by what the
 engine says they are; what is neither weight nor optimizer state nor batch is gradients. Traffic is

@@ -1,4 +1,8 @@
-"""``hourglass bench loop``: a step of training beside a step of the same model in a bare loop."""
+"""A step of training, with stream, checks and metrics, beside a step of a bare loop of the same
+model: DeepSpeed's engine alone, and on one rank PyTorch alone.
+
+    python -m tests.measure.loop configs/quickstart.yaml --steps 50
+"""
 
 from __future__ import annotations
 
@@ -7,7 +11,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from hourglass_dist.bench.shared import on_ranks, ratio, show
+import typer
+from ranks import numbers, on_ranks
+
+from hourglass_dist.bench.shared import ratio, show
 from hourglass_dist.config.schema import load
 from hourglass_dist.data.mixture import open_mixture
 from hourglass_dist.planning.plan import plan
@@ -21,18 +28,13 @@ def bench_loop(
 ) -> list[dict[str, Any]]:
     """Measure, print and return the rows: the time of a step, and how much of a training step is
     not spent in DeepSpeed's engine, which says more than a ratio on a busy machine.
-
-    Raises ValueError when the settings or ranks fail, or their dataset is not there.
     """
     open_mixture(load(config, overrides).data)
     rows = []
     for count in ranks:
         flops = plan(load(config, overrides), count)
         operations = flops.tokens_per_step * flops.cost.hardware_flops_per_token
-        found = on_ranks(
-            *(count, "hourglass_dist.bench.loop_worker"),
-            *(str(steps + WARM_UP + 1), str(config), *overrides),
-        )
+        found = on_ranks(count, "loop_worker.py", steps + WARM_UP + 1, config, *overrides)
         seconds = {name: taken[WARM_UP:] for name, taken in found["seconds"].items()}
         for name, taken in seconds.items():
             median = statistics.median(taken)
@@ -62,3 +64,12 @@ def bench_loop(
         },
     )
     return rows
+
+
+def main(config: Path, overrides: list[str] = [], ranks: str = "1,2", steps: int = 100) -> None:  # noqa: B006
+    """Print the table of settings with a dataset that is there."""
+    bench_loop(config, overrides, numbers(ranks), steps)
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,4 +1,6 @@
-"""``hourglass bench zero``: memory and traffic of a rank as measured, beside those of the plan.
+"""Memory of a rank and what it sends, as measured on CPU ranks beside ``hourglass plan``:
+
+    python -m tests.measure.zero --ranks 2 --stages 2,3
 
 One torchrun for each number of ranks; ``zero_worker.py`` is what the ranks run.
 """
@@ -10,7 +12,10 @@ from collections.abc import Mapping, Sequence
 from itertools import product
 from typing import Any
 
-from hourglass_dist.bench.shared import on_ranks, show
+import typer
+from ranks import numbers, on_ranks
+
+from hourglass_dist.bench.shared import show
 
 LAYERS = 94
 """Of width 64 at the inner level: 4.8 M parameters."""
@@ -24,7 +29,7 @@ def bench_zero(
     accumulation: Sequence[int],
     layers: int = LAYERS,
 ) -> list[dict[str, Any]]:
-    """Measure, print and return the rows. Raises ValueError when the ranks fail."""
+    """Measure, print and return the rows."""
     cases = [
         {"stage": s, "precision": p, "accumulation": list(accumulation), "layers": layers}
         for s, p in product(stages, precisions)
@@ -35,9 +40,7 @@ def bench_zero(
 
 
 def _measure(ranks: int, cases: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    rows: list[dict[str, Any]] = on_ranks(
-        ranks, "hourglass_dist.bench.zero_worker", json.dumps(cases)
-    )
+    rows: list[dict[str, Any]] = on_ranks(ranks, "zero_worker.py", json.dumps(cases))
     return rows
 
 
@@ -69,3 +72,17 @@ def table(rows: Sequence[Mapping[str, Any]], accumulation: Sequence[int]) -> Non
         shown,
         columns,
     )
+
+
+def main(
+    ranks: str = "1,2,4",
+    stages: str = "0,1,2,3",
+    precisions: str = "fp32,bf16",
+    accumulation: str = "1,4",
+) -> None:
+    """Print the table; every option is a list with commas."""
+    bench_zero(numbers(ranks), numbers(stages), precisions.split(","), numbers(accumulation))
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,6 +1,6 @@
 """Run by torchrun from ``bench/loop.py``: a training, and between its steps those of bare loops.
 
-    python -m hourglass_dist.bench.loop_worker OUT.json STEPS CONFIG.yaml key=value ...
+    loop_worker.py OUT.json STEPS CONFIG.yaml key=value ...
 
 ``train.train`` runs as it is: stream, checks, metrics, stop requests. After each step of it a bare
 engine takes a step on one batch that is always the same, and on one rank PyTorch alone, too: a busy

@@ -1,6 +1,6 @@
-"""Run by torchrun from ``bench/scale.py``: what a small twin of a run sends in a step.
+"""Run by torchrun from ``measure/scale.py``: what a small twin of a run sends in a step.
 
-    python -m hourglass_dist.bench.traffic_worker OUT.json '{"file": "...", "overrides": [...]}'
+    traffic_worker.py OUT.json '{"file": "...", "overrides": [...]}'
 
 The twin has every layer of the run at a 64th of its width, and buckets of a 4,096th: it makes the
 same collectives, of 4,096 times fewer bytes. ``stage3_max_reuse_distance``, which is DeepSpeed's
@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from zero_worker import Collectives
 
-from hourglass_dist.bench.zero_worker import Collectives
 from hourglass_dist.config.schema import Config, load
 from hourglass_dist.core import ranks
 from hourglass_dist.core.files import replace

@@ -1,4 +1,6 @@
-"""``hourglass bench save``: how long training stands still for a checkpoint, or takes to resume.
+"""How long training stands still for a checkpoint, and takes to resume from one.
+
+    python -m tests.measure.save --millions 20 --repeats 3
 
 One rank with its whole state, at ZeRO stage 1. Synchronous is the same save, waited for.
 """
@@ -15,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import typer
 from torch import Tensor
 
 from hourglass_dist.bench.shared import headline, machine, show
@@ -132,3 +135,12 @@ def _table(found: Mapping[str, list[float]]) -> dict[str, float]:
         "asynchronous: until it is saved, steps included": middle["in all"],
         "a step while it is written": middle["step while writing"],
     }
+
+
+def main(folder: Path = Path(), millions: int = 200, repeats: int = 5) -> None:
+    """Print the table: ``folder`` is on the disk to be measured, ``millions`` are parameters."""
+    bench_save(folder, millions, repeats)
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,4 +1,4 @@
-"""Failures cost what the formulas say where these hold, and what is sent is what was counted."""
+"""Failures cost what the formulas say where these hold; scale.md shows what is computed."""
 
 from __future__ import annotations
 
@@ -9,11 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from paths import ROOT
-from ranks import hourglass, run_worker
 
-from hourglass_dist.bench.scale import index_of, reports, restart, size_of
-from hourglass_dist.bench.shared import on_ranks
-from hourglass_dist.bench.store import bench_store
 from hourglass_dist.config.schema import load
 from hourglass_dist.engine.sharded_state import write_tensors
 from hourglass_dist.model.hourglass import HourglassLM
@@ -32,9 +28,9 @@ from hourglass_dist.planning.failures import (
     young,
 )
 from hourglass_dist.planning.forecast import cluster, forecast, render
+from tests.measure.scale import index_of, reports, restart, size_of
 
 LARGE = ROOT / "configs" / "large_zero3.yaml"
-GROUPS_OF_TWO = "zero_hpz_partition_size=2"
 DAY = 86400.0
 AT_ONCE = Return(crash_s=0, hangs=0, queue_s=0, start_s=0)
 SLOW = Return(queue_s=600, queue_spread=0.5, start_s=300)
@@ -135,43 +131,7 @@ def test_rings_are_bandwidth_when_much_is_sent_and_latency_when_little_is() -> N
     assert all_reduce_s(8, 4096, 512, 280e9) < little[-1] / 10
 
 
-def counted(ranks: int, cases: list[tuple[int, int]]) -> list[dict[str, float]]:
-    overrides = ["model.levels.2.layers=14", f"deepspeed.zero_optimization.{GROUPS_OF_TWO}"]
-    run = {"file": str(LARGE), "overrides": overrides, "cases": cases}
-    rows: list[dict[str, float]] = on_ranks(
-        ranks, "hourglass_dist.bench.traffic_worker", json.dumps(run)
-    )
-    return rows
-
-
-@pytest.mark.parametrize(("ranks", "cases"), [(2, [(1, 1), (2, 2), (3, 2)]), (4, [(3, 1), (3, 2)])])
-def test_live_ranks_send_what_the_plan_says(ranks: int, cases: list[tuple[int, int]]) -> None:
-    """Four of them in two groups that keep a copy of the weights each."""
-    for row in counted(ranks, cases):
-        assert row["sent"] == pytest.approx(row["planned"], rel=0.02), row
-        if row["stage"] > 1:
-            assert row["calls"] == pytest.approx(row["calls_planned"], rel=0.25), row
-
-
-@pytest.mark.parametrize("ranks", [2, 4])
-def test_the_loop_itself_sends_a_few_numbers(
-    ranks: int, tiny_config: Path, dataset: Path, tmp_path: Path
-) -> None:
-    out = tmp_path / "steps.json"
-    changes = [f"data.dataset={dataset}", f"run.dir={tmp_path / 'run'}", "train.steps=9"]
-    changes += ["metrics.every=4", "checkpoint.every=100", "eval.every=100"]
-    changes += [f"train.micro_batch_size={8 // ranks}"]
-    run_worker(ranks, "loop_traffic_worker.py", out, tiny_config, *changes)
-    steps = json.loads(out.read_text())
-    assert len(steps) == 8  # the last one asks nobody
-    plain = {"calls": 1, "sent": 8 * 2 * (ranks - 1) / ranks}  # is the batch there
-    assert [steps[at] for at in (1, 2, 4, 5, 6)] == 5 * [plain]
-    for recorded in (steps[3], steps[7]):
-        assert recorded["calls"] == 2
-        assert recorded["sent"] < 2048 * (ranks - 1)
-
-
-# --- files and the store -------------------------------------------------------------------------
+# --- files ---------------------------------------------------------------------------------------
 
 
 def test_the_index_of_a_state_file_is_as_long_as_said(tmp_path: Path) -> None:
@@ -188,13 +148,7 @@ def test_the_index_of_a_state_file_is_as_long_as_said(tmp_path: Path) -> None:
     assert found == pytest.approx(length, rel=0.1)
 
 
-def test_the_store_is_measured() -> None:
-    (row,) = bench_store([4], 1)
-    assert row["clients"] == 4
-    assert all(row[name] > 0 for name in ("connect", "barrier", "posted", "looked", "taken"))
-
-
-# --- the command ---------------------------------------------------------------------------------
+# --- on paper ------------------------------------------------------------------------------------
 
 
 def test_more_ranks_than_rows_take_a_larger_batch_and_longer_to_start() -> None:
@@ -216,15 +170,3 @@ def test_the_page_shows_what_the_command_prints() -> None:
         for row in rows:
             cells = [pattern.format_map(row) for pattern in columns.values()]
             assert f"| {' | '.join(cells)} |" in page, title
-
-
-def test_mistakes_are_one_line() -> None:
-    for arguments, message in [
-        (("--ranks", "60"), "--ranks: expected multiples of 8, the GPUs of a node, given 60"),
-        (("--gpu", "abacus"), "--gpu: expected one of"),
-        (("model.dmi=3",), "did you mean model.dim?"),
-    ]:
-        done = hourglass("bench", "scale", LARGE, *arguments)
-        assert done.returncode == 2
-        assert message in done.stderr
-        assert done.stderr.count("\n") == 1

@@ -1,57 +1,20 @@
-"""``hourglass bench store``: what the one store of a run takes from many ranks.
-
-All ranks connect to one server (``TCPStore``, on the first node), meet there, and leave it the
-notes of every checkpoint. Here the clients are threads of one other process, a connection each,
-and do what ranks do: all of them at once.
-"""
+"""The clients of ``measure/store.py``: store_clients.py PORT CLIENTS REPEATS."""
 
 from __future__ import annotations
 
 import json
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
-from typing import Any
 
 from torch._C._distributed_c10d import TCPStore
-
-from hourglass_dist.bench.shared import show
 
 TIMEOUT = timedelta(seconds=120)
 NOTE = json.dumps({"bytes": 76_420_000_000 // 4096, "crc32c": 2**32 - 1})
 """What a rank says about its file of a checkpoint."""
-
-
-def bench_store(clients: Sequence[int], repeats: int) -> list[dict[str, Any]]:
-    """Measure, print and return the rows. Raises ValueError when the clients fail."""
-    rows = [_measure(count, repeats) for count in clients]
-    columns = {"clients": "{clients:,}", "one connection ms": "{connect:.2f}"}
-    columns |= {"barrier ms": "{barrier:.1f}", "notes left ms": "{posted:.1f}"}
-    columns |= {"one look at all ms": "{looked:.2f}", "all taken ms": "{taken:.1f}"}
-    columns |= {"of one client, calls a second": "{rate:,.0f}"}
-    show("One store on this machine, medians", rows, columns)
-    return rows
-
-
-def _measure(clients: int, repeats: int) -> dict[str, Any]:
-    """The server is in this process, the clients are in another one."""
-    server = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=TIMEOUT)
-    arguments = [str(server.port), str(clients), str(repeats)]
-    done = subprocess.run(
-        [sys.executable, "-m", "hourglass_dist.bench.store", *arguments],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if done.returncode:
-        sys.stderr.write(done.stderr)
-        raise ValueError(f"{clients} clients failed: see above")
-    found: dict[str, Any] = json.loads(done.stdout)
-    return found
 
 
 def _timed(work: Callable[[], object]) -> float:
@@ -61,7 +24,7 @@ def _timed(work: Callable[[], object]) -> float:
 
 
 def main() -> None:
-    """PORT CLIENTS REPEATS: the clients; figures as JSON on standard output."""
+    """Figures as JSON on standard output."""
     port, clients, repeats = map(int, sys.argv[1:])
     with ThreadPoolExecutor(clients) as pool:
         found: dict[str, list[float]] = {"connect": []}
