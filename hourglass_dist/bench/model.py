@@ -37,7 +37,7 @@ from hourglass_dist.bench.shared import (
 )
 from hourglass_dist.config.model import lucidrains_config
 from hourglass_dist.model import head, layers, linear, resample
-from hourglass_dist.model.attention import Sight
+from hourglass_dist.model.attention import AttentionMask
 from hourglass_dist.model.checkpointing import Recompute
 from hourglass_dist.model.hourglass import Hourglass, HourglassLM
 from hourglass_dist.model.layout import Rows
@@ -161,10 +161,10 @@ def _lengthen_with_queries(
 
 
 def _attend_spelled_out(
-    q: Tensor, k: Tensor, v: Tensor, sight: Sight, scale: float, dropout: float = 0.0
+    q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, scale: float, dropout: float = 0.0
 ) -> Tensor:
     """Scores, mask and weights as tensors of their own."""
-    assert sight.causal
+    assert mask.causal
     assert not dropout
     scores_BHLL = q @ k.transpose(-1, -2) * scale
     unseen_LL = torch.ones(scores_BHLL.shape[-2:], dtype=torch.bool, device=q.device).triu(1)

@@ -1,4 +1,4 @@
-"""Which key a query sees, and the kernel that computes it: one rule, several ways.
+"""Attention masks, and the kernel that computes attention under each of them.
 
     causal, one document a row       scaled_dot_product_attention with is_causal: no mask at all
     a window, one document a row     the same in blocks: a block of queries sees its own keys and
@@ -27,24 +27,25 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 from hourglass_dist.model.layout import Rows
 
 
-class Sight(NamedTuple):
-    """What the queries of one attention see."""
+class AttentionMask(NamedTuple):
+    """What the queries of one attention see, in the form that its kernel takes."""
 
     causal: bool
-    """Whether ``is_causal`` says it all."""
+    """Whether ``is_causal`` says everything."""
     window: int | None
-    """W, where attention goes in blocks."""
-    mask: Tensor | BlockMask | None
-    """Added to the scores: 0 or -inf, (B or 1, 1, Q, J); in blocks (B*N, 1, W, 2W)."""
+    """W, where attention is computed in blocks."""
+    bias: Tensor | BlockMask | None
+    """Added to the scores: 0 or -inf, (B or 1, 1, Q, J); in blocks (B*N, 1, W, 2W). A BlockMask for
+    FlexAttention."""
 
 
-class Rule(NamedTuple):
-    """Where queries and keys lie: a key is seen at or before the query, in its document."""
+class MaskRule(NamedTuple):
+    """A query sees the keys at or before its position, in its document and in the window."""
 
     queries: Tensor
-    """(B or 1, Q) the position of each query in the row outside."""
+    """(B or 1, Q): the position of each query in the row."""
     keys: Tensor
-    """(B or 1, J)."""
+    """(B or 1, J): the position of each key in the row."""
     query_documents: Tensor | None = None
     key_documents: Tensor | None = None
     window: int | None = None
@@ -60,7 +61,7 @@ class Rule(NamedTuple):
             seen = seen & (self.query_documents[row, query] == self.key_documents[row, key])
         return seen
 
-    def sight(self, like: Tensor, flex: bool) -> Sight:
+    def mask(self, like: Tensor, flex: bool) -> AttentionMask:
         """The rule as a mask in the dtype and on the device of ``like``."""
         documents = self.query_documents
         rows = max(len(self.queries), len(self.keys), 1 if documents is None else len(documents))
@@ -73,12 +74,12 @@ class Rule(NamedTuple):
                 *sizes,
                 device=str(like.device),
             )
-            return Sight(False, None, mask)
+            return AttentionMask(False, None, mask)
         row_B11, query_Q1, key_J = (
             torch.arange(size, device=like.device) for size in (rows, *sizes)
         )
         seen_BQJ = self.sees(row_B11[:, None, None], query_Q1[:, None], key_J).expand(rows, *sizes)
-        return Sight(False, None, additive(seen_BQJ[:, None], like))
+        return AttentionMask(False, None, additive(seen_BQJ[:, None], like))
 
 
 def additive(seen: Tensor, like: Tensor) -> Tensor:
@@ -91,7 +92,7 @@ def takes_flex(x: Tensor, dropout: float) -> bool:
     return x.device.type == "cuda" and not dropout
 
 
-def self_sight(
+def self_attention_mask(
     rows: Rows,
     window: int | None,
     x_BLD: Tensor,
@@ -99,21 +100,21 @@ def self_sight(
     causal: bool = True,
     legacy: bool = False,
     dropout: float = 0.0,
-) -> Sight:
+) -> AttentionMask:
     """What the positions of a level see of each other. ``x_BLD`` gives dtype and device."""
     if rows.mask_BL is not None:
-        return Sight(False, None, _masked(rows.mask_BL, causal, legacy, x_BLD))
+        return AttentionMask(False, None, _masked(rows.mask_BL, causal, legacy, x_BLD))
     if not causal:
-        return Sight(False, None, None)
+        return AttentionMask(False, None, None)
     window = window if window is not None and window < rows.length else None
     if rows.document_BL is None and window is None:
-        return Sight(True, None, None)
+        return AttentionMask(True, None, None)
     flex = takes_flex(x_BLD, dropout)
     if window is not None and not flex:
-        return Sight(False, window, _block_masks(rows, window, x_BLD))
+        return AttentionMask(False, window, _block_masks(rows, window, x_BLD))
     index_1L = torch.arange(rows.length, device=x_BLD.device)[None]
     documents_BL = rows.document_BL
-    return Rule(index_1L, index_1L, documents_BL, documents_BL, window).sight(x_BLD, flex)
+    return MaskRule(index_1L, index_1L, documents_BL, documents_BL, window).mask(x_BLD, flex)
 
 
 def _masked(mask_BL: Tensor, causal: bool, legacy: bool, like: Tensor) -> Tensor:
@@ -149,34 +150,39 @@ def attend(
     q_BHQK: Tensor,
     k_BHJK: Tensor,
     v_BHJK: Tensor,
-    sight: Sight,
+    mask: AttentionMask,
     scale: float,
     dropout: float = 0.0,
 ) -> Tensor:
     """softmax(q.k * scale) v over what each query sees: (B, H, Q, K)."""
-    if isinstance(sight.mask, BlockMask):
-        out: Tensor = _flex()(q_BHQK, k_BHJK, v_BHJK, block_mask=sight.mask, scale=scale)
+    if isinstance(mask.bias, BlockMask):
+        out: Tensor = _flex()(q_BHQK, k_BHJK, v_BHJK, block_mask=mask.bias, scale=scale)
         return out
-    if sight.window is not None:
-        return _attend_in_blocks(q_BHQK, k_BHJK, v_BHJK, sight, scale, dropout)
+    if mask.window is not None:
+        return _attend_in_blocks(q_BHQK, k_BHJK, v_BHJK, mask, scale, dropout)
     return F.scaled_dot_product_attention(
         q_BHQK,
         k_BHJK,
         v_BHJK,
-        attn_mask=sight.mask,
+        attn_mask=mask.bias,
         dropout_p=dropout,
-        is_causal=sight.causal,
+        is_causal=mask.causal,
         scale=scale,
     )
 
 
 def _attend_in_blocks(
-    q_BHLK: Tensor, k_BHLK: Tensor, v_BHLK: Tensor, sight: Sight, scale: float, dropout: float
+    q_BHLK: Tensor,
+    k_BHLK: Tensor,
+    v_BHLK: Tensor,
+    mask: AttentionMask,
+    scale: float,
+    dropout: float,
 ) -> Tensor:
-    assert sight.window is not None
-    assert isinstance(sight.mask, Tensor)
+    assert mask.window is not None
+    assert isinstance(mask.bias, Tensor)
     rows, _, length, _ = q_BHLK.shape
-    window = sight.window
+    window = mask.window
     blocks = -(-length // window)
     behind = blocks * window - length
     q_BHLK = F.pad(q_BHLK, (0, 0, 0, behind))
@@ -193,7 +199,7 @@ def _attend_in_blocks(
         q_NHWK,
         k_NHJK,
         v_NHJK,
-        attn_mask=sight.mask,
+        attn_mask=mask.bias,
         dropout_p=dropout,
         scale=scale,
     )

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from hourglass_dist.model.attention import Sight, additive, attend
+from hourglass_dist.model.attention import AttentionMask, additive, attend
 from hourglass_dist.model.layout import Rows
 from hourglass_dist.model.pool import take
 from hourglass_dist.model.settings import ModelConfig
@@ -67,7 +67,7 @@ class KeyValues:
         if len(rows_N) > 1:
             mask = additive(torch.arange(used, device=query.device) < count_N[:, None], query)
             mask = mask[:, None, None]
-        return attend(query, keys, values, Sight(False, None, mask), scale)
+        return attend(query, keys, values, AttentionMask(False, None, mask), scale)
 
     def tensors(self) -> Iterator[Tensor]:
         """All that is kept."""

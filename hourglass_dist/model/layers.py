@@ -16,7 +16,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hourglass_dist.model.attention import Sight, attend, self_sight
+from hourglass_dist.model.attention import AttentionMask, attend, self_attention_mask
 from hourglass_dist.model.cache import KeyValues
 from hourglass_dist.model.layout import Rows
 from hourglass_dist.model.linear import Linear
@@ -38,7 +38,7 @@ class View(NamedTuple):
     """What the layers of a level need to know of its rows."""
 
     rows: Rows
-    sight: Sight
+    mask: AttentionMask
     waves: Waves | None
     """None where positions are learned."""
 
@@ -60,7 +60,7 @@ def make_view(
         unit = stride if config.positions == "relative" else 1
         index_1L = torch.arange(rows.length, device=x_BLD.device)[None]
         waves = make_waves(index_1L * unit, level.dim_head, x_BLD)  # only differences count
-    sight = self_sight(
+    mask = self_attention_mask(
         rows,
         level.window,
         x_BLD,
@@ -68,7 +68,7 @@ def make_view(
         legacy=config.legacy_mask,
         dropout=level.dropout,
     )
-    return View(rows, sight, waves)
+    return View(rows, mask, waves)
 
 
 def rotate(x_BHLK: Tensor, waves: Waves) -> Tensor:
@@ -175,7 +175,7 @@ class Attention(nn.Module):
         q, k, v = self.project(x_BLD, view.waves)
         if known is not None:
             known.fill(k, v)
-        return self.finish(x_BLD, attend(q, k, v, view.sight, self.heads.scale, dropout))
+        return self.finish(x_BLD, attend(q, k, v, view.mask, self.heads.scale, dropout))
 
     def project(self, x_BLD: Tensor, waves: Waves | None) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values of all heads, positions in them, (B, H, L, K or 2K)."""

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hourglass_dist.model.attention import Rule, attend, takes_flex
+from hourglass_dist.model.attention import MaskRule, attend, takes_flex
 from hourglass_dist.model.cache import BucketCache, KeyValues
 from hourglass_dist.model.layers import FeedForward, Heads, Waves, drop, make_waves
 from hourglass_dist.model.layout import Rows, cut
@@ -143,26 +143,26 @@ class EarlierAttention(nn.Module):
         self,
         x_BQD: Tensor,
         keys_BJD: Tensor,
-        rule: Rule,
+        rule: MaskRule,
         waves: tuple[Waves | None, Waves | None],
         known: KeyValues | None = None,
     ) -> Tensor:
         """(B, Q, D), (B, J, D) -> (B, Q, D). ``waves`` are those of queries and of keys; ``known``,
         if any, is filled with keys and values."""
         dropout = self.dropout if self.training else 0.0
-        sight = rule.sight(x_BQD, takes_flex(x_BQD, self.dropout))
+        mask = rule.mask(x_BQD, takes_flex(x_BQD, self.dropout))
         k, v = self.project_keys(keys_BJD, waves[1])
         if known is not None:
             known.fill(k, v)
-        mixed = attend(self.project(x_BQD, waves[0]), k, v, sight, self.heads.scale, dropout)
+        mixed = attend(self.project(x_BQD, waves[0]), k, v, mask, self.heads.scale, dropout)
         return self.finish(x_BQD, mixed)
 
 
 class Crossing(NamedTuple):
     """What attention between two levels needs to know: who sees whom, and where they lie."""
 
-    down: Rule
-    up: Rule
+    down: MaskRule
+    up: MaskRule
     outside: Waves | None
     inside: Waves | None
 
@@ -184,8 +184,8 @@ def make_crossing(
         outside = make_waves(index_1L * stride, dim_head, x_BLD)
         inside = make_waves(end_BG * stride, dim_head, x_BLD)
     return Crossing(
-        Rule(end_BG, index_1L, documents_BG, rows.document_BL),
-        Rule(index_1L, end_BG, rows.document_BL, documents_BG),
+        MaskRule(end_BG, index_1L, documents_BG, rows.document_BL),
+        MaskRule(index_1L, end_BG, rows.document_BL, documents_BG),
         outside,
         inside,
     )

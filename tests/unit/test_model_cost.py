@@ -206,16 +206,16 @@ def test_needed_pairs_are_those_that_the_masks_leave(kind: str, more: dict[str, 
         for level, stage, one, all_pairs in zip(
             config.levels, stages, cost.levels, dense.levels, strict=True
         ):
-            n, sight = stage.view.rows.length, stage.view.sight
+            n, own_mask = stage.view.rows.length, stage.view.mask
             lower = torch.ones(n, n).tril()
             seen = int((lower.cumsum(0).tril() <= (level.window or n)).logical_and(lower).sum())
-            computed = n * n if sight.mask is None else sight.mask.numel()
+            computed = n * n if own_mask.bias is None else own_mask.bias.numel()
             taken_off = (level.pre + level.post) * (computed - seen)
             if stage.crossing is not None:
                 if stage.view.rows.buckets is not None:
                     continue  # where words begin is not known: as if they lay evenly
                 for rule in (stage.crossing.down, stage.crossing.up):
-                    mask = rule.sight(model.tokens.weight, flex=False).mask
+                    mask = rule.mask(model.tokens.weight, flex=False).bias
                     assert isinstance(mask, Tensor)
                     taken_off += int(mask.isinf().sum())
             wide = 2 if config.positions == "relative" else 1
