@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from hourglass_dist.model.cache import Cache, KeyValues, LevelCache
 from hourglass_dist.model.hourglass import Hourglass, HourglassLM
-from hourglass_dist.model.layers import Layer, Waves, make_waves
+from hourglass_dist.model.layers import Layer, RotaryTable, rotary_table
 from hourglass_dist.model.layout import word_starts
 from hourglass_dist.model.resample import EarlierAttention, Lengthen, Shorten
 
@@ -92,25 +92,25 @@ def _step(
     """One position of a level, for some of the rows: (N, D) -> (N, D)."""
     place_N = cache.count_B[rows_N]
     x_N1D = x_ND[:, None]
-    waves = _waves(module, place_N, stride, x_ND)
+    rotary = _rotary(module, place_N, stride, x_ND)
     for layer, known in zip(module.pre, cache.pre, strict=True):
-        x_N1D = _step_layer(layer, known, rows_N, place_N, x_N1D, waves)
+        x_N1D = _step_layer(layer, known, rows_N, place_N, x_N1D, rotary)
     if not module.is_innermost:
         if module.pre_norm is not None:
             x_N1D = module.pre_norm(x_N1D)
         x_N1D = _step_bucket(module, cache, rows_N, x_N1D, stride, starts_N)
     for layer, known in zip(module.post, cache.post, strict=True):
-        x_N1D = _step_layer(layer, known, rows_N, place_N, x_N1D, waves)
+        x_N1D = _step_layer(layer, known, rows_N, place_N, x_N1D, rotary)
     cache.count_B[rows_N] = place_N + 1
     return (module.post_norm(x_N1D) if module.post_norm is not None else x_N1D)[:, 0]
 
 
-def _waves(module: Hourglass, place_N: Tensor, stride: int, like: Tensor) -> Waves | None:
+def _rotary(module: Hourglass, place_N: Tensor, stride: int, like: Tensor) -> RotaryTable | None:
     config = module.config
     if config.positions == "learned":
         return None
     unit = stride if config.positions == "relative" else 1
-    return make_waves(place_N[:, None] * unit, config.levels[module.index].dim_head, like)
+    return rotary_table(place_N[:, None] * unit, config.levels[module.index].dim_head, like)
 
 
 def _step_layer(
@@ -119,11 +119,11 @@ def _step_layer(
     rows_N: Tensor,
     place_N: Tensor,
     x_N1D: Tensor,
-    waves: Waves | None,
+    rotary: RotaryTable | None,
 ) -> Tensor:
     assert isinstance(layer, Layer)
     attention = layer.attention
-    q, k, v = attention.project(x_N1D, waves)
+    q, k, v = attention.project(x_N1D, rotary)
     known.append(rows_N, place_N, k, v)
     mixed = known.attend(rows_N, place_N + 1, q, attention.heads.scale)
     out: Tensor = layer.feed_forward(attention.finish(x_N1D, mixed))
@@ -145,11 +145,11 @@ def _step_bucket(
     level = module.config.levels[module.index + 1]
     place_N = cache.count_B[rows_N]
     z_N1D = shorten.prepare(x_N1D)
-    waves = None
+    rotary = None
     if shorten.attends == "earlier":
-        waves = _waves(module, place_N, stride, x_N1D)
+        rotary = _rotary(module, place_N, stride, x_N1D)
         assert bucket.outside is not None
-        bucket.outside.append(rows_N, place_N, *_earlier(shorten).project_keys(z_N1D, waves))
+        bucket.outside.append(rows_N, place_N, *_earlier(shorten).project_keys(z_N1D, rotary))
     if shorten.words:
         assert starts_N is not None
         wanted_N = (starts_N | (place_N == 0)).long()
@@ -171,7 +171,7 @@ def _step_bucket(
     if module.lengthen.attends == "earlier":
         assert bucket.inside is not None
         count_N, query_N1D = inner.count_B[rows_N], x_N1D + added_N1D
-        added_N1D = _look(module.lengthen, bucket.inside, rows_N, count_N, query_N1D, waves)
+        added_N1D = _look(module.lengthen, bucket.inside, rows_N, count_N, query_N1D, rotary)
     out: Tensor = module.lengthen.combine(x_N1D, added_N1D)
     return out
 
@@ -195,19 +195,19 @@ def _enter(
     assert bucket is not None
     assert inner is not None
     place_N, number_N = cache.count_B[rows_N], inner.count_B[rows_N]
-    waves = None
+    rotary = None
     if shorten.attends == "earlier":
         assert bucket.outside is not None
-        waves = _waves(module, place_N, stride, pooled_N1D)
+        rotary = _rotary(module, place_N, stride, pooled_N1D)
         pooled_N1D = shorten.query_norm(pooled_N1D)
-        pooled_N1D = _look(shorten, bucket.outside, rows_N, place_N + 1, pooled_N1D, waves)
+        pooled_N1D = _look(shorten, bucket.outside, rows_N, place_N + 1, pooled_N1D, rotary)
     size = module.config.levels[module.index + 1].shorten
     pooled_NE = shorten.finish(pooled_N1D)[:, 0]
     valley_NE = _step(module.inner, inner, rows_N, pooled_NE, stride * size, None)
     keys_N1D, block_N1SD = module.lengthen.blocks(valley_NE[:, None], size)
     bucket.block_BSD[rows_N] = block_N1SD[:, 0]
     if bucket.inside is not None:
-        k, v = _earlier(module.lengthen).project_keys(keys_N1D, waves)
+        k, v = _earlier(module.lengthen).project_keys(keys_N1D, rotary)
         bucket.inside.append(rows_N, number_N, k, v)
 
 
@@ -217,10 +217,10 @@ def _look(
     rows_N: Tensor,
     count_N: Tensor,
     x_N1D: Tensor,
-    waves: Waves | None,
+    rotary: RotaryTable | None,
 ) -> Tensor:
     attention = _earlier(way)
-    q = attention.project(x_N1D, waves)
+    q = attention.project(x_N1D, rotary)
     return attention.finish(x_N1D, known.attend(rows_N, count_N, q, attention.heads.scale))
 
 

@@ -23,11 +23,11 @@ from hourglass_dist.model.linear import Linear
 from hourglass_dist.model.norms import RMSNorm, make_norm
 from hourglass_dist.model.settings import LevelConfig, ModelConfig
 
-LONGEST_WAVE = 10_000
+ROTARY_BASE = 10_000
 """The base of the frequencies of rotary and relative positions, in positions."""
 
 
-class Waves(NamedTuple):
+class RotaryTable(NamedTuple):
     """Sine and cosine of every position's angle at every frequency, (B or 1, 1, L, P)."""
 
     sin: Tensor
@@ -39,27 +39,27 @@ class View(NamedTuple):
 
     rows: Rows
     mask: AttentionMask
-    waves: Waves | None
+    rotary: RotaryTable | None
     """None where positions are learned."""
 
 
-def make_waves(place_BL: Tensor, dim_head: int, like: Tensor) -> Waves:
-    """``place_BL`` (B or 1, L), any unit, as waves in the dtype of ``like``."""
+def rotary_table(place_BL: Tensor, dim_head: int, like: Tensor) -> RotaryTable:
+    """``place_BL`` (B or 1, L), any unit, as a table in the dtype of ``like``."""
     wide = torch.float64 if like.dtype == torch.float64 else torch.float32
     exponent_P = torch.arange(0, dim_head, 2, device=place_BL.device, dtype=wide) / dim_head
-    angle_B1LP = place_BL[:, None, :, None] * LONGEST_WAVE**-exponent_P
-    return Waves(angle_B1LP.sin().to(like.dtype), angle_B1LP.cos().to(like.dtype))
+    angle_B1LP = place_BL[:, None, :, None] * ROTARY_BASE**-exponent_P
+    return RotaryTable(angle_B1LP.sin().to(like.dtype), angle_B1LP.cos().to(like.dtype))
 
 
 def make_view(
     config: ModelConfig, level: LevelConfig, stride: int, rows: Rows, x_BLD: Tensor
 ) -> View:
     """The view of a level at ``stride`` tokens a position; ``x_BLD`` gives dtype and device."""
-    waves = None
+    rotary = None
     if config.positions != "learned":
         unit = stride if config.positions == "relative" else 1
         index_1L = torch.arange(rows.length, device=x_BLD.device)[None]
-        waves = make_waves(index_1L * unit, level.dim_head, x_BLD)  # only differences count
+        rotary = rotary_table(index_1L * unit, level.dim_head, x_BLD)  # only differences count
     mask = self_attention_mask(
         rows,
         level.window,
@@ -68,23 +68,26 @@ def make_view(
         legacy=config.legacy_mask,
         dropout=level.dropout,
     )
-    return View(rows, mask, waves)
+    return View(rows, mask, rotary)
 
 
-def rotate(x_BHLK: Tensor, waves: Waves) -> Tensor:
+def rotate(x_BHLK: Tensor, rotary: RotaryTable) -> Tensor:
     """Rotary positions: the halves of a head are the two coordinates of P planes."""
     one, two = x_BHLK.chunk(2, dim=-1)
-    return torch.cat([one * waves.cos - two * waves.sin, two * waves.cos + one * waves.sin], dim=-1)
+    return torch.cat(
+        [one * rotary.cos - two * rotary.sin, two * rotary.cos + one * rotary.sin], dim=-1
+    )
 
 
 class RelativePositions(nn.Module):
     """Transformer-XL's relative terms (Dai et al. 2019, arXiv 1901.02860) as plain products.
 
-    The score of a query at place i and a key at place j is (q + u).k + (q + v).W r(i-j), with r the
-    sines and cosines of the distance. By the addition theorems the second term is a product, too,
-    of a vector of the query and its place with the waves of the key's place, so fused kernels serve
-    and no table of distances is made. Distances count in tokens: places times the stride. r is as
-    wide as a head (in the paper: as the model), and each attention has its own u and v.
+    The score of a query at position i and a key at position j is (q + u).k + (q + v).W r(i-j), with
+    r the sines and cosines of the distance. By the addition theorems the second term is a product,
+    too, of a vector of the query and its position with the sines and cosines of the key's position,
+    so fused kernels serve and no table of distances is made. Distances count in tokens: positions
+    times the stride. r is as wide as a head (in the paper: as the model), and each attention has
+    its own u and v.
     """
 
     def __init__(self, level: LevelConfig) -> None:
@@ -93,20 +96,23 @@ class RelativePositions(nn.Module):
         self.place = nn.Parameter(torch.zeros(level.inner))
         self.weight = nn.Parameter(torch.zeros(level.heads, level.dim_head, level.dim_head))
 
-    def forward(self, q_BHLK: Tensor, waves: Waves) -> Tensor:
-        """(B, H, L, K) -> (B, H, L, 2K), to be multiplied with ``with_waves`` of the keys."""
+    def forward(self, q_BHLK: Tensor, rotary: RotaryTable) -> Tensor:
+        """(B, H, L, K) -> (B, H, L, 2K), to be multiplied with ``with_rotary`` of the keys."""
         place_H1K, content_H1K = (
             vector.view(len(self.weight), 1, -1) for vector in (self.place, self.content)
         )
         on_sin, on_cos = ((q_BHLK + place_H1K) @ self.weight).chunk(2, dim=-1)
-        turned = on_cos * waves.sin - on_sin * waves.cos, on_sin * waves.sin + on_cos * waves.cos
+        turned = (
+            on_cos * rotary.sin - on_sin * rotary.cos,
+            on_sin * rotary.sin + on_cos * rotary.cos,
+        )
         return torch.cat([q_BHLK + content_H1K, *turned], dim=-1)
 
 
-def with_waves(k_BHLK: Tensor, waves: Waves) -> Tensor:
-    """(B, H, L, 2K): the key and the waves of its place."""
+def with_rotary(k_BHLK: Tensor, rotary: RotaryTable) -> Tensor:
+    """(B, H, L, 2K): the key, then the sines and cosines of its position."""
     rows, heads = k_BHLK.shape[:2]
-    beside = (wave.expand(rows, heads, -1, -1) for wave in waves)
+    beside = (table.expand(rows, heads, -1, -1) for table in rotary)
     return torch.cat([k_BHLK, *beside], dim=-1)
 
 
@@ -126,24 +132,24 @@ class Heads(nn.Module):
         """(B, L, I) -> (B, H, L, K)."""
         return rearrange(x_BLI, "b l (h k) -> b h l k", h=self.heads)
 
-    def queries(self, q_BLI: Tensor, waves: Waves | None) -> Tensor:
+    def queries(self, q_BLI: Tensor, rotary: RotaryTable | None) -> Tensor:
         """(B, L, I) -> (B, H, L, K), or 2K with relative positions."""
         q_BHLK = self.split(q_BLI)
         if self.q_norm is not None:
             q_BHLK = self.q_norm(q_BHLK)
-        if waves is not None and self.relative is not None:
-            out: Tensor = self.relative(q_BHLK, waves)
+        if rotary is not None and self.relative is not None:
+            out: Tensor = self.relative(q_BHLK, rotary)
             return out
-        return rotate(q_BHLK, waves) if waves is not None and self.rope else q_BHLK
+        return rotate(q_BHLK, rotary) if rotary is not None and self.rope else q_BHLK
 
-    def keys(self, k_BLI: Tensor, waves: Waves | None) -> Tensor:
+    def keys(self, k_BLI: Tensor, rotary: RotaryTable | None) -> Tensor:
         """(B, L, I) -> (B, H, L, K), or 2K with relative positions."""
         k_BHLK = self.split(k_BLI)
         if self.k_norm is not None:
             k_BHLK = self.k_norm(k_BHLK)
-        if waves is not None and self.relative is not None:
-            return with_waves(k_BHLK, waves)
-        return rotate(k_BHLK, waves) if waves is not None and self.rope else k_BHLK
+        if rotary is not None and self.relative is not None:
+            return with_rotary(k_BHLK, rotary)
+        return rotate(k_BHLK, rotary) if rotary is not None and self.rope else k_BHLK
 
     def values(self, v_BLI: Tensor) -> Tensor:
         """(B, L, I) -> (B, H, L, K); zeros behind where keys are wider (kernels want one width)."""
@@ -172,16 +178,16 @@ class Attention(nn.Module):
     def forward(self, x_BLD: Tensor, view: View, known: KeyValues | None = None) -> Tensor:
         """(B, L, D) -> (B, L, D). ``known``, if any, is filled with these keys and values."""
         dropout = self.dropout if self.training else 0.0
-        q, k, v = self.project(x_BLD, view.waves)
+        q, k, v = self.project(x_BLD, view.rotary)
         if known is not None:
             known.fill(k, v)
         return self.finish(x_BLD, attend(q, k, v, view.mask, self.heads.scale, dropout))
 
-    def project(self, x_BLD: Tensor, waves: Waves | None) -> tuple[Tensor, Tensor, Tensor]:
+    def project(self, x_BLD: Tensor, rotary: RotaryTable | None) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values of all heads, positions in them, (B, H, L, K or 2K)."""
         q_BLI, k_BLI, v_BLI = self.qkv(self.norm(x_BLD)).chunk(3, dim=-1)
         heads = self.heads
-        return heads.queries(q_BLI, waves), heads.keys(k_BLI, waves), heads.values(v_BLI)
+        return heads.queries(q_BLI, rotary), heads.keys(k_BLI, rotary), heads.values(v_BLI)
 
     def finish(self, x_BLD: Tensor, mixed_BHLK: Tensor) -> Tensor:
         """Add what the heads found to the stream."""

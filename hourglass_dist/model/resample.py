@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from hourglass_dist.model.attention import MaskRule, attend, takes_flex
 from hourglass_dist.model.cache import BucketCache, KeyValues
-from hourglass_dist.model.layers import FeedForward, Heads, Waves, drop, make_waves
+from hourglass_dist.model.layers import FeedForward, Heads, RotaryTable, drop, rotary_table
 from hourglass_dist.model.layout import Rows, cut
 from hourglass_dist.model.linear import Linear
 from hourglass_dist.model.norms import make_norm
@@ -125,14 +125,14 @@ class EarlierAttention(nn.Module):
         self.dropout = level.dropout
         self.branch_dropout = level.dropout if config.residual_dropout else 0.0
 
-    def project(self, x_BQD: Tensor, waves: Waves | None) -> Tensor:
+    def project(self, x_BQD: Tensor, rotary: RotaryTable | None) -> Tensor:
         """The queries of all heads."""
-        return self.heads.queries(self.query(x_BQD), waves)
+        return self.heads.queries(self.query(x_BQD), rotary)
 
-    def project_keys(self, x_BJD: Tensor, waves: Waves | None) -> tuple[Tensor, Tensor]:
+    def project_keys(self, x_BJD: Tensor, rotary: RotaryTable | None) -> tuple[Tensor, Tensor]:
         """The keys and values of all heads."""
         k_BJI, v_BJI = self.key_value(x_BJD).chunk(2, dim=-1)
-        return self.heads.keys(k_BJI, waves), self.heads.values(v_BJI)
+        return self.heads.keys(k_BJI, rotary), self.heads.values(v_BJI)
 
     def finish(self, x_BQD: Tensor, mixed_BHQK: Tensor) -> Tensor:
         """Add what the heads found to the queries."""
@@ -144,17 +144,17 @@ class EarlierAttention(nn.Module):
         x_BQD: Tensor,
         keys_BJD: Tensor,
         rule: MaskRule,
-        waves: tuple[Waves | None, Waves | None],
+        rotary: tuple[RotaryTable | None, RotaryTable | None],
         known: KeyValues | None = None,
     ) -> Tensor:
-        """(B, Q, D), (B, J, D) -> (B, Q, D). ``waves`` are those of queries and of keys; ``known``,
+        """(B, Q, D), (B, J, D) -> (B, Q, D). ``rotary`` is for queries and for keys; ``known``,
         if any, is filled with keys and values."""
         dropout = self.dropout if self.training else 0.0
         mask = rule.mask(x_BQD, takes_flex(x_BQD, self.dropout))
-        k, v = self.project_keys(keys_BJD, waves[1])
+        k, v = self.project_keys(keys_BJD, rotary[1])
         if known is not None:
             known.fill(k, v)
-        mixed = attend(self.project(x_BQD, waves[0]), k, v, mask, self.heads.scale, dropout)
+        mixed = attend(self.project(x_BQD, rotary[0]), k, v, mask, self.heads.scale, dropout)
         return self.finish(x_BQD, mixed)
 
 
@@ -163,8 +163,8 @@ class Crossing(NamedTuple):
 
     down: MaskRule
     up: MaskRule
-    outside: Waves | None
-    inside: Waves | None
+    outside: RotaryTable | None
+    inside: RotaryTable | None
 
 
 def make_crossing(
@@ -181,8 +181,8 @@ def make_crossing(
     outside = inside = None
     if config.positions == "relative":
         dim_head = config.levels[index].dim_head
-        outside = make_waves(index_1L * stride, dim_head, x_BLD)
-        inside = make_waves(end_BG * stride, dim_head, x_BLD)
+        outside = rotary_table(index_1L * stride, dim_head, x_BLD)
+        inside = rotary_table(end_BG * stride, dim_head, x_BLD)
     return Crossing(
         MaskRule(end_BG, index_1L, documents_BG, rows.document_BL),
         MaskRule(index_1L, end_BG, rows.document_BL, documents_BG),
@@ -234,9 +234,9 @@ class Shorten(nn.Module):
         if self.attends == "earlier":
             assert crossing is not None
             pooled_BGD = self.query_norm(self._pool(x_BLD, rows)[0])
-            waves = crossing.inside, crossing.outside
+            rotary = crossing.inside, crossing.outside
             known = None if bucket is None else bucket.outside
-            pooled_BGD = self.attention(pooled_BGD, x_BLD, crossing.down, waves, known)
+            pooled_BGD = self.attention(pooled_BGD, x_BLD, crossing.down, rotary, known)
         else:
             pooled_BGD, x_BGSD, present_BGS = self._pool(x_BLD, rows)
             if self.attends == "bucket":
@@ -352,9 +352,9 @@ class Lengthen(nn.Module):
         added_BLD = lay_out(block_BGSD, rows)
         if self.attends == "earlier":
             assert crossing is not None
-            waves = crossing.outside, crossing.inside
+            rotary = crossing.outside, crossing.inside
             known = None if bucket is None else bucket.inside
-            added_BLD = self.attention(x_BLD + added_BLD, keys_BGD, crossing.up, waves, known)
+            added_BLD = self.attention(x_BLD + added_BLD, keys_BGD, crossing.up, rotary, known)
         return self.combine(x_BLD, added_BLD)
 
     def blocks(self, valley_BGE: Tensor, shorten: int) -> tuple[Tensor, Tensor]:
