@@ -25,7 +25,7 @@ from hourglass_dist.data.mixture import open_dataset
 from hourglass_dist.data.stream import Batch
 from hourglass_dist.data.tokenizer import require_same
 from hourglass_dist.inference.export import load_export
-from hourglass_dist.model.layout import places
+from hourglass_dist.model.layout import document_positions
 from hourglass_dist.model.settings import ModelConfig
 
 Rows = Mapping[str, Tensor | None]
@@ -66,7 +66,7 @@ class Evaluation:
 
     sources: dict[str, Score]
     """By source, those that have held-out text."""
-    places_S: tuple[Score, ...]
+    positions_S: tuple[Score, ...]
     """By place in the bucket of the coarsest level (``t mod S``)."""
 
     @property
@@ -77,8 +77,8 @@ class Evaluation:
     def by_place(self, stride: int) -> list[Score]:
         """By ``t mod stride``, for a stride that divides the coarsest. A position of a document
         counts from the document's begin where documents are kept apart, else from the row's."""
-        assert len(self.places_S) % stride == 0
-        return [sum(self.places_S[p::stride], Score(0.0, 0, 0)) for p in range(stride)]
+        assert len(self.positions_S) % stride == 0
+        return [sum(self.positions_S[p::stride], Score(0.0, 0, 0)) for p in range(stride)]
 
 
 def fixed_strides(config: ModelConfig) -> list[int]:
@@ -129,8 +129,8 @@ def _sums(
     assert batch.sources_B is not None
     targets_BL, documents_BL = batch.targets_BL.numpy(), batch.documents_BL
     length = torch.arange(targets_BL.shape[1])[None]
-    place_BL = (length if documents_BL is None else places(documents_BL)).numpy()
-    cell_BL = batch.sources_B[:, None] * stride + place_BL % stride
+    position_BL = (length if documents_BL is None else document_positions(documents_BL)).numpy()
+    cell_BL = batch.sources_B[:, None] * stride + position_BL % stride
     real_BL = targets_BL >= 0
     cells_N = np.broadcast_to(cell_BL, real_BL.shape)[real_BL]
     nats_N = nats_BL.double().cpu().numpy()[real_BL]

@@ -98,7 +98,7 @@ class BucketCache:
     size_B: Tensor = field(init=False)
     """``spacelike``: how many positions are in the sum."""
     block_BSD: Tensor = field(init=False)
-    """What the last full bucket adds to a position: one for all, or one for each place in it."""
+    """What the last full bucket adds to a position: one for all, or one each."""
 
     def fill_ring(self, x_BLD: Tensor, rows: Rows, words: bool) -> None:
         """Keep the positions of the prompts that the next bucket begins with."""

@@ -2,10 +2,10 @@
 
     h = pre.step(x_t);  window = ring ++ h
     if t ends a bucket:  block = blocks(inner.step(pool(window)))
-    y = post.step(combine(h, block[place in the bucket]));  ring = window[1:]
+    y = post.step(combine(h, block[position in the bucket]));  ring = window[1:]
 
 A causal bucket is complete at its boundary, so level l runs only there: once in ``stride`` tokens.
-Rows of a batch may be at different places; those that are due are picked out. Windowed levels keep
+Rows of a batch may be at different positions; those that are due are picked out. Windowed levels keep
 a ring of W keys, the others all of them.
 
 Legend: B rows, N rows that are due now, L positions of a prompt, C slots of a cache, S positions in
@@ -63,14 +63,14 @@ def step(model: HourglassLM, tokens_B: Tensor, cache: Cache) -> Tensor:
         raise ValueError(
             f"decode: the cache holds {len(cache.last_B)} rows, given {len(tokens_B)} tokens"
         )
-    place_B = cache.level.count_B
-    if config.max_seq_len is not None and int(place_B.max()) >= config.max_seq_len:
+    position_B = cache.level.count_B
+    if config.max_seq_len is not None and int(position_B.max()) >= config.max_seq_len:
         raise ValueError(
             f"decode: a row has max_seq_len={config.max_seq_len} tokens: positions are learned"
         )
     x_BD: Tensor = model.tokens(tokens_B)
     if model.positions is not None:
-        x_BD = x_BD + model.positions(place_B)
+        x_BD = x_BD + model.positions(position_B)
     starts_B = None
     if any(level.pooling == "spacelike" for level in config.levels):
         starts_B = word_starts(torch.stack([cache.last_B, tokens_B], dim=1))[:, 1]
@@ -90,42 +90,42 @@ def _step(
     starts_N: Tensor | None,
 ) -> Tensor:
     """One position of a level, for some of the rows: (N, D) -> (N, D)."""
-    place_N = cache.count_B[rows_N]
+    position_N = cache.count_B[rows_N]
     x_N1D = x_ND[:, None]
-    rotary = _rotary(module, place_N, stride, x_ND)
+    rotary = _rotary(module, position_N, stride, x_ND)
     for layer, known in zip(module.pre, cache.pre, strict=True):
-        x_N1D = _step_layer(layer, known, rows_N, place_N, x_N1D, rotary)
+        x_N1D = _step_layer(layer, known, rows_N, position_N, x_N1D, rotary)
     if not module.is_innermost:
         if module.pre_norm is not None:
             x_N1D = module.pre_norm(x_N1D)
         x_N1D = _step_bucket(module, cache, rows_N, x_N1D, stride, starts_N)
     for layer, known in zip(module.post, cache.post, strict=True):
-        x_N1D = _step_layer(layer, known, rows_N, place_N, x_N1D, rotary)
-    cache.count_B[rows_N] = place_N + 1
+        x_N1D = _step_layer(layer, known, rows_N, position_N, x_N1D, rotary)
+    cache.count_B[rows_N] = position_N + 1
     return (module.post_norm(x_N1D) if module.post_norm is not None else x_N1D)[:, 0]
 
 
-def _rotary(module: Hourglass, place_N: Tensor, stride: int, like: Tensor) -> RotaryTable | None:
+def _rotary(module: Hourglass, position_N: Tensor, stride: int, like: Tensor) -> RotaryTable | None:
     config = module.config
     if config.positions == "learned":
         return None
     unit = stride if config.positions == "relative" else 1
-    return rotary_table(place_N[:, None] * unit, config.levels[module.index].dim_head, like)
+    return rotary_table(position_N[:, None] * unit, config.levels[module.index].dim_head, like)
 
 
 def _step_layer(
     layer: nn.Module,
     known: KeyValues,
     rows_N: Tensor,
-    place_N: Tensor,
+    position_N: Tensor,
     x_N1D: Tensor,
     rotary: RotaryTable | None,
 ) -> Tensor:
     assert isinstance(layer, Layer)
     attention = layer.attention
     q, k, v = attention.project(x_N1D, rotary)
-    known.append(rows_N, place_N, k, v)
-    mixed = known.attend(rows_N, place_N + 1, q, attention.heads.scale)
+    known.append(rows_N, position_N, k, v)
+    mixed = known.attend(rows_N, position_N + 1, q, attention.heads.scale)
     out: Tensor = layer.feed_forward(attention.finish(x_N1D, mixed))
     return out
 
@@ -143,20 +143,20 @@ def _step_bucket(
     assert bucket is not None
     assert inner is not None
     level = module.config.levels[module.index + 1]
-    place_N = cache.count_B[rows_N]
+    position_N = cache.count_B[rows_N]
     z_N1D = shorten.prepare(x_N1D)
     rotary = None
     if shorten.attends == "earlier":
-        rotary = _rotary(module, place_N, stride, x_N1D)
+        rotary = _rotary(module, position_N, stride, x_N1D)
         assert bucket.outside is not None
-        bucket.outside.append(rows_N, place_N, *_earlier(shorten).project_keys(z_N1D, rotary))
+        bucket.outside.append(rows_N, position_N, *_earlier(shorten).project_keys(z_N1D, rotary))
     if shorten.words:
         assert starts_N is not None
-        wanted_N = (starts_N | (place_N == 0)).long()
-        room_N = place_N // level.shorten + 1 + level.extra_buckets
+        wanted_N = (starts_N | (position_N == 0)).long()
+        room_N = position_N // level.shorten + 1 + level.extra_buckets
         due_N = (inner.count_B[rows_N] + wanted_N).minimum(room_N) > inner.count_B[rows_N]
     else:
-        due_N = place_N % level.shorten == 0
+        due_N = position_N % level.shorten == 0
     window_NSD = torch.cat([bucket.ring_BSD[rows_N], z_N1D], dim=1)
     if bool(due_N.any()):
         pooled = _pool(shorten, window_NSD[due_N], bucket.size_B[rows_N[due_N]])
@@ -166,7 +166,7 @@ def _step_bucket(
         bucket.size_B[rows_N] = (bucket.size_B[rows_N] + 1) * ~due_N
     else:
         bucket.ring_BSD[rows_N] = window_NSD[:, 1:]
-    part_N = place_N % level.shorten if bucket.block_BSD.shape[1] > 1 else place_N * 0
+    part_N = position_N % level.shorten if bucket.block_BSD.shape[1] > 1 else position_N * 0
     added_N1D = bucket.block_BSD[rows_N, part_N][:, None]
     if module.lengthen.attends == "earlier":
         assert bucket.inside is not None
@@ -194,13 +194,13 @@ def _enter(
     bucket, inner, shorten = cache.bucket, cache.inner, module.shorten
     assert bucket is not None
     assert inner is not None
-    place_N, number_N = cache.count_B[rows_N], inner.count_B[rows_N]
+    position_N, number_N = cache.count_B[rows_N], inner.count_B[rows_N]
     rotary = None
     if shorten.attends == "earlier":
         assert bucket.outside is not None
-        rotary = _rotary(module, place_N, stride, pooled_N1D)
+        rotary = _rotary(module, position_N, stride, pooled_N1D)
         pooled_N1D = shorten.query_norm(pooled_N1D)
-        pooled_N1D = _look(shorten, bucket.outside, rows_N, place_N + 1, pooled_N1D, rotary)
+        pooled_N1D = _look(shorten, bucket.outside, rows_N, position_N + 1, pooled_N1D, rotary)
     size = module.config.levels[module.index + 1].shorten
     pooled_NE = shorten.finish(pooled_N1D)[:, 0]
     valley_NE = _step(module.inner, inner, rows_N, pooled_NE, stride * size, None)

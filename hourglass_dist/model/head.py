@@ -171,9 +171,9 @@ def _nats_of_each(
     weight = weight_VD.to(x_ND.dtype)
     bias = None if bias_V is None else bias_V.to(x_ND.dtype)
     nats_N = x_ND.new_zeros(len(x_ND), dtype=_wide(x_ND.dtype))
-    for places_C in torch.split((targets_N != IGNORED_TARGET).nonzero()[:, 0], chunk):
-        logits_CV = F.linear(x_ND[places_C], weight, bias).to(nats_N.dtype)
-        nats_N[places_C] = F.cross_entropy(logits_CV, targets_N[places_C], reduction="none")
+    for positions_C in torch.split((targets_N != IGNORED_TARGET).nonzero()[:, 0], chunk):
+        logits_CV = F.linear(x_ND[positions_C], weight, bias).to(nats_N.dtype)
+        nats_N[positions_C] = F.cross_entropy(logits_CV, targets_N[positions_C], reduction="none")
     return nats_N
 
 

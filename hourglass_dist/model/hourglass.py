@@ -30,7 +30,7 @@ from hourglass_dist.model.layers import (
     drop,
     make_view,
 )
-from hourglass_dist.model.layout import check_documents, places, row_layouts
+from hourglass_dist.model.layout import check_documents, document_positions, row_layouts
 from hourglass_dist.model.norms import RMSNorm, make_norm
 from hourglass_dist.model.pool import Gate, LinearPool, LinearSpread, Pad, take
 from hourglass_dist.model.resample import (
@@ -140,7 +140,7 @@ class HourglassLM(nn.Module):
         is filled with them, and the logits are those after their last tokens, (B, 1, V).
 
         ``mask_BL`` is True at real tokens: the others are as if they were not there, and the logits
-        at their places mean nothing. ``documents_BL`` numbers the documents of packed rows: each
+        at their positions mean nothing. ``documents_BL`` numbers the documents of packed rows: each
         is as if it were alone. Raises ValueError for an empty row, one longer than the position
         table, or documents out of order.
         """
@@ -187,10 +187,10 @@ class HourglassLM(nn.Module):
         x_BLD: Tensor = self.tokens(tokens_BL)
         if self.positions is not None:
             if documents_BL is None:
-                place = torch.arange(tokens_BL.shape[1], device=tokens_BL.device)
+                position = torch.arange(tokens_BL.shape[1], device=tokens_BL.device)
             else:
-                place = places(documents_BL)
-            x_BLD = x_BLD + self.positions(place)
+                position = document_positions(documents_BL)
+            x_BLD = x_BLD + self.positions(position)
         return drop(x_BLD, self.dropout, self.training)
 
     def stages(

@@ -43,11 +43,11 @@ class View(NamedTuple):
     """None where positions are learned."""
 
 
-def rotary_table(place_BL: Tensor, dim_head: int, like: Tensor) -> RotaryTable:
-    """``place_BL`` (B or 1, L), any unit, as a table in the dtype of ``like``."""
+def rotary_table(position_BL: Tensor, dim_head: int, like: Tensor) -> RotaryTable:
+    """``position_BL`` (B or 1, L), any unit, as a table in the dtype of ``like``."""
     wide = torch.float64 if like.dtype == torch.float64 else torch.float32
-    exponent_P = torch.arange(0, dim_head, 2, device=place_BL.device, dtype=wide) / dim_head
-    angle_B1LP = place_BL[:, None, :, None] * ROTARY_BASE**-exponent_P
+    exponent_P = torch.arange(0, dim_head, 2, device=position_BL.device, dtype=wide) / dim_head
+    angle_B1LP = position_BL[:, None, :, None] * ROTARY_BASE**-exponent_P
     return RotaryTable(angle_B1LP.sin().to(like.dtype), angle_B1LP.cos().to(like.dtype))
 
 
@@ -98,10 +98,10 @@ class RelativePositions(nn.Module):
 
     def forward(self, q_BHLK: Tensor, rotary: RotaryTable) -> Tensor:
         """(B, H, L, K) -> (B, H, L, 2K), to be multiplied with ``with_rotary`` of the keys."""
-        place_H1K, content_H1K = (
+        position_H1K, content_H1K = (
             vector.view(len(self.weight), 1, -1) for vector in (self.place, self.content)
         )
-        on_sin, on_cos = ((q_BHLK + place_H1K) @ self.weight).chunk(2, dim=-1)
+        on_sin, on_cos = ((q_BHLK + position_H1K) @ self.weight).chunk(2, dim=-1)
         turned = (
             on_cos * rotary.sin - on_sin * rotary.cos,
             on_sin * rotary.sin + on_cos * rotary.cos,

@@ -4,7 +4,7 @@
 
 A bucket ends at a *boundary*: a position at which it is complete, so that what is made of it may
 be added from there on and nothing sees the future. It holds the positions after the boundary
-before it, this one included. ``fixed`` pooling has boundaries at places 0, s, 2s, ... of each
+before it, this one included. ``fixed`` pooling has boundaries at positions 0, s, 2s, ... of each
 document; its buckets reach back s positions, zeros before the document's begin. ``spacelike``
 pooling has them at word starts. Rows without documents and words keep no tables at all: there
 bucket i ends at position i*s.
@@ -42,8 +42,8 @@ class Rows(NamedTuple):
 
     length: int
     """L."""
-    place_BL: Tensor | None
-    """The place of a position in its document; None: 0, 1, 2, ... in every row."""
+    position_BL: Tensor | None
+    """Positions counted from the start of each document; None: 0, 1, 2, ... in every row."""
     document_BL: Tensor | None
     """Which document a position is of, not decreasing; None: one in each row."""
     mask_BL: Tensor | None
@@ -80,9 +80,9 @@ def row_layouts(
     ``legacy_mask`` only) is True at real tokens. ``shortens`` replaces every level's ``shorten``,
     level 0's first.
     """
-    place_BL = None
+    position_BL = None
     if documents_BL is not None:
-        place_BL = places(documents_BL)
+        position_BL = document_positions(documents_BL)
     factors = [*(shortens or [level.shorten for level in config.levels]), 1]
     layouts: list[Rows] = []
     length, words_BL = tokens_BL.shape[1], None
@@ -90,12 +90,12 @@ def row_layouts(
         shorten = factors[index + 1]
         if inner is not None and inner.pooling == "spacelike":
             words_BL = word_starts(tokens_BL)
-        rows = _rows(length, place_BL, documents_BL, mask_BL, shorten, inner, words_BL)
+        rows = _rows(length, position_BL, documents_BL, mask_BL, shorten, inner, words_BL)
         layouts.append(rows)
         if inner is None:
             return layouts
         length, words_BL = rows.size, None
-        place_BL, documents_BL = _inside(rows)
+        position_BL, documents_BL = _inside(rows)
         if mask_BL is not None:
             mask_BL = cut(mask_BL, shorten, config.causal).any(dim=2)
     raise AssertionError("the innermost level ends the loop")
@@ -130,8 +130,8 @@ def check_documents(documents_BL: Tensor, tokens_BL: Tensor) -> None:
         )
 
 
-def places(documents_BL: Tensor) -> Tensor:
-    """(B, L) the place of every position in its document: 0, 1, 2, ..."""
+def document_positions(documents_BL: Tensor) -> Tensor:
+    """(B, L): positions counted from the start of each document: 0, 1, 2, ..."""
     index_L = torch.arange(documents_BL.shape[1], device=documents_BL.device)
     return index_L - _first_of_document(documents_BL, index_L)
 
@@ -179,7 +179,7 @@ def cut(x_BL: Tensor, shorten: int, causal: bool) -> Tensor:
 
 def _rows(
     length: int,
-    place_BL: Tensor | None,
+    position_BL: Tensor | None,
     document_BL: Tensor | None,
     mask_BL: Tensor | None,
     shorten: int,
@@ -189,23 +189,23 @@ def _rows(
     size, buckets = bucket_count(length, shorten), None
     if inner is not None and (document_BL is not None or words_BL is not None):
         size += inner.extra_buckets
-        if place_BL is None:
+        if position_BL is None:
             assert words_BL is not None
-            place_BL = torch.arange(length, device=words_BL.device)[None]
-        wanted_BL = place_BL % shorten == 0
+            position_BL = torch.arange(length, device=words_BL.device)[None]
+        wanted_BL = position_BL % shorten == 0
         kept_BL = wanted_BL
         if words_BL is not None:
-            wanted_BL = words_BL | (place_BL == 0)
-            kept_BL = keep_boundaries(wanted_BL, place_BL, shorten, inner.extra_buckets)
+            wanted_BL = words_BL | (position_BL == 0)
+            kept_BL = keep_boundaries(wanted_BL, position_BL, shorten, inner.extra_buckets)
         buckets = _buckets(kept_BL, document_BL, size, wanted_BL.sum())
-        place_BL = None if document_BL is None else place_BL
-    return Rows(length, place_BL, document_BL, mask_BL, shorten, size, buckets)
+        position_BL = None if document_BL is None else position_BL
+    return Rows(length, position_BL, document_BL, mask_BL, shorten, size, buckets)
 
 
-def keep_boundaries(wanted_BL: Tensor, place_BL: Tensor, shorten: int, extra: int) -> Tensor:
+def keep_boundaries(wanted_BL: Tensor, position_BL: Tensor, shorten: int, extra: int) -> Tensor:
     """(B, L) bool: which of the wanted boundaries have room.
 
-    Up to place p of a document there are at most p // S + 1 + ``extra``; further ones are passed
+    Up to position p of a document there are at most p // S + 1 + ``extra``; further ones are passed
     over until there is room again. That looks at earlier positions of the document only, whatever
     the length of the row, so generation finds the same ones.
 
@@ -213,16 +213,16 @@ def keep_boundaries(wanted_BL: Tensor, place_BL: Tensor, shorten: int, extra: in
     the recursion: wanted so far + min(0, min over earlier t of (room_t - wanted so far)).
     """
     length = wanted_BL.shape[1]
-    index_L = torch.arange(length, device=place_BL.device)
+    index_L = torch.arange(length, device=position_BL.device)
     so_far_BL = wanted_BL.cumsum(dim=1)
-    first_BL = (index_L - place_BL).expand_as(so_far_BL)
+    first_BL = (index_L - position_BL).expand_as(so_far_BL)
     so_far_BL = so_far_BL - so_far_BL.gather(1, first_BL) + 1  # a document begins with a boundary
-    room_BL = place_BL // shorten + 1 + extra
+    room_BL = position_BL // shorten + 1 + extra
     # later documents lie lower by more than any room, so that no minimum reaches back
-    depth_BL = (place_BL == 0).cumsum(dim=1) * (2 * length + extra + 2)
+    depth_BL = (position_BL == 0).cumsum(dim=1) * (2 * length + extra + 2)
     lowest_BL = (room_BL - so_far_BL - depth_BL).cummin(dim=1).values + depth_BL
     kept_so_far_BL = so_far_BL + lowest_BL.clamp(max=0)
-    before_BL = F.pad(kept_so_far_BL[:, :-1], (1, 0)).masked_fill(place_BL == 0, 0)
+    before_BL = F.pad(kept_so_far_BL[:, :-1], (1, 0)).masked_fill(position_BL == 0, 0)
     return kept_so_far_BL > before_BL
 
 
@@ -254,9 +254,9 @@ def _same_document(document_BL: Tensor, ends_BG: Tensor, bucket_BL: Tensor, none
 
 
 def _inside(rows: Rows) -> tuple[Tensor | None, Tensor | None]:
-    """(place, document) of the positions of the next level.
+    """(position in the document, document) of the positions of the next level.
 
-    Slots that a row does not use come last; they count as the last document, at a place that is no
+    Slots that a row does not use come last; they count as the last document, at a position that is no
     boundary, and nothing sees them.
     """
     if rows.buckets is None or rows.document_BL is None:
@@ -264,5 +264,5 @@ def _inside(rows: Rows) -> tuple[Tensor | None, Tensor | None]:
     end_BG = rows.buckets.end_BG
     last_BG = end_BG.clamp(max=rows.length - 1)
     document_BG = rows.document_BL.gather(1, last_BG)
-    place_BG = places(document_BG)
-    return torch.where(end_BG < rows.length, place_BG, 1), document_BG
+    position_BG = document_positions(document_BG)
+    return torch.where(end_BG < rows.length, position_BG, 1), document_BG

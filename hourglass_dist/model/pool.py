@@ -19,12 +19,14 @@ from hourglass_dist.model.linear import Linear
 
 def gather_buckets(x_BLD: Tensor, rows: Rows) -> Tensor:
     """(B, L, D) -> (B, G, S, D): the S positions up to each boundary, zeros before the document."""
-    if rows.buckets is None or rows.place_BL is None:
+    if rows.buckets is None or rows.position_BL is None:
         return cut(x_BLD, rows.shorten, causal=True)
     end_BG1 = rows.buckets.end_BG.unsqueeze(-1)
     back_S = torch.arange(1 - rows.shorten, 1, device=x_BLD.device)
-    place_BG1 = rows.place_BL.gather(1, end_BG1[..., 0].clamp(max=rows.length - 1)).unsqueeze(-1)
-    there_BGS = (place_BG1 + back_S >= 0) & (end_BG1 < rows.length)
+    position_BG1 = rows.position_BL.gather(1, end_BG1[..., 0].clamp(max=rows.length - 1)).unsqueeze(
+        -1
+    )
+    there_BGS = (position_BG1 + back_S >= 0) & (end_BG1 < rows.length)
     index_BGS = (end_BG1 + back_S).clamp(0, rows.length - 1)
     x_BND = take(x_BLD, index_BGS.flatten(1))
     x_BGSD = x_BND.view(*index_BGS.shape, x_BLD.shape[2])

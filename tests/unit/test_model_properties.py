@@ -238,7 +238,7 @@ def test_boundaries_past_the_cap_are_passed_over_until_there_is_room(
 ) -> None:
     generator = torch.Generator().manual_seed(2)
     documents_1L = documents_of(1, 17, 2, 30, 9, 40)
-    place_1L = layout.places(documents_1L)
+    place_1L = layout.document_positions(documents_1L)
     for density in (0.2, 0.6, 1.0):
         wanted_1L = torch.rand(place_1L.shape, generator=generator) < density
         wanted_1L |= place_1L == 0

@@ -129,7 +129,7 @@ def score(
     names = sorted({name for part in parts for name in part.sources})
     return Evaluation(
         {name: sum((part.sources.get(name, none) for part in parts), none) for name in names},
-        tuple(sum(some, none) for some in zip(*(part.places_S for part in parts), strict=True)),
+        tuple(sum(some, none) for some in zip(*(part.positions_S for part in parts), strict=True)),
     )
 
 
@@ -176,8 +176,8 @@ def test_ranks_share_the_work_and_not_the_score(datasets: list[Dataset], isolate
     one = score(nats_of(model), datasets, 48, 16, world=1, **options)  # type: ignore[arg-type]
     three = score(nats_of(model), datasets, 48, 16, world=3, **options)  # type: ignore[arg-type]
     for mine, other in zip(
-        [*one.sources.values(), *one.places_S],
-        [*three.sources.values(), *three.places_S],
+        [*one.sources.values(), *one.positions_S],
+        [*three.sources.values(), *three.positions_S],
         strict=True,
     ):
         assert (mine.tokens, mine.bytes) == (other.tokens, other.bytes)
@@ -213,8 +213,10 @@ def test_a_stale_summary_shows_at_its_places(datasets: list[Dataset], isolate: b
 
     def fault(_: object, given: tuple[Tensor, ...], out: Tensor) -> Tensor:
         rows = given[2]
-        place_BL = torch.arange(out.shape[1])[None] if rows.place_BL is None else rows.place_BL
-        return out + 3.0 * (place_BL % 8 >= 6)[..., None]
+        position_BL = (
+            torch.arange(out.shape[1])[None] if rows.position_BL is None else rows.position_BL
+        )
+        return out + 3.0 * (position_BL % 8 >= 6)[..., None]
 
     handle = model.hourglass.lengthen.register_forward_hook(fault)
     broken = score(nats_of(model), datasets, 64, 64, places=8, isolate=isolate)
