@@ -40,7 +40,7 @@ from hourglass_dist.model import head, layers, linear, resample
 from hourglass_dist.model.attention import AttentionMask
 from hourglass_dist.model.checkpointing import Recompute
 from hourglass_dist.model.hourglass import Hourglass, HourglassLM
-from hourglass_dist.model.layout import Rows
+from hourglass_dist.model.layers import LevelInputs
 from hourglass_dist.model.lucidrains import from_lucidrains, lucidrains_kwargs, to_lucidrains
 from hourglass_dist.model.settings import ModelConfig
 
@@ -139,10 +139,10 @@ def step(model: nn.Module, batch: Tensor) -> float:
 
 
 def _lengthen_with_queries(
-    self: resample.Lengthen, valley_BGE: Tensor, x_BLD: Tensor, rows: Rows, *_: Any
+    self: resample.Lengthen, valley_BGE: Tensor, x_BLD: Tensor, inputs: LevelInputs, _: Any
 ) -> Tensor:
     """Each position asks its pooled token, the only key, and gets all of its value."""
-    attention, length = self.attention, x_BLD.shape[1]
+    attention, rows, length = self.attention, inputs.rows, x_BLD.shape[1]
     assert isinstance(attention, resample.ValleyAttention)
     added_BGSD = valley_BGE[:, :, None].expand(-1, -1, rows.shorten, -1)
     if self.spread is not None:

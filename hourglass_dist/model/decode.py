@@ -5,8 +5,8 @@
     y = post.step(combine(h, block[position in the bucket]));  ring = window[1:]
 
 A causal bucket is complete at its boundary, so level l runs only there: once in ``stride`` tokens.
-Rows of a batch may be at different positions; those that are due are picked out. Windowed levels keep
-a ring of W keys, the others all of them.
+Rows of a batch may be at different positions; those that are due are picked out. Windowed levels
+keep a ring of W keys, the others all of them.
 
 Legend: B rows, N rows that are due now, L positions of a prompt, C slots of a cache, S positions in
 a bucket, H heads, K width of a head, D width of a level, V vocabulary.

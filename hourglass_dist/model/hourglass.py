@@ -13,7 +13,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from itertools import repeat
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,22 +25,20 @@ from hourglass_dist.model.layers import (
     Attention,
     FeedForward,
     Layer,
+    LevelInputs,
     RelativePositions,
-    View,
     drop,
-    make_view,
+    level_inputs,
 )
-from hourglass_dist.model.layout import check_documents, document_positions, row_layouts
+from hourglass_dist.model.layout import Rows, check_documents, document_positions, row_layouts
 from hourglass_dist.model.norms import RMSNorm, make_norm
 from hourglass_dist.model.pool import Gate, LinearPool, LinearSpread, Pad, take
 from hourglass_dist.model.resample import (
     BucketAttention,
-    Crossing,
     EarlierAttention,
     Lengthen,
     Shorten,
     ValleyAttention,
-    make_crossing,
 )
 from hourglass_dist.model.settings import ModelConfig
 
@@ -51,13 +49,6 @@ Made = AbstractContextManager[None]
 
 def _as_they_are(_: nn.Module) -> Made:
     return nullcontext()
-
-
-class Stage(NamedTuple):
-    """What one level knows of the rows of this forward pass."""
-
-    view: View
-    crossing: Crossing | None
 
 
 class Hourglass(nn.Module):
@@ -82,25 +73,25 @@ class Hourglass(nn.Module):
         self.post_norm = make_norm(config, own.dim) if ends and index > 0 else None
 
     def forward(
-        self, x_BLD: Tensor, stages: list[Stage], cache: LevelCache | None = None
+        self, x_BLD: Tensor, inputs: list[LevelInputs], cache: LevelCache | None = None
     ) -> Tensor:
-        """(B, L, D) -> (B, L, D). ``stages`` holds those of all levels; ``cache``, if any, is
+        """(B, L, D) -> (B, L, D). ``inputs`` holds those of all levels; ``cache``, if any, is
         filled."""
-        view, crossing = stages[self.index]
+        own = inputs[self.index]
         known: Iterator[KeyValues | None] = repeat(None)
         bucket = inner = None
         if cache is not None:
             known, bucket, inner = iter([*cache.pre, *cache.post]), cache.bucket, cache.inner
         for number, layer in enumerate(self.pre):
-            x_BLD = self.run(number, layer, x_BLD, view, next(known))
+            x_BLD = self.run(number, layer, x_BLD, own, next(known))
         if not self.is_innermost:
             if self.pre_norm is not None:
                 x_BLD = self.pre_norm(x_BLD)
-            pooled_BGE = self.run(0, self.shorten, x_BLD, view.rows, crossing, bucket)
-            valley_BGE = self.inner(pooled_BGE, stages, inner)
-            x_BLD = self.run(0, self.lengthen, valley_BGE, x_BLD, view.rows, crossing, bucket)
+            pooled_BGE = self.run(0, self.shorten, x_BLD, own, bucket)
+            valley_BGE = self.inner(pooled_BGE, inputs, inner)
+            x_BLD = self.run(0, self.lengthen, valley_BGE, x_BLD, own, bucket)
         for number, layer in enumerate(self.post, start=len(self.pre)):
-            x_BLD = self.run(number, layer, x_BLD, view, next(known))
+            x_BLD = self.run(number, layer, x_BLD, own, next(known))
         return self.post_norm(x_BLD) if self.post_norm is not None else x_BLD
 
 
@@ -156,10 +147,10 @@ class HourglassLM(nn.Module):
                 documents_BL = _padding_last(documents_BL, mask_BL, order_BL)
             real_BL = None if self.config.causal else _real_first(mask_BL)
         x_BLD = self.embed(tokens_BL, documents_BL)
-        stages = self.stages(x_BLD, tokens_BL, documents_BL, real_BL)
-        layouts = [view.rows for view, _ in stages]
+        layouts = self.layouts(tokens_BL, documents_BL, real_BL)
+        inputs = level_inputs(self.config, layouts, x_BLD)
         level_cache = None if cache is None else cache.begin(tokens_BL, layouts)
-        x_BLD = self.hourglass(x_BLD, stages, level_cache)
+        x_BLD = self.hourglass(x_BLD, inputs, level_cache)
         if cache is not None:
             x_BLD = take(x_BLD, cache.lengths_B[:, None] - 1)
         if order_BL is not None:
@@ -193,36 +184,21 @@ class HourglassLM(nn.Module):
             x_BLD = x_BLD + self.positions(position)
         return drop(x_BLD, self.dropout, self.training)
 
-    def stages(
+    def layouts(
         self,
-        x_BLD: Tensor,
         tokens_BL: Tensor,
         documents_BL: Tensor | None = None,
         mask_BL: Tensor | None = None,
-    ) -> list[Stage]:
-        """What every level needs to know of these rows; ``x_BLD`` gives dtype and device."""
-        shortens = self._draw_shortens()
-        layouts = row_layouts(self.config, tokens_BL, documents_BL, mask_BL, shortens)
-        stages, stride = [], 1
-        for index, (level, rows) in enumerate(zip(self.config.levels, layouts, strict=True)):
-            view = make_view(self.config, level, stride, rows, x_BLD)
-            is_innermost = index == len(layouts) - 1
-            crossing = (
-                None if is_innermost else make_crossing(self.config, index, stride, rows, x_BLD)
-            )
-            stages.append(Stage(view, crossing))
-            stride *= rows.shorten
-        return stages
-
-    def _draw_shortens(self) -> list[int]:
-        """The shorten factor of every level; drawn anew in training where a level has choices."""
-        levels = self.config.levels
-        return [
+    ) -> list[Rows]:
+        """The layout of these rows at every level. In training, a level with ``shorten_choices``
+        draws its factor anew."""
+        shortens = [
             level.shorten_choices[int(torch.randint(len(level.shorten_choices), ()))]
             if self.training and level.shorten_choices
             else level.shorten
-            for level in levels
+            for level in self.config.levels
         ]
+        return row_layouts(self.config, tokens_BL, documents_BL, mask_BL, shortens)
 
     def compile_layers(self) -> None:
         """From now on training passes run every layer, and the ways between levels, as one compiled

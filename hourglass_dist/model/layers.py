@@ -9,6 +9,7 @@ gathers parameters around ``forward`` calls, so anything else would see empty te
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -16,7 +17,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hourglass_dist.model.attention import AttentionMask, attend, self_attention_mask
+from hourglass_dist.model.attention import AttentionMask, MaskRule, attend, self_attention_mask
 from hourglass_dist.model.cache import KeyValues
 from hourglass_dist.model.layout import Rows
 from hourglass_dist.model.linear import Linear
@@ -34,13 +35,29 @@ class RotaryTable(NamedTuple):
     cos: Tensor
 
 
-class View(NamedTuple):
-    """What the layers of a level need to know of its rows."""
+class CrossLevelInputs(NamedTuple):
+    """What attention between a level and the next one needs: masks and positions. A pooled token
+    lies at the boundary of its bucket."""
+
+    down: MaskRule
+    """Pooled tokens look at positions."""
+    up: MaskRule
+    """Positions look at pooled tokens."""
+    outside: RotaryTable | None
+    """Of positions; None where positions are learned, as ``inside``."""
+    inside: RotaryTable | None
+    """Of pooled tokens."""
+
+
+class LevelInputs(NamedTuple):
+    """What the modules of one level need to know of the rows of a forward pass."""
 
     rows: Rows
     mask: AttentionMask
     rotary: RotaryTable | None
     """None where positions are learned."""
+    cross: CrossLevelInputs | None
+    """None at the innermost level, and where no attention goes further than a bucket."""
 
 
 def rotary_table(position_BL: Tensor, dim_head: int, like: Tensor) -> RotaryTable:
@@ -51,24 +68,47 @@ def rotary_table(position_BL: Tensor, dim_head: int, like: Tensor) -> RotaryTabl
     return RotaryTable(angle_B1LP.sin().to(like.dtype), angle_B1LP.cos().to(like.dtype))
 
 
-def make_view(
+def level_inputs(config: ModelConfig, layouts: Sequence[Rows], x_BLD: Tensor) -> list[LevelInputs]:
+    """The inputs of every level, outermost first; ``x_BLD`` gives dtype and device."""
+    inputs, stride = [], 1
+    for index, (level, rows) in enumerate(zip(config.levels, layouts, strict=True)):
+        rotary = cross = None
+        if config.positions != "learned":
+            unit = stride if config.positions == "relative" else 1
+            index_1L = torch.arange(rows.length, device=x_BLD.device)[None]
+            rotary = rotary_table(index_1L * unit, level.dim_head, x_BLD)  # only differences count
+        mask = self_attention_mask(
+            rows,
+            level.window,
+            x_BLD,
+            causal=config.causal,
+            legacy=config.legacy_mask,
+            dropout=level.dropout,
+        )
+        if config.attention_resampling == "earlier" and index + 1 < len(layouts):
+            cross = _cross_level_inputs(config, level, stride, rows, x_BLD)
+        inputs.append(LevelInputs(rows, mask, rotary, cross))
+        stride *= rows.shorten
+    return inputs
+
+
+def _cross_level_inputs(
     config: ModelConfig, level: LevelConfig, stride: int, rows: Rows, x_BLD: Tensor
-) -> View:
-    """The view of a level at ``stride`` tokens a position; ``x_BLD`` gives dtype and device."""
-    rotary = None
-    if config.positions != "learned":
-        unit = stride if config.positions == "relative" else 1
-        index_1L = torch.arange(rows.length, device=x_BLD.device)[None]
-        rotary = rotary_table(index_1L * unit, level.dim_head, x_BLD)  # only differences count
-    mask = self_attention_mask(
-        rows,
-        level.window,
-        x_BLD,
-        causal=config.causal,
-        legacy=config.legacy_mask,
-        dropout=level.dropout,
+) -> CrossLevelInputs:
+    index_1L = torch.arange(rows.length, device=x_BLD.device)[None]
+    end_BG, documents_BG = rows.ends(x_BLD.device), None
+    if rows.document_BL is not None:
+        documents_BG = rows.document_BL.gather(1, end_BG.clamp(max=rows.length - 1))
+    outside = inside = None
+    if config.positions == "relative":
+        outside = rotary_table(index_1L * stride, level.dim_head, x_BLD)
+        inside = rotary_table(end_BG * stride, level.dim_head, x_BLD)
+    return CrossLevelInputs(
+        MaskRule(end_BG, index_1L, documents_BG, rows.document_BL),
+        MaskRule(index_1L, end_BG, rows.document_BL, documents_BG),
+        outside,
+        inside,
     )
-    return View(rows, mask, rotary)
 
 
 def rotate(x_BHLK: Tensor, rotary: RotaryTable) -> Tensor:
@@ -175,13 +215,13 @@ class Attention(nn.Module):
         self.dropout = level.dropout
         self.branch_dropout = level.dropout if config.residual_dropout else 0.0
 
-    def forward(self, x_BLD: Tensor, view: View, known: KeyValues | None = None) -> Tensor:
+    def forward(self, x_BLD: Tensor, inputs: LevelInputs, known: KeyValues | None = None) -> Tensor:
         """(B, L, D) -> (B, L, D). ``known``, if any, is filled with these keys and values."""
         dropout = self.dropout if self.training else 0.0
-        q, k, v = self.project(x_BLD, view.rotary)
+        q, k, v = self.project(x_BLD, inputs.rotary)
         if known is not None:
             known.fill(k, v)
-        return self.finish(x_BLD, attend(q, k, v, view.mask, self.heads.scale, dropout))
+        return self.finish(x_BLD, attend(q, k, v, inputs.mask, self.heads.scale, dropout))
 
     def project(self, x_BLD: Tensor, rotary: RotaryTable | None) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values of all heads, positions in them, (B, H, L, K or 2K)."""
@@ -232,8 +272,8 @@ class Layer(nn.Module):
         self.attention = Attention(config, level)
         self.feed_forward = FeedForward(config, level)
 
-    def forward(self, x_BLD: Tensor, view: View, known: KeyValues | None = None) -> Tensor:
+    def forward(self, x_BLD: Tensor, inputs: LevelInputs, known: KeyValues | None = None) -> Tensor:
         """(B, L, D) -> (B, L, D). ``known``, if any, is filled with keys and values."""
-        x_BLD = self.attention(x_BLD, view, known)
+        x_BLD = self.attention(x_BLD, inputs, known)
         out_BLD: Tensor = self.feed_forward(x_BLD)
         return out_BLD

@@ -256,8 +256,8 @@ def _same_document(document_BL: Tensor, ends_BG: Tensor, bucket_BL: Tensor, none
 def _inside(rows: Rows) -> tuple[Tensor | None, Tensor | None]:
     """(position in the document, document) of the positions of the next level.
 
-    Slots that a row does not use come last; they count as the last document, at a position that is no
-    boundary, and nothing sees them.
+    Slots that a row does not use come last; they count as the last document, at a position that is
+    no boundary, and nothing sees them.
     """
     if rows.buckets is None or rows.document_BL is None:
         return None, None

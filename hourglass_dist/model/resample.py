@@ -11,15 +11,13 @@ D width outside, E width inside, H heads, K width of one head, I = H*K.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hourglass_dist.model.attention import MaskRule, attend, takes_flex
 from hourglass_dist.model.cache import BucketCache, KeyValues
-from hourglass_dist.model.layers import FeedForward, Heads, RotaryTable, drop, rotary_table
+from hourglass_dist.model.layers import FeedForward, Heads, LevelInputs, RotaryTable, drop
 from hourglass_dist.model.layout import Rows, cut
 from hourglass_dist.model.linear import Linear
 from hourglass_dist.model.norms import make_norm
@@ -158,39 +156,6 @@ class EarlierAttention(nn.Module):
         return self.finish(x_BQD, mixed)
 
 
-class Crossing(NamedTuple):
-    """What attention between two levels needs to know: who sees whom, and where they lie."""
-
-    down: MaskRule
-    up: MaskRule
-    outside: RotaryTable | None
-    inside: RotaryTable | None
-
-
-def make_crossing(
-    config: ModelConfig, index: int, stride: int, rows: Rows, x_BLD: Tensor
-) -> Crossing | None:
-    """Between level ``index``, at ``stride`` tokens a position, and the next one; None where no
-    attention goes further than a bucket. A pooled token lies at its boundary."""
-    if config.attention_resampling != "earlier":
-        return None
-    index_1L = torch.arange(rows.length, device=x_BLD.device)[None]
-    end_BG, documents_BG = rows.ends(x_BLD.device), None
-    if rows.document_BL is not None:
-        documents_BG = rows.document_BL.gather(1, end_BG.clamp(max=rows.length - 1))
-    outside = inside = None
-    if config.positions == "relative":
-        dim_head = config.levels[index].dim_head
-        outside = rotary_table(index_1L * stride, dim_head, x_BLD)
-        inside = rotary_table(end_BG * stride, dim_head, x_BLD)
-    return Crossing(
-        MaskRule(end_BG, index_1L, documents_BG, rows.document_BL),
-        MaskRule(index_1L, end_BG, rows.document_BL, documents_BG),
-        outside,
-        inside,
-    )
-
-
 class Shorten(nn.Module):
     """One level in, from level ``index`` to the next: (B, L, D) -> (B, G, E)."""
 
@@ -223,20 +188,20 @@ class Shorten(nn.Module):
     def forward(
         self,
         x_BLD: Tensor,
-        rows: Rows,
-        crossing: Crossing | None,
+        inputs: LevelInputs,
         bucket: BucketCache | None = None,
     ) -> Tensor:
         """(B, L, D) -> (B, G, E). ``bucket``, if any, keeps what the next bucket begins with."""
+        rows, cross = inputs.rows, inputs.cross
         x_BLD = self.prepare(x_BLD)
         if bucket is not None:
             bucket.fill_ring(x_BLD, rows, self.words)
         if self.attends == "earlier":
-            assert crossing is not None
+            assert cross is not None
             pooled_BGD = self.query_norm(self._pool(x_BLD, rows)[0])
-            rotary = crossing.inside, crossing.outside
+            rotary = cross.inside, cross.outside
             known = None if bucket is None else bucket.outside
-            pooled_BGD = self.attention(pooled_BGD, x_BLD, crossing.down, rotary, known)
+            pooled_BGD = self.attention(pooled_BGD, x_BLD, cross.down, rotary, known)
         else:
             pooled_BGD, x_BGSD, present_BGS = self._pool(x_BLD, rows)
             if self.attends == "bucket":
@@ -341,20 +306,20 @@ class Lengthen(nn.Module):
         self,
         valley_BGE: Tensor,
         x_BLD: Tensor,
-        rows: Rows,
-        crossing: Crossing | None,
+        inputs: LevelInputs,
         bucket: BucketCache | None = None,
     ) -> Tensor:
         """(B, G, E), (B, L, D) -> (B, L, D). ``bucket``, if any, keeps the newest block."""
+        rows, cross = inputs.rows, inputs.cross
         keys_BGD, block_BGSD = self.blocks(valley_BGE, rows.shorten)
         if bucket is not None:
             bucket.fill_block(block_BGSD)
         added_BLD = lay_out(block_BGSD, rows)
         if self.attends == "earlier":
-            assert crossing is not None
-            rotary = crossing.outside, crossing.inside
+            assert cross is not None
+            rotary = cross.outside, cross.inside
             known = None if bucket is None else bucket.inside
-            added_BLD = self.attention(x_BLD + added_BLD, keys_BGD, crossing.up, rotary, known)
+            added_BLD = self.attention(x_BLD + added_BLD, keys_BGD, cross.up, rotary, known)
         return self.combine(x_BLD, added_BLD)
 
     def blocks(self, valley_BGE: Tensor, shorten: int) -> tuple[Tensor, Tensor]:

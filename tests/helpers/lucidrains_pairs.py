@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from hourglass_dist.config.model import lucidrains_config
 from hourglass_dist.model.hourglass import HourglassLM
+from hourglass_dist.model.layers import level_inputs
 from hourglass_dist.model.lucidrains import from_lucidrains, lucidrains_kwargs, to_lucidrains
 from hourglass_dist.model.settings import ModelConfig
 
@@ -198,8 +199,9 @@ def compare_readme(name: str, length: int) -> tuple[float, float]:
             if name == "images":
                 x_BLD = torch.randn(1, length, config.dim)
                 theirs.transformer.norm_out = torch.nn.Identity()
-                stages = ours.stages(x_BLD, torch.zeros(1, length, dtype=torch.int64))
-                found = theirs.transformer(x_BLD), ours.hourglass(x_BLD, stages)
+                layouts = ours.layouts(torch.zeros(1, length, dtype=torch.int64))
+                inputs = level_inputs(ours.config, layouts, x_BLD)
+                found = theirs.transformer(x_BLD), ours.hourglass(x_BLD, inputs)
             else:
                 tokens_BL = torch.randint(config.vocab_size, (1, length))
                 mask_BL = torch.ones_like(tokens_BL).bool() if name == "encoder" else None

@@ -18,6 +18,7 @@ from zoo import KINDS, LEVELS, documents_of, make_config, random_text
 
 from hourglass_dist.model import decode
 from hourglass_dist.model.hourglass import HourglassLM
+from hourglass_dist.model.layers import level_inputs
 from hourglass_dist.model.settings import ModelConfig
 from hourglass_dist.planning.cost import ModelCost, choose_checkpointing, model_cost
 
@@ -200,21 +201,22 @@ def test_needed_pairs_are_those_that_the_masks_leave(kind: str, more: dict[str, 
         model = HourglassLM(config)
         tokens_BL = random_text(1, length)
         with torch.no_grad():
-            stages = model.stages(model.embed(tokens_BL), tokens_BL)
+            x_BLD, layouts = model.embed(tokens_BL), model.layouts(tokens_BL)
+        inputs = level_inputs(config, layouts, x_BLD)
         cost = model_cost(config, length)
         dense = model_cost(config, length, dense_attention=True)
-        for level, stage, one, all_pairs in zip(
-            config.levels, stages, cost.levels, dense.levels, strict=True
+        for level, own, one, all_pairs in zip(
+            config.levels, inputs, cost.levels, dense.levels, strict=True
         ):
-            n, own_mask = stage.view.rows.length, stage.view.mask
+            n, own_mask = own.rows.length, own.mask
             lower = torch.ones(n, n).tril()
             seen = int((lower.cumsum(0).tril() <= (level.window or n)).logical_and(lower).sum())
             computed = n * n if own_mask.bias is None else own_mask.bias.numel()
             taken_off = (level.pre + level.post) * (computed - seen)
-            if stage.crossing is not None:
-                if stage.view.rows.buckets is not None:
+            if own.cross is not None:
+                if own.rows.buckets is not None:
                     continue  # where words begin is not known: as if they lay evenly
-                for rule in (stage.crossing.down, stage.crossing.up):
+                for rule in (own.cross.down, own.cross.up):
                     mask = rule.mask(model.tokens.weight, flex=False).bias
                     assert isinstance(mask, Tensor)
                     taken_off += int(mask.isinf().sum())
