@@ -139,7 +139,7 @@ def step(model: nn.Module, batch: Tensor) -> float:
 
 
 def _lengthen_with_queries(
-    self: resample.Lengthen, valley_BGE: Tensor, x_BLD: Tensor, inputs: LevelInputs, _: Any
+    self: resample.Upsample, valley_BGE: Tensor, x_BLD: Tensor, inputs: LevelInputs, _: Any
 ) -> Tensor:
     """Each position asks its pooled token, the only key, and gets all of its value."""
     attention, rows, length = self.attention, inputs.rows, x_BLD.shape[1]
@@ -190,7 +190,7 @@ def _recomputed(policy: str) -> Callable[..., Tensor]:
 
 CHANGES: dict[str, tuple[str, Any, str, Any]] = {
     "valley": (
-        *("without one-key valley attention", resample.Lengthen, "forward"),
+        *("without one-key valley attention", resample.Upsample, "forward"),
         _lengthen_with_queries,
     ),
     "attention": ("without fused attention", layers, "attend", _attend_spelled_out),

@@ -21,7 +21,7 @@ from hourglass_dist.model.cache import Cache, KeyValues, LevelCache
 from hourglass_dist.model.hourglass import Hourglass, HourglassLM
 from hourglass_dist.model.layers import Layer, RotaryTable, rotary_table
 from hourglass_dist.model.layout import word_starts
-from hourglass_dist.model.resample import EarlierAttention, Lengthen, Shorten
+from hourglass_dist.model.resample import EarlierAttention, Upsample, Downsample
 
 
 @torch.no_grad()
@@ -176,7 +176,7 @@ def _step_bucket(
     return out
 
 
-def _pool(shorten: Shorten, window_NSD: Tensor, size_N: Tensor) -> Tensor:
+def _pool(shorten: Downsample, window_NSD: Tensor, size_N: Tensor) -> Tensor:
     """(N, 1, D) the pooled tokens, before attention over earlier positions."""
     if shorten.words:
         return window_NSD.sum(dim=1, keepdim=True) / (size_N + 1)[:, None, None]
@@ -212,7 +212,7 @@ def _enter(
 
 
 def _look(
-    way: Shorten | Lengthen,
+    way: Downsample | Upsample,
     known: KeyValues,
     rows_N: Tensor,
     count_N: Tensor,
@@ -224,6 +224,6 @@ def _look(
     return attention.finish(x_N1D, known.attend(rows_N, count_N, q, attention.heads.scale))
 
 
-def _earlier(way: Shorten | Lengthen) -> EarlierAttention:
+def _earlier(way: Downsample | Upsample) -> EarlierAttention:
     assert isinstance(way.attention, EarlierAttention)
     return way.attention

@@ -36,8 +36,8 @@ from hourglass_dist.model.pool import Gate, LinearPool, LinearSpread, Pad, take
 from hourglass_dist.model.resample import (
     BucketAttention,
     EarlierAttention,
-    Lengthen,
-    Shorten,
+    Upsample,
+    Downsample,
     ValleyAttention,
 )
 from hourglass_dist.model.settings import ModelConfig
@@ -65,9 +65,9 @@ class Hourglass(nn.Module):
         ends = config.stack_norms
         self.pre_norm = make_norm(config, own.dim) if ends and not self.is_innermost else None
         if not self.is_innermost:
-            self.shorten = Shorten(config, index)
+            self.shorten = Downsample(config, index)
             self.inner = Hourglass(config, index + 1)
-            self.lengthen = Lengthen(config, index)
+            self.lengthen = Upsample(config, index)
         self.post = nn.ModuleList(Layer(config, own) for _ in range(own.post))
         # the last stack of level 0 ends in the norm before the logits
         self.post_norm = make_norm(config, own.dim) if ends and index > 0 else None

@@ -1,7 +1,7 @@
 """Between two levels: pool the positions of a bucket, let pooled tokens look; and the way back.
 
-    Shorten    x_BLD  ->  pool  ->  attention to the bucket, or to all before  ->  widen  ->  BGE
-    Lengthen   BGE  ->  narrow  ->  spread  ->  + the stream outside  ->  attention  ->  BLD
+    Downsample    x_BLD  ->  pool  ->  attention to the bucket, or to all before  ->  widen  ->  BGE
+    Upsample   BGE  ->  narrow  ->  spread  ->  + the stream outside  ->  attention  ->  BLD
 
 Where buckets lie is said by ``layout.Rows``.
 
@@ -156,7 +156,7 @@ class EarlierAttention(nn.Module):
         return self.finish(x_BQD, mixed)
 
 
-class Shorten(nn.Module):
+class Downsample(nn.Module):
     """One level in, from level ``index`` to the next: (B, L, D) -> (B, G, E)."""
 
     attention: BucketAttention | EarlierAttention
@@ -275,7 +275,7 @@ class ValleyAttention(nn.Module):
         return F.dropout(ones_BGSH, self.dropout).repeat_interleave(inner // self.heads, dim=-1)
 
 
-class Lengthen(nn.Module):
+class Upsample(nn.Module):
     """One level out, to level ``index``: (B, G, E) and the positions outside -> (B, L, D)."""
 
     attention: ValleyAttention | EarlierAttention
