@@ -58,11 +58,11 @@ class Shape(NamedTuple):
 README = {"depth": (4, 2, 4), "shorten_factor": 2, "max_seq_len": 1024}
 NESTED = {"depth": (4, (2, 1, 2), 3), "shorten_factor": (2, 4), "max_seq_len": 2048}
 RECOMPUTE = ("selective", "full")
-USUAL = ("valley", "attention", "linear", "loss", "queries", *RECOMPUTE)
+USUAL = ("queries_up", "attention", "linear", "loss", "queries", *RECOMPUTE)
 SHAPES = {
     "readme": Shape(README, (1, 4), USUAL),
     "nested": Shape(NESTED, (1, 4), USUAL),
-    "readme by 8": Shape({**README, "shorten_factor": 8}, (1,), ("valley", "keys")),
+    "readme by 8": Shape({**README, "shorten_factor": 8}, (1,), ("queries_up", "keys")),
     "readme, 32k vocabulary": Shape({**README, "num_tokens": 32768}, (1,), ("loss",)),
 }
 """The two examples of the reference's README, and what shows the last rewrites."""
@@ -138,22 +138,22 @@ def step(model: nn.Module, batch: Tensor) -> float:
 # --- ours with one change ----------------------------------------------------------------------
 
 
-def _lengthen_with_queries(
-    self: resample.Upsample, valley_BGE: Tensor, x_BLD: Tensor, inputs: LevelInputs, _: Any
+def _upsample_with_queries(
+    self: resample.Upsample, inner_BGE: Tensor, x_BLD: Tensor, inputs: LevelInputs, _: Any
 ) -> Tensor:
     """Each position asks its pooled token, the only key, and gets all of its value."""
     attention, rows, length = self.attention, inputs.rows, x_BLD.shape[1]
-    assert isinstance(attention, resample.ValleyAttention)
-    added_BGSD = valley_BGE[:, :, None].expand(-1, -1, rows.shorten, -1)
+    assert isinstance(attention, resample.SingleKeyAttention)
+    added_BGSD = inner_BGE[:, :, None].expand(-1, -1, rows.shorten, -1)
     if self.spread is not None:
-        added_BGSD = self.spread(valley_BGE)
+        added_BGSD = self.spread(inner_BGE)
     added_BLD = added_BGSD.flatten(1, 2)[:, :length]
     missing = rows.size * rows.shorten - length
     stream_BLD = F.pad(x_BLD + added_BLD, (0, 0, 0, missing))
     split = rows.size, rows.shorten, attention.heads, -1
     q_BGSHK = attention.query(attention.norm(stream_BLD)).view(len(x_BLD), *split)
-    k_BGHK = attention.key(valley_BGE).view(len(x_BLD), rows.size, attention.heads, -1)
-    v_BGHK = attention.value(valley_BGE).view(k_BGHK.shape)
+    k_BGHK = attention.key(inner_BGE).view(len(x_BLD), rows.size, attention.heads, -1)
+    v_BGHK = attention.value(inner_BGE).view(k_BGHK.shape)
     scores_BGSHJ = torch.einsum("bgshk,bghk->bgsh", q_BGSHK, k_BGHK).unsqueeze(-1)
     weights_BGSHJ = (scores_BGSHJ * k_BGHK.shape[-1] ** -0.5).softmax(dim=-1)
     mixed_BLI = (weights_BGSHJ * v_BGHK.unsqueeze(2)).flatten(3).flatten(1, 2)[:, :length]
@@ -189,9 +189,9 @@ def _recomputed(policy: str) -> Callable[..., Tensor]:
 
 
 CHANGES: dict[str, tuple[str, Any, str, Any]] = {
-    "valley": (
+    "queries_up": (
         *("without one-key valley attention", resample.Upsample, "forward"),
-        _lengthen_with_queries,
+        _upsample_with_queries,
     ),
     "attention": ("without fused attention", layers, "attend", _attend_spelled_out),
     "linear": ("without linear.py (nn.Linear)", linear.Linear, "forward", nn.Linear.forward),

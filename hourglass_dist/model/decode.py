@@ -21,7 +21,7 @@ from hourglass_dist.model.cache import Cache, KeyValues, LevelCache
 from hourglass_dist.model.hourglass import Hourglass, HourglassLM
 from hourglass_dist.model.layers import Layer, RotaryTable, rotary_table
 from hourglass_dist.model.layout import word_starts
-from hourglass_dist.model.resample import EarlierAttention, Upsample, Downsample
+from hourglass_dist.model.resample import Downsample, EarlierAttention, Upsample
 
 
 @torch.no_grad()
@@ -203,8 +203,8 @@ def _enter(
         pooled_N1D = _look(shorten, bucket.outside, rows_N, position_N + 1, pooled_N1D, rotary)
     size = module.config.levels[module.index + 1].shorten
     pooled_NE = shorten.finish(pooled_N1D)[:, 0]
-    valley_NE = _step(module.inner, inner, rows_N, pooled_NE, stride * size, None)
-    keys_N1D, block_N1SD = module.lengthen.blocks(valley_NE[:, None], size)
+    inner_NE = _step(module.inner, inner, rows_N, pooled_NE, stride * size, None)
+    keys_N1D, block_N1SD = module.lengthen.blocks(inner_NE[:, None], size)
     bucket.block_BSD[rows_N] = block_N1SD[:, 0]
     if bucket.inside is not None:
         k, v = _earlier(module.lengthen).project_keys(keys_N1D, rotary)

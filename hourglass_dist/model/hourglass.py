@@ -35,10 +35,10 @@ from hourglass_dist.model.norms import RMSNorm, make_norm
 from hourglass_dist.model.pool import Gate, LinearPool, LinearSpread, Pad, take
 from hourglass_dist.model.resample import (
     BucketAttention,
-    EarlierAttention,
-    Upsample,
     Downsample,
-    ValleyAttention,
+    EarlierAttention,
+    SingleKeyAttention,
+    Upsample,
 )
 from hourglass_dist.model.settings import ModelConfig
 
@@ -88,8 +88,8 @@ class Hourglass(nn.Module):
             if self.pre_norm is not None:
                 x_BLD = self.pre_norm(x_BLD)
             pooled_BGE = self.run(0, self.shorten, x_BLD, own, bucket)
-            valley_BGE = self.inner(pooled_BGE, inputs, inner)
-            x_BLD = self.run(0, self.lengthen, valley_BGE, x_BLD, own, bucket)
+            inner_BGE = self.inner(pooled_BGE, inputs, inner)
+            x_BLD = self.run(0, self.lengthen, inner_BGE, x_BLD, own, bucket)
         for number, layer in enumerate(self.post, start=len(self.pre)):
             x_BLD = self.run(number, layer, x_BLD, own, next(known))
         return self.post_norm(x_BLD) if self.post_norm is not None else x_BLD
@@ -264,7 +264,7 @@ def _draw(module: nn.Module, std: float, generator: torch.Generator) -> None:
         module.bias.zero_()
 
 
-BRANCHES = (Attention, FeedForward, BucketAttention, EarlierAttention, ValleyAttention)
+BRANCHES = (Attention, FeedForward, BucketAttention, EarlierAttention, SingleKeyAttention)
 """Modules that add to the residual stream; the last matrix of each is its ``out``."""
 
 

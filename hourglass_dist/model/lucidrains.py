@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from hourglass_dist.model.hourglass import Hourglass, HourglassLM
 from hourglass_dist.model.layers import Attention, FeedForward, Layer
-from hourglass_dist.model.resample import BucketAttention, EarlierAttention, ValleyAttention
+from hourglass_dist.model.resample import BucketAttention, EarlierAttention, SingleKeyAttention
 from hourglass_dist.model.settings import ModelConfig
 
 
@@ -161,7 +161,9 @@ def _stack(prefix: str, layers: nn.ModuleList) -> Names:
 
 
 def _layer(
-    prefix: str, attention: Attention | BucketAttention | ValleyAttention, feed_forward: FeedForward
+    prefix: str,
+    attention: Attention | BucketAttention | SingleKeyAttention,
+    feed_forward: FeedForward,
 ) -> Names:
     if isinstance(attention, Attention):
         q, k, v = attention.qkv.weight.detach().chunk(3)

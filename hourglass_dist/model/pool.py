@@ -125,9 +125,9 @@ class LinearSpread(nn.Module):
         eye_DD = torch.eye(dim, dtype=self.proj.weight.dtype, device=self.proj.weight.device)
         self.proj.weight.copy_(eye_DD.repeat(self.shorten, 1))
 
-    def forward(self, valley_BGD: Tensor) -> Tensor:
+    def forward(self, inner_BGD: Tensor) -> Tensor:
         """(B, G, D) -> (B, G, S, D)."""
-        spread_BGSD: Tensor = self.proj(valley_BGD).unflatten(-1, (self.shorten, -1))
+        spread_BGSD: Tensor = self.proj(inner_BGD).unflatten(-1, (self.shorten, -1))
         return spread_BGSD
 
 

@@ -241,7 +241,7 @@ class Downsample(nn.Module):
         return self.pool(x_BGSD, present_BGS), x_BGSD, present_BGS
 
 
-class ValleyAttention(nn.Module):
+class SingleKeyAttention(nn.Module):
     """Positions attend to the pooled token of their bucket: one key, so every weight is 1.
 
     The result is W_o W_v v + b_o whatever the query, and is made once for each pooled token. The
@@ -261,9 +261,9 @@ class ValleyAttention(nn.Module):
         for unused in (self.norm, self.query, self.key):
             unused.requires_grad_(False)
 
-    def forward(self, valley_BGD: Tensor, shorten: int) -> Tensor:
+    def forward(self, inner_BGD: Tensor, shorten: int) -> Tensor:
         """(B, G, D) -> (B, G, 1, D), alike for all positions; with dropout (B, G, S, D)."""
-        value_BG1I = self.value(valley_BGD).unsqueeze(2)
+        value_BG1I = self.value(inner_BGD).unsqueeze(2)
         if self.dropout and self.training:  # each position drops whole heads: its only weight
             value_BG1I = value_BG1I * self._kept(value_BG1I, shorten)
         out: Tensor = self.out(value_BG1I)
@@ -278,7 +278,7 @@ class ValleyAttention(nn.Module):
 class Upsample(nn.Module):
     """One level out, to level ``index``: (B, G, E) and the positions outside -> (B, L, D)."""
 
-    attention: ValleyAttention | EarlierAttention
+    attention: SingleKeyAttention | EarlierAttention
 
     def __init__(self, config: ModelConfig, index: int) -> None:
         super().__init__()
@@ -295,7 +295,7 @@ class Upsample(nn.Module):
             self.query_norm = make_norm(config, outer.dim)
             self.attention = EarlierAttention(config, outer)
         elif self.attends == "bucket":
-            self.attention = ValleyAttention(config, outer)
+            self.attention = SingleKeyAttention(config, outer)
         if self.attends != "none":
             self.feed_forward = FeedForward(config, outer)
         normed = config.stack_norms and self.attends != "bucket"  # that ends in a feed-forward
@@ -304,14 +304,14 @@ class Upsample(nn.Module):
 
     def forward(
         self,
-        valley_BGE: Tensor,
+        inner_BGE: Tensor,
         x_BLD: Tensor,
         inputs: LevelInputs,
         bucket: BucketCache | None = None,
     ) -> Tensor:
         """(B, G, E), (B, L, D) -> (B, L, D). ``bucket``, if any, keeps the newest block."""
         rows, cross = inputs.rows, inputs.cross
-        keys_BGD, block_BGSD = self.blocks(valley_BGE, rows.shorten)
+        keys_BGD, block_BGSD = self.blocks(inner_BGE, rows.shorten)
         if bucket is not None:
             bucket.fill_block(block_BGSD)
         added_BLD = lay_out(block_BGSD, rows)
@@ -322,23 +322,23 @@ class Upsample(nn.Module):
             added_BLD = self.attention(x_BLD + added_BLD, keys_BGD, cross.up, rotary, known)
         return self.combine(x_BLD, added_BLD)
 
-    def blocks(self, valley_BGE: Tensor, shorten: int) -> tuple[Tensor, Tensor]:
+    def blocks(self, inner_BGE: Tensor, shorten: int) -> tuple[Tensor, Tensor]:
         """What a pooled token is to the positions of its bucket: (keys (B, G, D) for attention,
         what is added (B, G, S or 1, D))."""
         if self.narrow is not None:
-            valley_BGD = self.narrow(valley_BGE)
+            inner_BGD = self.narrow(inner_BGE)
         else:
-            valley_BGD = valley_BGE[..., : self.dim]
+            inner_BGD = inner_BGE[..., : self.dim]
         if self.attends == "earlier":
-            valley_BGD = self.key_norm(valley_BGD)
-        block = valley_BGD.unsqueeze(2) if self.spread is None else self.spread(valley_BGD)
+            inner_BGD = self.key_norm(inner_BGD)
+        block = inner_BGD.unsqueeze(2) if self.spread is None else self.spread(inner_BGD)
         if self.attends == "earlier":
             block = self.query_norm(block)
         elif self.attends == "bucket":
-            block = block + self.attention(valley_BGD, shorten)
+            block = block + self.attention(inner_BGD, shorten)
         elif self.branch_norm is not None:
             block = self.branch_norm(block)
-        return valley_BGD, block
+        return inner_BGD, block
 
     def combine(self, x_BLD: Tensor, added_BLD: Tensor) -> Tensor:
         """The stream outside and the branch become one."""
