@@ -58,11 +58,11 @@ class Shape(NamedTuple):
 README = {"depth": (4, 2, 4), "shorten_factor": 2, "max_seq_len": 1024}
 NESTED = {"depth": (4, (2, 1, 2), 3), "shorten_factor": (2, 4), "max_seq_len": 2048}
 RECOMPUTE = ("selective", "full")
-USUAL = ("queries_up", "attention", "linear", "loss", "queries", *RECOMPUTE)
+USUAL = ("upsample", "attention", "linear", "loss", "queries", *RECOMPUTE)
 SHAPES = {
     "readme": Shape(README, (1, 4), USUAL),
     "nested": Shape(NESTED, (1, 4), USUAL),
-    "readme by 8": Shape({**README, "shorten_factor": 8}, (1,), ("queries_up", "keys")),
+    "readme by 8": Shape({**README, "shorten_factor": 8}, (1,), ("upsample", "keys")),
     "readme, 32k vocabulary": Shape({**README, "num_tokens": 32768}, (1,), ("loss",)),
 }
 """The two examples of the reference's README, and what shows the last rewrites."""
@@ -189,8 +189,8 @@ def _recomputed(policy: str) -> Callable[..., Tensor]:
 
 
 CHANGES: dict[str, tuple[str, Any, str, Any]] = {
-    "queries_up": (
-        *("without one-key valley attention", resample.Upsample, "forward"),
+    "upsample": (
+        *("without single-key attention", resample.Upsample, "forward"),
         _upsample_with_queries,
     ),
     "attention": ("without fused attention", layers, "attend", _attend_spelled_out),

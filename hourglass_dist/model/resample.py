@@ -325,10 +325,7 @@ class Upsample(nn.Module):
     def blocks(self, inner_BGE: Tensor, shorten: int) -> tuple[Tensor, Tensor]:
         """What a pooled token is to the positions of its bucket: (keys (B, G, D) for attention,
         what is added (B, G, S or 1, D))."""
-        if self.narrow is not None:
-            inner_BGD = self.narrow(inner_BGE)
-        else:
-            inner_BGD = inner_BGE[..., : self.dim]
+        inner_BGD = inner_BGE[..., : self.dim] if self.narrow is None else self.narrow(inner_BGE)
         if self.attends == "earlier":
             inner_BGD = self.key_norm(inner_BGD)
         block = inner_BGD.unsqueeze(2) if self.spread is None else self.spread(inner_BGD)

@@ -78,7 +78,7 @@ def test_a_change_that_is_another_function_is_noticed(monkeypatch: pytest.Monkey
         bench.check_agreement(case, ours, theirs, ["attention"])
 
 
-@pytest.mark.parametrize("name", ["queries_up", "attention", "queries", "selective"])
+@pytest.mark.parametrize("name", ["upsample", "attention", "queries", "selective"])
 def test_a_change_takes_place_and_ends(name: str) -> None:
     case = bench.Case("readme", 2, torch.float32, True, CPU)
     model, batch = case.model(), case.batch(case.length)
