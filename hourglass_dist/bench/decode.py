@@ -50,15 +50,15 @@ def bench_decode(
     contexts = (16, 32) if quick else CONTEXTS
     readme: dict[str, Any] = {**README, "max_seq_len": contexts[-1] + TOKENS}
     size = {"dim": 64, "heads": 2, "dim_head": 32} if quick else {"dim": 512}
-    seed = lucidrains_config(num_tokens=256, **(readme | size))
+    small = lucidrains_config(num_tokens=256, **(readme | size))
     facts = machine(device)
     print(headline(facts), flush=True)
 
-    ours = HourglassLM(seed)
-    theirs = package.HourglassTransformerLM(**lucidrains_kwargs(seed))
+    ours = HourglassLM(small)
+    theirs = package.HourglassTransformerLM(**lucidrains_kwargs(small))
     theirs.load_state_dict(to_lucidrains(ours))
     wrapper = package.autoregressive_wrapper.AutoregressiveWrapper(theirs).to(device).eval()
-    title = f"readme, {seed.hierarchy}, positions up to {seed.max_seq_len}"
+    title = f"readme, {small.hierarchy}, positions up to {small.max_seq_len}"
     found = bench_contexts(title, ours.to(device), wrapper, contexts, repeats)
     title = f"{config_file}, {modern.hierarchy}"
     found += bench_contexts(title, HourglassLM(modern).to(device), None, contexts, repeats)

@@ -2,7 +2,7 @@
 
     YAML  ->  ModelSection (validated, filled in)  ->  ModelSection.build()  ->  ModelConfig
 
-Four complete models stand in ``configs/``: ``seed.yaml``, ``paper.yaml``, ``modern.yaml`` and
+Four complete models stand in ``configs/``: ``lucidrains.yaml``, ``paper.yaml``, ``modern.yaml`` and
 ``vanilla.yaml``. What every setting means is said in ``model/settings.py``.
 """
 
@@ -185,8 +185,8 @@ class ModelSection(Section):
             ),
             (
                 self.legacy_mask and not plain,
-                "model.legacy_mask: only for what the seed has: learned positions, fixed pooling, "
-                "no window, attention_resampling none or bucket",
+                "model.legacy_mask: only for what lucidrains has: learned positions, fixed "
+                "pooling, no window, attention_resampling none or bucket",
             ),
             (
                 self.positions == "rope" and self.attention_resampling == "earlier",

@@ -118,7 +118,7 @@ def self_attention_mask(
 
 
 def _masked(mask_BL: Tensor, causal: bool, legacy: bool, like: Tensor) -> Tensor:
-    """Key padding masks: of encoders, and as the seed has them (finite, so that a query that may
+    """Key padding masks: of encoders, and as lucidrains has them (finite, so that a query that may
     see nothing sees everything)."""
     seen = mask_BL[:, None, None, :]
     if not legacy:

@@ -3,7 +3,7 @@
     tokens -> embeddings -> pre -> shorten -> (inner level) -> lengthen -> post -> norm -> logits
 
 Legend: B rows, L positions of a level, G positions of the next one, D width, E width of the next
-level, V vocabulary. With the settings of ``configs/seed.yaml`` the function is that of
+level, V vocabulary. With the settings of ``configs/lucidrains.yaml`` the function is that of
 ``hourglass-transformer-pytorch`` 0.0.6, for less and without its faults.
 """
 

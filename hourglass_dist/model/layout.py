@@ -47,7 +47,7 @@ class Rows(NamedTuple):
     document_BL: Tensor | None
     """Which document a position is of, not decreasing; None: one in each row."""
     mask_BL: Tensor | None
-    """Keys that may be seen, where later ones may be: in encoders, and as the seed does it."""
+    """Keys that may be seen, where later ones may be: in encoders, and as lucidrains does it."""
     shorten: int
     """S, to the next level; 1 at the innermost."""
     size: int

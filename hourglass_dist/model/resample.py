@@ -63,7 +63,7 @@ class HeadValues(Linear):
 
 
 class BucketAttention(nn.Module):
-    """Pooled tokens attend to the positions of their own bucket (seed).
+    """Pooled tokens attend to the positions of their own bucket (lucidrains).
 
     A bucket has one query and S keys. Where S is large, keys and values are never made: the query
     is taken through the key projection, and the mixed positions through the value projection.

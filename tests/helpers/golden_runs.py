@@ -14,7 +14,7 @@ from tiny_run import TINY, losses
 GOLDEN = TESTS / "golden"
 
 RUNS: dict[str, list[str]] = {
-    "seed": [
+    "lucidrains": [
         "model.attention_resampling=bucket",
         "model.levels.1.dropout=0.1",
         "train.precision=fp32",

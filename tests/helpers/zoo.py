@@ -43,10 +43,10 @@ def preset(name: str) -> dict[str, Any]:
 
 # Name: the options, and what happens to the levels.
 KINDS: dict[str, dict[str, Any]] = {
-    "seed": preset("seed") | {"max_seq_len": LONGEST},
-    "seed, linear": preset("seed")
+    "lucidrains": preset("lucidrains") | {"max_seq_len": LONGEST},
+    "lucidrains, linear": preset("lucidrains")
     | {"max_seq_len": LONGEST, "downsampling": "linear", "upsampling": "linear"},
-    "plain": preset("seed") | {"max_seq_len": LONGEST, "attention_resampling": "none"},
+    "plain": preset("lucidrains") | {"max_seq_len": LONGEST, "attention_resampling": "none"},
     "paper": preset("paper"),
     "paper, words": preset("paper") | {"upsampling": "repeat", "words": True},
     "modern": preset("modern") | {"wider": 4},

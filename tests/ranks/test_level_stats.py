@@ -103,7 +103,7 @@ def test_every_parameter_has_the_part_that_its_cost_is_in(kind: str) -> None:
 
 def test_the_largest_logit_in_a_compiled_model() -> None:
     """Watching changes no loss and breaks no graph."""
-    model = with_policy(make_kind("seed", "by 2"), "full")
+    model = with_policy(make_kind("lucidrains", "by 2"), "full")
     output = next(module for module in model.modules() if isinstance(module, Output))
     compiled = torch.compile(model, fullgraph=True, backend="eager", dynamic=False)
     rows = {"tokens_BL": random_text(2, 26, 0), "targets_BL": random_text(2, 26, 1)}

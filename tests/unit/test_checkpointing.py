@@ -33,7 +33,7 @@ def backward_and_count(model: HourglassLM, tokens_BL: Tensor) -> int:
     return sum(kept.values())
 
 
-@pytest.mark.parametrize("kind", ["seed, linear", "paper", "modern, words"])
+@pytest.mark.parametrize("kind", ["lucidrains, linear", "paper", "modern, words"])
 @pytest.mark.parametrize("levels", ["flat", "by 2, 4", "by 3, 2, 2"])
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
@@ -82,7 +82,7 @@ class Executed(TorchDispatchMode):
 def test_selective_does_no_matrix_product_and_no_attention_again() -> None:
     calls = {}
     for policy in ("none", "selective", "full"):
-        model = with_policy(make_model("seed", "by 2"), policy)
+        model = with_policy(make_model("lucidrains", "by 2"), policy)
         nats, _ = model(random_text(1, 23), targets_BL=random_text(1, 23))
         with Executed() as executed:
             nats.backward()

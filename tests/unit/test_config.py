@@ -203,7 +203,7 @@ def test_a_wrong_hierarchy_is_one_clear_line(notation: object, expected: str) ->
         ({"positions": "rope", "max_seq_len": None, "attention_resampling": "earlier"}, "earlier"),
         ({"positions": "relative", "max_seq_len": None, "dim_head": 7}, "need an even width"),
         ({"causal": False, "attention_resampling": "earlier"}, "model.causal: an encoder takes"),
-        ({"legacy_mask": True, "attention_resampling": "earlier"}, "only for what the seed has"),
+        ({"legacy_mask": True, "attention_resampling": "earlier"}, "only for what lucidrains has"),
     ],
 )
 def test_options_that_contradict_each_other_are_refused(

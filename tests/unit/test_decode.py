@@ -55,7 +55,7 @@ def test_positions_in_the_wrong_order_are_seen(monkeypatch: pytest.MonkeyPatch) 
         lambda shorten, window_NSD, size_N: shorten.pool(window_NSD.roll(1, 1)[:, None], None),
     )
     with pytest.raises(AssertionError):
-        test_steps_give_what_one_forward_pass_gives("seed, linear", "by 3")
+        test_steps_give_what_one_forward_pass_gives("lucidrains, linear", "by 3")
 
 
 @torch.no_grad()
@@ -96,7 +96,7 @@ def cache_of(kind: str, rows: int = 2) -> tuple[HourglassLM, Cache]:
 
 
 def test_a_cache_of_another_model_or_batch_is_refused() -> None:
-    model, cache = cache_of("seed")
+    model, cache = cache_of("lucidrains")
     with pytest.raises(ValueError, match="made by a model with other settings"):
         step(make_model("plain", "by 2"), torch.zeros(2, dtype=torch.int64), cache)
     with pytest.raises(ValueError, match="the cache holds 2 rows, given 3 tokens"):
@@ -104,7 +104,7 @@ def test_a_cache_of_another_model_or_batch_is_refused() -> None:
 
 
 def test_a_full_position_table_is_refused_and_only_there() -> None:
-    for kind, full in (("seed", True), ("modern", False)):
+    for kind, full in (("lucidrains", True), ("modern", False)):
         model = make_model(kind, "by 2")
         _, cache = prefill(model, random_text(1, zoo.LONGEST))
         if full:
@@ -118,17 +118,17 @@ def test_a_full_position_table_is_refused_and_only_there() -> None:
 def test_prompts_need_tokens(lengths: list[int] | None) -> None:
     given = None if lengths is None else torch.tensor(lengths)
     with pytest.raises(ValueError, match="expected prompts of 1 to"):
-        prefill(make_model("seed"), random_text(2, 5 if lengths else 0), given)
+        prefill(make_model("lucidrains"), random_text(2, 5 if lengths else 0), given)
 
 
 def test_an_encoder_does_not_generate() -> None:
     with pytest.raises(ValueError, match="needs a causal model"):
-        prefill(make_model("seed", causal=False), random_text(1, 5))
+        prefill(make_model("lucidrains", causal=False), random_text(1, 5))
 
 
 @torch.no_grad()
 def test_generation_from_bf16_weights_follows_the_forward_pass() -> None:
-    for kind, levels in itertools.product(("seed", "modern, words"), ("by 2", "by 2, 4")):
+    for kind, levels in itertools.product(("lucidrains", "modern, words"), ("by 2", "by 2, 4")):
         model = make_model(kind, levels).to(torch.bfloat16)
         tokens_BL = random_text(2, 20)
         whole_BLV = model(tokens_BL).float()

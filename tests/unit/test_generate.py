@@ -86,13 +86,13 @@ def test_a_position_table_shorter_than_a_stride_leaves_one_token() -> None:
     assert context_start(11, 10, 16) == 10
 
 
-@pytest.mark.parametrize("kind", ["seed", "modern, words"])
+@pytest.mark.parametrize("kind", ["lucidrains", "modern, words"])
 def test_generation_continues_with_the_likeliest_tokens_however_long(kind: str) -> None:
     """With a position table it goes on from the newer half of the text when the table is full."""
     model = make_model(kind, "by 2, 4")  # strides of 8; a table of 48 for one of them
     ids, begin = [3, 1, 4], 0
     for token in generate(model, list(ids), 100, temperature=0):
-        if kind == "seed" and len(ids) - begin > LONGEST:
+        if kind == "lucidrains" and len(ids) - begin > LONGEST:
             begin = context_start(len(ids), LONGEST // 2, 8)
         with torch.no_grad():
             logits = model(torch.tensor([ids[begin:]]))[0, -1]
@@ -100,11 +100,11 @@ def test_generation_continues_with_the_likeliest_tokens_however_long(kind: str) 
         ids.append(token)
     assert len(ids) == 103
     assert begin % 8 == 0
-    assert (begin > 0) == (kind == "seed")
+    assert (begin > 0) == (kind == "lucidrains")
 
 
 def test_generation_stops_before_the_end_of_text_and_never_leaves_the_vocabulary() -> None:
-    model = make_model("seed")
+    model = make_model("lucidrains")
     tokens = list(generate(model, [0], 30, temperature=0))
     stop = tokens[5]
     assert (
@@ -116,13 +116,13 @@ def test_generation_stops_before_the_end_of_text_and_never_leaves_the_vocabulary
 
 def test_generation_needs_something_to_continue() -> None:
     with pytest.raises(ValueError, match="at least one token of context, given none"):
-        next(generate(make_model("seed"), [], 3))
+        next(generate(make_model("lucidrains"), [], 3))
 
 
 @pytest.fixture
 def export(tmp_path: Path) -> Path:
     """A byte model that has not been trained, in the format of exports."""
-    config = make_config("seed", "by 3", max_seq_len=20)
+    config = make_config("lucidrains", "by 3", max_seq_len=20)
     tokenizer = ByteTokenizer()
     about = {"format": 2, "model": asdict(config), "tokenizer": asdict(tokenizer.fingerprint)}
     (tmp_path / "config.json").write_text(json.dumps(about))

@@ -14,9 +14,13 @@ from hourglass_dist.model.pool import LinearPool, LinearSpread, MeanPool
 from hourglass_dist.model.settings import ModelConfig
 
 LEVELS = [{"layers": [1, 2]}, {"layers": [1, 1], "shorten": 2}, {"layers": 2, "shorten": 3}]
-SEED = preset("seed") | {"max_seq_len": 128, "downsampling": "linear", "upsampling": "linear"}
+LUCIDRAINS = preset("lucidrains") | {
+    "max_seq_len": 128,
+    "downsampling": "linear",
+    "upsampling": "linear",
+}
 MODELS = {
-    "seed": SEED,
+    "lucidrains": LUCIDRAINS,
     "paper": preset("paper"),
     "modern": preset("modern"),
 }
@@ -30,10 +34,10 @@ def config_of(kind: str) -> ModelConfig:
     return parse_model(settings, source="test")
 
 
-CONFIG = config_of("seed")
+CONFIG = config_of("lucidrains")
 LAYERS = 2 * (1 + 2 + 1 + 1 + 2)
 WAYS = 2 * 2 * 2  # attention and feed-forward, two ways in and two ways out
-BRANCHES = {"seed": LAYERS + WAYS, "paper": LAYERS + WAYS, "modern": LAYERS}
+BRANCHES = {"lucidrains": LAYERS + WAYS, "paper": LAYERS + WAYS, "modern": LAYERS}
 
 
 @pytest.mark.parametrize("kind", MODELS)

@@ -89,7 +89,7 @@ def test_a_broken_shift_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr("hourglass_dist.model.pool.cut", late)
     with pytest.raises(AssertionError, match="the past changed"):
-        test_no_logit_depends_on_a_later_token("seed", "by 2")
+        test_no_logit_depends_on_a_later_token("lucidrains", "by 2")
 
 
 # --- packing and padding -------------------------------------------------------------------------
@@ -139,7 +139,7 @@ def test_padded_rows_of_packed_documents(kind: str) -> None:
 
 
 @every_depth
-@pytest.mark.parametrize("kind", ["seed", "seed, linear", "plain"])
+@pytest.mark.parametrize("kind", ["lucidrains", "lucidrains, linear", "plain"])
 @torch.no_grad()
 def test_an_encoder_does_not_see_padding(kind: str, levels: str) -> None:
     model = make_model(kind, levels, causal=False)
@@ -183,7 +183,7 @@ def test_gradients_are_finite_and_reach_every_trained_weight(
 
 
 @pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize("kind", ["seed", "seed, linear", "plain"])
+@pytest.mark.parametrize("kind", ["lucidrains", "lucidrains, linear", "plain"])
 @torch.no_grad()
 def test_legacy_masks_are_those_of_the_reference_and_leak(kind: str, causal: bool) -> None:
     """Why they are not the default: a row with nothing to see attends to everything."""
@@ -206,7 +206,7 @@ def test_legacy_masks_are_those_of_the_reference_and_leak(kind: str, causal: boo
         ("modern", {}, "positions"),
         ("paper", {}, "positions"),
         ("plain", {"skip": "gated"}, "skip"),
-        ("seed", {"ff_mult": 3}, "ff_mult"),
+        ("lucidrains", {"ff_mult": 3}, "ff_mult"),
     ],
 )
 def test_other_models_do_not_go_to_the_reference(
@@ -296,7 +296,7 @@ def test_documents_past_the_last_bucket_of_a_row_do_without_and_see_nothing(kind
 @pytest.mark.parametrize("length", [0, zoo.LONGEST + 1])
 def test_a_length_outside_the_position_table_is_refused(length: int) -> None:
     with pytest.raises(ValueError, match=f"given {length}"):
-        make_model("seed")(random_text(1, length))
+        make_model("lucidrains")(random_text(1, length))
 
 
 @torch.no_grad()
@@ -317,7 +317,7 @@ def test_models_without_a_table_take_any_length() -> None:
 )
 def test_documents_out_of_order_are_refused(documents: list[list[int]], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        make_model("seed")(random_text(1, 4), documents_BL=torch.tensor(documents))
+        make_model("lucidrains")(random_text(1, 4), documents_BL=torch.tensor(documents))
 
 
 @torch.no_grad()
@@ -366,6 +366,6 @@ def test_every_weight_is_used_inside_its_own_module_only(kind: str, levels: str)
 
 
 def test_only_the_query_side_of_the_way_out_is_frozen() -> None:
-    frozen = {n for n, p in make_model("seed").named_parameters() if not p.requires_grad}
+    frozen = {n for n, p in make_model("lucidrains").named_parameters() if not p.requires_grad}
     parts = ("norm.weight", "norm.bias", "query.weight", "key.weight")
     assert frozen == {f"hourglass.lengthen.attention.{part}" for part in parts}

@@ -184,7 +184,7 @@ def test_ranks_share_the_work_and_not_the_score(datasets: list[Dataset], isolate
         assert mine.nats == pytest.approx(other.nats, rel=1e-9)
 
 
-@pytest.mark.parametrize("kind", ["seed", "modern, words"])
+@pytest.mark.parametrize("kind", ["lucidrains", "modern, words"])
 def test_documents_kept_apart_are_scored_as_if_each_were_alone(tmp_path: Path, kind: str) -> None:
     """In windows that always hold the whole document: 16 new tokens, 32 before them."""
     texts = [word[:24] for word in words(60)]
