@@ -2,7 +2,7 @@
 # Makes the Python environment of the project in .venv, or in the virtual environment that is active.
 # Run it as often as you like: it does what is missing, repairs what was interrupted, and else ends at once.
 #
-#   HOURGLASS_PYTHON=python3.12   the interpreter for a new .venv (default: python3, or the newest that is new enough)
+#   HOURGLASS_PYTHON=python3.12   the interpreter for a new .venv (default: python3, or the newest of 3.11 to 3.13)
 #   HOURGLASS_TORCH=cpu | cuda    the build of torch (default: cuda where there is an NVIDIA GPU, else cpu)
 set -euo pipefail
 
@@ -21,21 +21,21 @@ fail() {
   exit 2
 }
 
-new_enough() { "$1" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; }
+fits() { "$1" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null; }
 
 has_gpu() { [[ -e /dev/nvidia0 ]] || nvidia-smi -L >/dev/null 2>&1; }
 
 find_interpreter() {
   local name
-  for name in ${HOURGLASS_PYTHON:-python3 python3.13 python3.12 python3.11 python3.10}; do
-    if new_enough "$name"; then
+  for name in ${HOURGLASS_PYTHON:-python3 python3.13 python3.12 python3.11}; do
+    if fits "$name"; then
       interpreter=$name
       return
     fi
   done
   name=${HOURGLASS_PYTHON:-python3}
-  fail "needs Python 3.10 or newer, but $name is $("$name" -V 2>/dev/null || echo "not there");" \
-    "install one or name one: HOURGLASS_PYTHON=/path/to/python3.11 bash launch/setup.sh"
+  fail "needs Python 3.11 to 3.13, but $name is $("$name" -V 2>/dev/null || echo "not there");" \
+    "install one or name one: HOURGLASS_PYTHON=/path/to/python3.13 bash launch/setup.sh"
 }
 
 # What a finished set-up depends on: another Python, other pins or another place of the checkout mean doing it again.
@@ -81,7 +81,7 @@ check_room() {
 
 make_environment() {
   if [[ -n ${VIRTUAL_ENV:-} ]]; then
-    new_enough "$python" || fail "needs Python 3.10 or newer, but the active environment $env has $("$python" -V)"
+    fits "$python" || fail "needs Python 3.11 to 3.13, but the active environment $env has $("$python" -V)"
     return
   fi
   "$python" -m pip --version >/dev/null 2>&1 && grep -qF "$env" "$env/bin/activate" && return

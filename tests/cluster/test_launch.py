@@ -45,7 +45,7 @@ def test_setup_refuses_a_python_that_is_not_there(checkout: Path) -> None:
     said = one_line(
         run("bash", checkout / "launch/setup.sh", VIRTUAL_ENV="", HOURGLASS_PYTHON="python3.1")
     )
-    assert "needs Python 3.10 or newer, but python3.1 is not there" in said
+    assert "needs Python 3.11 to 3.13, but python3.1 is not there" in said
     assert not (checkout / ".venv").exists()
 
 
