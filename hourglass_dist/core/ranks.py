@@ -24,7 +24,7 @@ from typing import Any, NoReturn, TypeVar
 import torch
 import torch.distributed as td
 from torch import Tensor
-from torch._C._distributed_c10d import HashStore
+from torch.distributed import HashStore  # type: ignore[attr-defined]
 
 T = TypeVar("T")
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 
-from torch._C._distributed_c10d import TCPStore
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 TIMEOUT = timedelta(seconds=120)
 NOTE = json.dumps({"bytes": 76_420_000_000 // 4096, "crc32c": 2**32 - 1})
