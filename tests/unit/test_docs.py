@@ -25,9 +25,31 @@ def test_the_picture_is_the_one_that_its_script_draws(tmp_path: Path) -> None:
     assert (tmp_path / "hourglass.svg").read_text() == (ROOT / "docs/hourglass.svg").read_text()
 
 
-@pytest.mark.parametrize("link", re.findall(r"\]\(([^):]+)\)", README))
-def test_links_lead_somewhere(link: str) -> None:
-    assert (ROOT / link).exists()
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
+
+
+def anchors(text: str) -> set[str]:
+    """The names that a page's headings get: lower case, no punctuation, hyphens for spaces."""
+    headings = re.findall(r"^#+ (.*)$", text, flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", DOCUMENTS, ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    for link in re.findall(r"\]\(([^)]+)\)", page.read_text()):
+        if "://" not in link:
+            name, _, anchor = link.partition("#")
+            target = page.parent / name if name else page
+            assert target.exists(), link
+            assert not anchor or anchor in anchors(target.read_text()), link
+
+
+@pytest.mark.parametrize("page", DOCUMENTS, ids=lambda page: page.name)
+def test_lines_are_not_long(page: Path) -> None:
+    """Tables, pictures and what programs print aside."""
+    text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+    lines = [line for line in text.splitlines() if not line.startswith(("|", "!", "    "))]
+    assert not [line for line in lines if len(line) > 120 and " " in line[:120].strip()]
 
 
 def test_no_merge_is_half_done() -> None:
