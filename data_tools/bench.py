@@ -18,9 +18,9 @@ from typing import Any
 import orjson
 import sentencepiece
 
-from data_tools.corpus import find_inputs, read_documents
 from data_tools.inputs import find
 from data_tools.settings import Prepare
+from data_tools.sources.text_files import find_inputs, read_documents
 from data_tools.stages import STAGES
 from data_tools.tokenizer import lines_of, train_on
 from data_tools.workspace import Show, Work, do_task, silent

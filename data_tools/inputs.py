@@ -10,9 +10,9 @@ from pathlib import Path
 
 from pydantic import NonNegativeInt
 
-from data_tools.corpus import find_inputs
-from data_tools.readers import can_be_cut, suffixes_of
 from data_tools.settings import Prepare
+from data_tools.sources.readers import can_be_cut, suffixes_of
+from data_tools.sources.text_files import find_inputs
 from data_tools.workspace import Spec
 from hourglass_dist.config.loader import Section
 from hourglass_dist.data.tokenizer import load_tokenizer

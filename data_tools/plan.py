@@ -11,10 +11,10 @@ from datetime import timedelta
 from pathlib import Path
 
 from data_tools.clean import Cleaner
-from data_tools.corpus import Problem
 from data_tools.inputs import InputFile, Inputs, read_tasks
-from data_tools.readers import read_records
 from data_tools.settings import Prepare, Source
+from data_tools.sources.readers import read_records
+from data_tools.sources.text_files import Problem
 from hourglass_dist.data.shards import dtype_name, dtype_of
 from hourglass_dist.data.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
 

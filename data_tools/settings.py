@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveInt, field_validator, model_validator
 
-from data_tools.split import parse_rule
+from data_tools.sources.held_out_rule import parse_rule
 from hourglass_dist.config import shipped
 from hourglass_dist.config.loader import ConfigError, Section, apply_override, parse, read_yaml
 

@@ -13,9 +13,9 @@ from datasets import NASTY, refusal, words
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_tools import corpus
-from data_tools.corpus import find_inputs, read_documents
 from data_tools.shard import make_dataset, plan_job
+from data_tools.sources import text_files
+from data_tools.sources.text_files import find_inputs, read_documents
 from data_tools.tokenizer import train_tokenizer
 from hourglass_dist.data.tokenizer import ByteTokenizer
 
@@ -61,12 +61,12 @@ def test_separators_may_lie_across_two_reads(
 ) -> None:
     path = tmp_path_factory.mktemp("text") / "a.txt"
     path.write_text(data)
-    before = corpus._CHUNK
-    corpus._CHUNK = chunk
+    before = text_files._CHUNK
+    text_files._CHUNK = chunk
     try:
         found = read(path, "--")
     finally:
-        corpus._CHUNK = before
+        text_files._CHUNK = before
     expected = data.split("--")
     assert found == (expected if expected[-1] else expected[:-1])
 

@@ -24,7 +24,7 @@ from ranks import environment
 
 from data_tools.inspect import documents
 from data_tools.shard import count, find_finished, make_dataset, plan_job
-from data_tools.split import parse_rule
+from data_tools.sources.held_out_rule import parse_rule
 from data_tools.tokenizer import train_tokenizer
 from data_tools.verify import verify
 from hourglass_dist.cli import main

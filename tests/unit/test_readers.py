@@ -23,9 +23,9 @@ from hypothesis import strategies as st
 from warcio.statusandheaders import StatusAndHeaders
 from warcio.warcwriter import WARCWriter
 
-from data_tools.corpus import Problem, find_inputs, read_json_lines
-from data_tools.readers import read_records, suffixes_of
 from data_tools.settings import Source
+from data_tools.sources.readers import read_records, suffixes_of
+from data_tools.sources.text_files import Problem, find_inputs, read_json_lines
 
 TEXTS = [text for text in NASTY if "\0" not in text and text] + words(40)
 SOURCE = Source(name="source", inputs=["x"])

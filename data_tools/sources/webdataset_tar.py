@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from data_tools.corpus import Problem, Records, Wrong, text_or_wrong
+from data_tools.sources.text_files import Problem, Records, Wrong, text_or_wrong
 from hourglass_dist.config.loader import show
 
 RUNS_CODE = (".pickle", ".pkl", ".pyd", ".pth", ".pt", ".ten", ".npy", ".npz", ".dill", ".joblib")

@@ -19,7 +19,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from data_tools.corpus import (
+from data_tools.settings import Source
+from data_tools.sources.text_files import (
     SUFFIXES,
     Problem,
     Records,
@@ -29,8 +30,7 @@ from data_tools.corpus import (
     read_text,
     text_or_wrong,
 )
-from data_tools.settings import Source
-from data_tools.tar_input import read_tar
+from data_tools.sources.webdataset_tar import read_tar
 
 _CSV = (".csv", ".csv.gz", ".csv.zst")
 _WARC = (".warc", ".warc.gz", ".wet", ".wet.gz")

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import xxhash
 
-from data_tools.corpus import find_inputs
+from data_tools.sources.text_files import find_inputs
 from hourglass_dist.data.shards import Split
 
 _SEED = 0x68656C646F7574
