@@ -15,12 +15,12 @@ from rich.console import Console
 from rich.progress import Progress as Bar
 from rich.progress import SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from data_tools import reshape
 from data_tools import shard as sharding
-from data_tools.inspect import batch_rows, describe, documents, random_documents, row_ids
-from data_tools.reshape import compare
+from data_tools.datasets import reshape
+from data_tools.datasets.inspect import batch_rows, describe, documents, random_documents, row_ids
+from data_tools.datasets.reshape import compare
+from data_tools.datasets.verify import verify as verify_dataset
 from data_tools.tokenizer import train_tokenizer
-from data_tools.verify import verify as verify_dataset
 from data_tools.workspace import Show
 from hourglass_dist.config.describe import describe as describe_settings
 from hourglass_dist.data.shards import Manifest, Split
@@ -276,7 +276,7 @@ def stats(
 
     Example: hourglass data stats data/try --out plots/try
     """
-    from data_tools.stats import stats as make_stats
+    from data_tools.datasets.stats import stats as make_stats
 
     with _live_line() as show:
         lines = make_stats(dataset, split, out, show)

@@ -17,12 +17,12 @@ import numpy as np
 import xxhash
 
 from data_tools.clean import Cleaner
+from data_tools.datasets.stats import bins_of
 from data_tools.documents import DocumentWriter
 from data_tools.inputs import InputFile
 from data_tools.settings import Source
 from data_tools.sources.readers import read_records
 from data_tools.sources.text_files import Problem
-from data_tools.stats import bins_of
 from data_tools.workspace import Counts, Spec, Tick, Work
 
 QUARANTINE_FILE = "quarantine.jsonl"

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from data_tools.plots import as_image, bars, histogram_plot
+from data_tools.datasets.plots import as_image, bars, histogram_plot
 from data_tools.workspace import Work
 from hourglass_dist.config.loader import to_yaml
 from hourglass_dist.core.files import replace

@@ -21,7 +21,7 @@ from typing import Any, get_args
 import numpy as np
 import numpy.typing as npt
 
-from data_tools.runs import Run, RunPlan, gather, plan_runs, write_run
+from data_tools.datasets.sorted_runs import Run, RunPlan, gather, plan_runs, write_run
 from data_tools.sources.held_out_rule import Rule, parse_rule
 from data_tools.sources.text_files import find_inputs, read_documents
 from data_tools.workspace import Show, silent

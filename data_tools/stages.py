@@ -22,13 +22,13 @@ from typing import get_args
 import numpy as np
 
 from data_tools import dedup, reading
+from data_tools.datasets.sorted_runs import Run, RunPlan, plan_runs, write_run
+from data_tools.datasets.stats import bins_of
 from data_tools.documents import Array, Documents, mixed
 from data_tools.inputs import Inputs, read_tasks
 from data_tools.reading import Samples
-from data_tools.runs import Run, RunPlan, plan_runs, write_run
 from data_tools.shard import make_shard
 from data_tools.sources.held_out_rule import Rule, parse_rule
-from data_tools.stats import bins_of
 from data_tools.tokenizer import lines_of, train_on
 from data_tools.workspace import Counts, Spec, Tick, Work
 from data_tools.workspace import Run as RunTask

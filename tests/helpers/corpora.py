@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from data_tools.inspect import documents
+from data_tools.datasets.inspect import documents
 from data_tools.prepare import prepare
 from data_tools.report import Report
 from data_tools.settings import Prepare

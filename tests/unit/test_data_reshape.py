@@ -12,12 +12,12 @@ from datasets import NASTY, make, refusal, stream_of, words
 from paths import CORPORA
 from ranks import hourglass
 
-from data_tools.inspect import batch_rows, documents, random_documents, row_ids
-from data_tools.reshape import compare, export_text, merge, reshard, split
+from data_tools.datasets.inspect import batch_rows, documents, random_documents, row_ids
+from data_tools.datasets.reshape import compare, export_text, merge, reshard, split
+from data_tools.datasets.stats import stats
+from data_tools.datasets.verify import verify
 from data_tools.shard import make_dataset, plan_job
-from data_tools.stats import stats
 from data_tools.tokenizer import train_tokenizer
-from data_tools.verify import verify
 from hourglass_dist.data.shards import Manifest, ShardReader, Split
 from hourglass_dist.data.tokenizer import ByteTokenizer, load_tokenizer
 

@@ -12,9 +12,9 @@ import webdataset
 from corpora import FULL, all_texts, run, settings, shard_hashes, texts, write_jsonl
 from datasets import NASTY, make, refusal
 
+from data_tools.datasets.verify import verify
 from data_tools.prepare import prepare
 from data_tools.report import Report
-from data_tools.verify import verify
 
 
 @pytest.fixture(scope="module")

@@ -10,8 +10,8 @@ from paths import ROOT
 from ranks import hourglass
 from written_keys import written_keys
 
+from data_tools.datasets.verify import verify
 from data_tools.settings import Prepare, load_settings
-from data_tools.verify import verify
 from hourglass_dist.config.loader import paths, read_yaml, to_yaml
 
 FILES = sorted((ROOT / "configs" / "prepare").glob("*.yaml"))

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data_tools.blocks import read_samples
+from data_tools.datasets.blocks import read_samples
 from data_tools.workspace import Show, silent
 from hourglass_dist.core.files import replace
 from hourglass_dist.data.shards import Manifest, Split
@@ -23,7 +23,7 @@ def bins_of(values: np.ndarray) -> dict[str, int]:
 
 def stats(folder: Path, split: Split, out: Path, show: Show = silent) -> list[str]:
     """Write plots (PNG) and stats.json into the folder ``out``; returns lines to print."""
-    from data_tools.plots import histogram_plot, rank_plot, save
+    from data_tools.datasets.plots import histogram_plot, rank_plot, save
 
     manifest, tokenizer = Manifest.load(folder), load_tokenizer(folder)
     lengths_V = tokenizer.byte_lengths()

@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 import zstandard
 
-from data_tools.inspect import document_ids, documents
+from data_tools.datasets.inspect import document_ids, documents
 from data_tools.shard import SPLITS, Piece, write_dataset
 from data_tools.workspace import Show, silent
 from hourglass_dist.config.loader import differences

@@ -14,7 +14,7 @@ from pathlib import Path
 import google_crc32c
 import numpy as np
 
-from data_tools.blocks import Sample, read_samples
+from data_tools.datasets.blocks import Sample, read_samples
 from data_tools.workspace import Show, silent
 from hourglass_dist.data.shards import Manifest, Shard, check_sha256
 from hourglass_dist.data.tokenizer import Tokenizer, load_tokenizer, require_same
