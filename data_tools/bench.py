@@ -18,12 +18,12 @@ from typing import Any
 import orjson
 import sentencepiece
 
-from data_tools.inputs import find
-from data_tools.settings import Prepare
+from data_tools.pipeline.inputs import find
+from data_tools.pipeline.settings import Prepare
+from data_tools.pipeline.steps import STAGES
+from data_tools.pipeline.workspace import Show, Work, do_task, silent
 from data_tools.sources.text_files import find_inputs, read_documents
-from data_tools.stages import STAGES
 from data_tools.tokenizer import lines_of, train_on
-from data_tools.workspace import Show, Work, do_task, silent
 from hourglass_dist.config.loader import parse, to_yaml
 from hourglass_dist.data.tokenizer import SentencePieceTokenizer
 

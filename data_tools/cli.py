@@ -20,8 +20,8 @@ from data_tools.datasets import reshape
 from data_tools.datasets.inspect import batch_rows, describe, documents, random_documents, row_ids
 from data_tools.datasets.reshape import compare
 from data_tools.datasets.verify import verify as verify_dataset
+from data_tools.pipeline.workspace import Show
 from data_tools.tokenizer import train_tokenizer
-from data_tools.workspace import Show
 from hourglass_dist.config.describe import describe as describe_settings
 from hourglass_dist.data.shards import Manifest, Split
 from hourglass_dist.data.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
@@ -207,7 +207,7 @@ def prepare(
 
     Example: hourglass data prepare --describe filters
     """
-    from data_tools.settings import Prepare, load_settings
+    from data_tools.pipeline.settings import Prepare, load_settings
 
     if describe:
         print(describe_settings(Prepare, config or ""), end="")
@@ -215,7 +215,7 @@ def prepare(
     if config is None:
         raise ValueError("expected CONFIG, such as bytes, or --describe [KEY]")
     settings = load_settings(config, overrides or ())
-    from data_tools import prepare as preparing  # its packages are an extra
+    from data_tools.pipeline import prepare as preparing
 
     if dry_run:
         print("\n".join(preparing.dry_run(settings)))

@@ -22,9 +22,9 @@ import numpy as np
 import numpy.typing as npt
 
 from data_tools.datasets.sorted_runs import Run, RunPlan, gather, plan_runs, write_run
+from data_tools.pipeline.workspace import Show, silent
 from data_tools.sources.held_out_rule import Rule, parse_rule
 from data_tools.sources.text_files import find_inputs, read_documents
-from data_tools.workspace import Show, silent
 from hourglass_dist.config.loader import differences
 from hourglass_dist.core.files import new_folder, sha256_of
 from hourglass_dist.data.shards import (

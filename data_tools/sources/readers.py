@@ -19,7 +19,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from data_tools.settings import Source
+from data_tools.pipeline.settings import Source
 from data_tools.sources.text_files import (
     SUFFIXES,
     Problem,

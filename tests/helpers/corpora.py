@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 
 from data_tools.datasets.inspect import documents
-from data_tools.prepare import prepare
-from data_tools.report import Report
-from data_tools.settings import Prepare
+from data_tools.pipeline.prepare import prepare
+from data_tools.pipeline.report import Report
+from data_tools.pipeline.settings import Prepare
 from hourglass_dist.config.loader import parse
 from hourglass_dist.data.shards import Manifest
 from hourglass_dist.data.tokenizer import load_tokenizer

@@ -13,8 +13,8 @@ from corpora import FULL, all_texts, run, settings, shard_hashes, texts, write_j
 from datasets import NASTY, make, refusal
 
 from data_tools.datasets.verify import verify
-from data_tools.prepare import prepare
-from data_tools.report import Report
+from data_tools.pipeline.prepare import prepare
+from data_tools.pipeline.report import Report
 
 
 @pytest.fixture(scope="module")

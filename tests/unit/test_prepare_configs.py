@@ -11,7 +11,7 @@ from ranks import hourglass
 from written_keys import written_keys
 
 from data_tools.datasets.verify import verify
-from data_tools.settings import Prepare, load_settings
+from data_tools.pipeline.settings import Prepare, load_settings
 from hourglass_dist.config.loader import paths, read_yaml, to_yaml
 
 FILES = sorted((ROOT / "configs" / "prepare").glob("*.yaml"))

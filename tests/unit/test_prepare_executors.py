@@ -12,7 +12,7 @@ import pytest
 from corpora import killing, run, settings, shard_hashes, texts, write_jsonl
 from datasets import refusal
 
-from data_tools.prepare import prepare
+from data_tools.pipeline.prepare import prepare
 
 SMALL = {"tokenizer": {"kind": "bpe", "vocab_size": 330, "sample_bytes": 10_000}}
 

@@ -20,9 +20,9 @@ from corpora import FULL, all_texts, killing, run, settings, shard_hashes, texts
 from datasets import refusal
 from ranks import environment
 
-from data_tools import executors
-from data_tools.prepare import prepare
-from data_tools.stages import STAGES
+from data_tools.pipeline import executors
+from data_tools.pipeline.prepare import prepare
+from data_tools.pipeline.steps import STAGES
 from hourglass_dist.config.loader import to_yaml
 
 COMMAND = [str(Path(sys.executable).with_name("hourglass")), "data", "prepare"]

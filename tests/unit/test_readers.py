@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from warcio.statusandheaders import StatusAndHeaders
 from warcio.warcwriter import WARCWriter
 
-from data_tools.settings import Source
+from data_tools.pipeline.settings import Source
 from data_tools.sources.readers import read_records, suffixes_of
 from data_tools.sources.text_files import Problem, find_inputs, read_json_lines
 

@@ -19,8 +19,8 @@ from hypothesis import strategies as st
 from paths import CORPORA
 from ranks import hourglass
 
+from data_tools.pipeline.workspace import silent
 from data_tools.tokenizer import Kind, _draw, train_tokenizer
-from data_tools.workspace import silent
 from hourglass_dist.data.tokenizer import (
     STRETCH,
     ByteTokenizer,

@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 
-from data_tools.clean import Cleaner
-from data_tools.inputs import InputFile, Inputs, read_tasks
-from data_tools.settings import Prepare, Source
+from data_tools.pipeline.clean import Cleaner
+from data_tools.pipeline.inputs import InputFile, Inputs, read_tasks
+from data_tools.pipeline.settings import Prepare, Source
 from data_tools.sources.readers import read_records
 from data_tools.sources.text_files import Problem
 from hourglass_dist.data.shards import dtype_name, dtype_of

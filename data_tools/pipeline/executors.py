@@ -22,7 +22,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Protocol
 
-from data_tools.settings import Prepare
+from data_tools.pipeline.settings import Prepare
 
 Tick = Callable[[], None]
 PAUSE_S = 0.2
@@ -80,7 +80,7 @@ class _Local:
     def _start(self) -> subprocess.Popen[str]:
         with (self._root / "workers.log").open("a") as log:
             return subprocess.Popen(
-                [sys.executable, "-m", "data_tools.worker", str(self._root)],
+                [sys.executable, "-m", "data_tools.pipeline.worker", str(self._root)],
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True,
                 env=_environment(),
             )  # fmt: skip
@@ -105,7 +105,7 @@ def _local(settings: Prepare, root: Path) -> Iterator[Executor]:
 
 class _Ray:
     def __init__(self, ray: Any, root: Path, workers: int | None) -> None:
-        from data_tools.worker import work_on
+        from data_tools.pipeline.worker import work_on
 
         self._ray, self._root, self._workers = ray, root, workers
         self._task = ray.remote(num_cpus=1, max_retries=0)(work_on)
@@ -174,7 +174,14 @@ class _Slurm:
         listed = self._root / stage / "slurm.json"
         listed.write_text(json.dumps(list(indices)))
         workers = min(self._workers, len(indices))
-        words = [sys.executable, "-m", "data_tools.worker", str(self._root), stage, str(listed)]
+        words = [
+            sys.executable,
+            "-m",
+            "data_tools.pipeline.worker",
+            str(self._root),
+            stage,
+            str(listed),
+        ]
         script = f'#!/bin/sh\nexec {shlex.join(words)} "$SLURM_ARRAY_TASK_ID" {workers}\n'
         job = self._call(
             ["sbatch", "--parsable", f"--array=0-{workers - 1}", f"--job-name=prepare-{stage}",

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from data_tools.datasets.plots import as_image, bars, histogram_plot
-from data_tools.workspace import Work
+from data_tools.pipeline.workspace import Work
 from hourglass_dist.config.loader import to_yaml
 from hourglass_dist.core.files import replace
 

@@ -16,14 +16,14 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from data_tools.clean import Cleaner
 from data_tools.datasets.stats import bins_of
-from data_tools.documents import DocumentWriter
-from data_tools.inputs import InputFile
-from data_tools.settings import Source
+from data_tools.pipeline.clean import Cleaner
+from data_tools.pipeline.documents import DocumentWriter
+from data_tools.pipeline.inputs import InputFile
+from data_tools.pipeline.settings import Source
+from data_tools.pipeline.workspace import Counts, Spec, Tick, Work
 from data_tools.sources.readers import read_records
 from data_tools.sources.text_files import Problem
-from data_tools.workspace import Counts, Spec, Tick, Work
 
 QUARANTINE_FILE = "quarantine.jsonl"
 

@@ -10,10 +10,10 @@ from pathlib import Path
 
 from pydantic import NonNegativeInt
 
-from data_tools.settings import Prepare
+from data_tools.pipeline.settings import Prepare
+from data_tools.pipeline.workspace import Spec
 from data_tools.sources.readers import can_be_cut, suffixes_of
 from data_tools.sources.text_files import find_inputs
-from data_tools.workspace import Spec
 from hourglass_dist.config.loader import Section
 from hourglass_dist.data.tokenizer import load_tokenizer
 

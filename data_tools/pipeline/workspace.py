@@ -25,7 +25,7 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
-from data_tools.settings import Prepare, load_settings
+from data_tools.pipeline.settings import Prepare, load_settings
 from hourglass_dist.core.files import replace, sync
 
 Show = Callable[[str], None]

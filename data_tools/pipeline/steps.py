@@ -21,17 +21,17 @@ from typing import get_args
 
 import numpy as np
 
-from data_tools import dedup, reading
 from data_tools.datasets.sorted_runs import Run, RunPlan, plan_runs, write_run
 from data_tools.datasets.stats import bins_of
-from data_tools.documents import Array, Documents, mixed
-from data_tools.inputs import Inputs, read_tasks
-from data_tools.reading import Samples
+from data_tools.pipeline import dedup, read_step
+from data_tools.pipeline.documents import Array, Documents, mixed
+from data_tools.pipeline.inputs import Inputs, read_tasks
+from data_tools.pipeline.read_step import Samples
+from data_tools.pipeline.workspace import Counts, Spec, Tick, Work
+from data_tools.pipeline.workspace import Run as RunTask
 from data_tools.shard import make_shard
 from data_tools.sources.held_out_rule import Rule, parse_rule
 from data_tools.tokenizer import lines_of, train_on
-from data_tools.workspace import Counts, Spec, Tick, Work
-from data_tools.workspace import Run as RunTask
 from hourglass_dist.data.shards import Recipe, Split
 from hourglass_dist.data.tokenizer import (
     ByteTokenizer,
@@ -227,7 +227,7 @@ def recipe_of(work: Work, name: str) -> Recipe:
     source = next(source for source in settings.sources if source.name == name)
     return Recipe(
         source=name,
-        inputs_sha256=reading.hash_of_inputs(work, name),
+        inputs_sha256=read_step.hash_of_inputs(work, name),
         separator=source.separator,
         text_field=source.text_field,
         held_out=settings.held_out,
@@ -242,7 +242,7 @@ def _read_specs(work: Work, inputs: Inputs) -> list[Spec]:
 
 
 STAGES = (
-    Stage("read", "bytes", _read_specs, reading.read),
+    Stage("read", "bytes", _read_specs, read_step.read),
     Stage("exact", "documents", dedup.exact_specs, dedup.find_exact),
     Stage("bands", "documents", dedup.band_specs, dedup.find_pairs),
     Stage("clusters", "pairs", dedup.cluster_specs, dedup.find_clusters),

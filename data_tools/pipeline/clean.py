@@ -25,7 +25,7 @@ from datatrove.pipeline.formatters.pii import PIIFormatter
 from datatrove.utils.text import ngrams, simplify_text
 from datatrove.utils.word_tokenizers import WordTokenizer
 
-from data_tools.settings import Filters, Language, MinHash, Normalise, Pii, Prepare
+from data_tools.pipeline.settings import Filters, Language, MinHash, Normalise, Pii, Prepare
 
 _SHINGLES_AT_ONCE = 4096
 """Rows of the table of hashes that exist at a time: a long text would fill the memory."""

@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from data_tools.documents import Documents
-from data_tools.inputs import Inputs
-from data_tools.workspace import Counts, Spec, Tick, Work
+from data_tools.pipeline.documents import Documents
+from data_tools.pipeline.inputs import Inputs
+from data_tools.pipeline.workspace import Counts, Spec, Tick, Work
 
 BUCKET_DOCUMENTS = 1 << 23
 """About how many documents one task sorts."""

@@ -1,8 +1,8 @@
 """A worker: does the tasks that it is told to, one after another, and writes down what fails.
 
-    python -m data_tools.worker OUT/work                          "STAGE INDEX" lines on stdin,
+    python -m data_tools.pipeline.worker OUT/work                          "STAGE INDEX" lines on stdin,
                                                                   one line on stdout after each
-    python -m data_tools.worker OUT/work STAGE LIST FIRST STEP    every STEP-th index of a file
+    python -m data_tools.pipeline.worker OUT/work STAGE LIST FIRST STEP    every STEP-th index of a file
 
 It ends when its stdin does, so none is left behind when the pipeline is killed.
 """
@@ -15,8 +15,8 @@ import sys
 import traceback
 from pathlib import Path
 
-from data_tools.stages import BY_NAME
-from data_tools.workspace import Work, do_task
+from data_tools.pipeline.steps import BY_NAME
+from data_tools.pipeline.workspace import Work, do_task
 
 
 def work_on(root: Path, stage: str, index: int) -> None:
