@@ -23,7 +23,7 @@ from data_tools.pipeline.settings import Prepare
 from data_tools.pipeline.steps import STAGES
 from data_tools.pipeline.workspace import Show, Work, do_task, silent
 from data_tools.sources.text_files import find_inputs, read_documents
-from data_tools.tokenizer import lines_of, train_on
+from data_tools.train_tokenizer import lines_of, train_on
 from hourglass_dist.config.loader import parse, to_yaml
 from hourglass_dist.data.tokenizer import SentencePieceTokenizer
 

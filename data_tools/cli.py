@@ -21,7 +21,7 @@ from data_tools.datasets.inspect import batch_rows, describe, documents, random_
 from data_tools.datasets.reshape import compare
 from data_tools.datasets.verify import verify as verify_dataset
 from data_tools.pipeline.workspace import Show
-from data_tools.tokenizer import train_tokenizer
+from data_tools.train_tokenizer import train_tokenizer
 from hourglass_dist.config.describe import describe as describe_settings
 from hourglass_dist.data.shards import Manifest, Split
 from hourglass_dist.data.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer

@@ -14,7 +14,7 @@ from datasets import local, make, refusal, words
 from paths import CONFIGS, HELPERS
 from ranks import torchrun
 
-from data_tools.tokenizer import train_tokenizer
+from data_tools.train_tokenizer import train_tokenizer
 from hourglass_dist import train
 from hourglass_dist.config.data import DataConfig
 from hourglass_dist.config.loader import ConfigError

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from data_tools.shard import make_dataset, plan_job
 from data_tools.sources import text_files
 from data_tools.sources.text_files import find_inputs, read_documents
-from data_tools.tokenizer import train_tokenizer
+from data_tools.train_tokenizer import train_tokenizer
 from hourglass_dist.data.tokenizer import ByteTokenizer
 
 

@@ -17,7 +17,7 @@ from data_tools.datasets.reshape import compare, export_text, merge, reshard, sp
 from data_tools.datasets.stats import stats
 from data_tools.datasets.verify import verify
 from data_tools.shard import make_dataset, plan_job
-from data_tools.tokenizer import train_tokenizer
+from data_tools.train_tokenizer import train_tokenizer
 from hourglass_dist.data.shards import Manifest, ShardReader, Split
 from hourglass_dist.data.tokenizer import ByteTokenizer, load_tokenizer
 

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 from data_tools.datasets.inspect import documents
 from data_tools.datasets.sorted_runs import Run, gather, plan_runs, write_run
-from data_tools.tokenizer import train_tokenizer
+from data_tools.train_tokenizer import train_tokenizer
 from hourglass_dist.data.held_out import held_out_rows
 from hourglass_dist.data.shards import (
     IGNORED,

@@ -26,7 +26,7 @@ from datasets import (
     words,
 )
 
-from data_tools.tokenizer import train_tokenizer
+from data_tools.train_tokenizer import train_tokenizer
 from hourglass_dist.data.held_out import held_out_rows
 from hourglass_dist.data.shards import Manifest
 from hourglass_dist.data.stream import Batch

@@ -20,7 +20,7 @@ from paths import CORPORA
 from ranks import hourglass
 
 from data_tools.pipeline.workspace import silent
-from data_tools.tokenizer import Kind, _draw, train_tokenizer
+from data_tools.train_tokenizer import Kind, _draw, train_tokenizer
 from hourglass_dist.data.tokenizer import (
     STRETCH,
     ByteTokenizer,
