@@ -18,10 +18,11 @@ from typing import Any
 import orjson
 import sentencepiece
 
+from data_tools.live_line import Show, silent
 from data_tools.pipeline.inputs import find
 from data_tools.pipeline.settings import Prepare
 from data_tools.pipeline.steps import STAGES
-from data_tools.pipeline.workspace import Show, Work, do_task, silent
+from data_tools.pipeline.workspace import Work, do_task
 from data_tools.sources.text_files import find_inputs, read_documents
 from data_tools.train_tokenizer import lines_of, train_on
 from hourglass_dist.config.loader import parse, to_yaml

@@ -2,31 +2,22 @@
 
 from __future__ import annotations
 
-import sys
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
-from rich.console import Console
-from rich.progress import Progress as Bar
-from rich.progress import SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from data_tools import shard as sharding
 from data_tools.datasets import reshape
 from data_tools.datasets.inspect import batch_rows, describe, documents, random_documents, row_ids
 from data_tools.datasets.reshape import compare
 from data_tools.datasets.verify import verify as verify_dataset
-from data_tools.pipeline.workspace import Show
+from data_tools.live_line import live_line
 from data_tools.train_tokenizer import train_tokenizer
 from hourglass_dist.config.describe import describe as describe_settings
 from hourglass_dist.data.shards import Manifest, Split
 from hourglass_dist.data.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
-
-LOG_EVERY_S = 30.0
 
 app = typer.Typer(
     no_args_is_help=True, help="Prepare a corpus: train a tokenizer, make shards, look at them."
@@ -72,7 +63,7 @@ def tokenizer(
 
     hourglass data tokenizer tinyshakespeare --vocab-size 2048 --out data/tok
     """
-    with _live_line() as show:
+    with live_line() as show:
         trained = train_tokenizer(
             inputs,
             out,
@@ -136,7 +127,7 @@ def shard(
     if finished:
         print(f"already there: {_summary(finished)}")
         return
-    with _live_line() as show:
+    with live_line() as show:
         if dry_run:
             _print_counts(sharding.count(job, show), out)
         else:
@@ -220,7 +211,7 @@ def prepare(
     if dry_run:
         print("\n".join(preparing.dry_run(settings)))
         return
-    with _live_line() as show:
+    with live_line() as show:
         report = preparing.prepare(settings, only=stage, show=show, say=print)
     if report:
         print("\n".join([*report.lines(), f"report    {settings.out}/report.html"]))
@@ -278,7 +269,7 @@ def stats(
     """
     from data_tools.datasets.stats import stats as make_stats
 
-    with _live_line() as show:
+    with live_line() as show:
         lines = make_stats(dataset, split, out, show)
     print("\n".join(lines))
 
@@ -308,7 +299,7 @@ def merge(
 
     Example: hourglass data merge data/try data/small --out data/merged
     """
-    with _live_line() as show:
+    with live_line() as show:
         print(_summary(reshape.merge(datasets, out, seed, show)))
 
 
@@ -325,7 +316,7 @@ def split_command(
 
     hourglass data split data/bytes/plays --first data/part --second data/rest
     """
-    with _live_line() as show:
+    with live_line() as show:
         for manifest in reshape.split(dataset, first, second, fraction, show):
             print(_summary(manifest))
 
@@ -341,7 +332,7 @@ def reshard(
 
     Example: hourglass data reshard data/try --block-tokens 4096 --out data/small
     """
-    with _live_line() as show:
+    with live_line() as show:
         print(_summary(reshape.reshard(dataset, out, block_tokens, shard_blocks, show)))
 
 
@@ -355,7 +346,7 @@ def export_text(
 
     Example: hourglass data export-text data/try --out try.jsonl
     """
-    with _live_line() as show:
+    with live_line() as show:
         count = reshape.export_text(dataset, out, split, show)
     print(f"{out}: {count:,} documents")
 
@@ -366,7 +357,7 @@ def verify(dataset: Dataset) -> None:
 
     Example: hourglass data verify data/try
     """
-    with _live_line() as show:
+    with live_line() as show:
         manifest = verify_dataset(dataset, show)
     print(f"whole: {_summary(manifest)}")
 
@@ -387,28 +378,6 @@ def bench_prepare(
             raise ValueError(f"--kinds: expected some of bytes,unigram,bpe, given {kind!r}")
     from data_tools.bench import bench_prepare as measure
 
-    with _live_line() as show:
+    with live_line() as show:
         lines = measure(inputs, wanted, megabytes, rounds, show)
     print("\n".join(lines))
-
-
-@contextmanager
-def _live_line() -> Iterator[Show]:
-    """A function that shows a line on stderr: over the one before on a terminal, else now and then
-    one for the log."""
-    columns = SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()
-    console = Console(stderr=True)
-    shown = time.monotonic()
-
-    def log(line: str) -> None:
-        nonlocal shown
-        if time.monotonic() - shown > LOG_EVERY_S:
-            shown = time.monotonic()
-            print(line, file=sys.stderr, flush=True)
-
-    if not console.is_terminal:
-        yield log
-        return
-    with Bar(*columns, console=console, transient=True) as bar:
-        task = bar.add_task("")
-        yield lambda line: bar.update(task, description=line)

@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from data_tools.datasets.sorted_runs import Run, RunPlan, gather, plan_runs, write_run
-from data_tools.pipeline.workspace import Show, silent
+from data_tools.live_line import Show, silent
 from data_tools.sources.held_out_rule import Rule, parse_rule
 from data_tools.sources.text_files import find_inputs, read_documents
 from hourglass_dist.config.loader import differences

@@ -19,7 +19,7 @@ from typing import Literal
 
 import sentencepiece
 
-from data_tools.pipeline.workspace import Show, silent
+from data_tools.live_line import Show, silent
 from data_tools.sources.text_files import find_inputs, read_documents
 from hourglass_dist.core.files import new_folder
 from hourglass_dist.data.tokenizer import SentencePieceTokenizer, Tokenizer

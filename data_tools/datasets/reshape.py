@@ -20,7 +20,7 @@ import numpy.typing as npt
 import zstandard
 
 from data_tools.datasets.inspect import document_ids, documents
-from data_tools.pipeline.workspace import Show, silent
+from data_tools.live_line import Show, silent
 from data_tools.shard import SPLITS, Piece, write_dataset
 from hourglass_dist.config.loader import differences
 from hourglass_dist.core.files import sync

@@ -99,7 +99,7 @@ def _records(source: Source, files: list[InputFile]) -> Iterator[str | Problem]:
     step = max(1, len(files) // SAMPLE_FILES)
     for file in files[::step]:
         read = 0
-        for _, text in read_records(Path(file.path), source):
+        for _, text in read_records(Path(file.path), source.text_field, source.separator):
             yield text
             read += len(text) if isinstance(text, str) else 0
             if read > SAMPLE_BYTES // SAMPLE_FILES:

@@ -12,7 +12,7 @@ from pydantic import NonNegativeInt
 
 from data_tools.pipeline.settings import Prepare
 from data_tools.pipeline.workspace import Spec
-from data_tools.sources.readers import can_be_cut, suffixes_of
+from data_tools.sources.readers import ALL_SUFFIXES, can_be_cut
 from data_tools.sources.text_files import find_inputs
 from hourglass_dist.config.loader import Section
 from hourglass_dist.data.tokenizer import load_tokenizer
@@ -67,8 +67,9 @@ def find(settings: Prepare) -> Inputs:
     """Look for all inputs. Raises ValueError when one is missing, or of an unknown kind."""
     files = {}
     for source in settings.sources:
-        found = find_inputs([Path(path) for path in source.inputs], suffixes_of(source))
-        files[source.name] = [InputFile.look(path.absolute()) for path in found]
+        suffixes = tuple(suffix.lower() for suffix in source.suffixes) or ALL_SUFFIXES
+        paths = find_inputs([Path(path) for path in source.inputs], suffixes)
+        files[source.name] = [InputFile.look(path.absolute()) for path in paths]
     model = ""
     if settings.tokenizer.folder:
         model = load_tokenizer(Path(settings.tokenizer.folder)).fingerprint.model_sha256

@@ -21,6 +21,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+from data_tools.live_line import Show, silent
 from data_tools.pipeline.clean import Cleaner
 from data_tools.pipeline.dry_run import plan
 from data_tools.pipeline.executors import Executor, open_executor
@@ -30,7 +31,7 @@ from data_tools.pipeline.read_step import QUARANTINE_FILE
 from data_tools.pipeline.report import REPORT_FILE, Report, collect, write
 from data_tools.pipeline.settings import Prepare
 from data_tools.pipeline.steps import SPLITS, STAGES, Stage, recipe_of, tokenizer_of
-from data_tools.pipeline.workspace import Counts, Show, Spec, Work, identity_of, silent
+from data_tools.pipeline.workspace import Counts, Spec, Work, identity_of
 from hourglass_dist.config.loader import differences, parse, to_yaml
 from hourglass_dist.core.files import new_folder, replace
 from hourglass_dist.data.shards import Manifest, Shard, dtype_name

@@ -7,7 +7,8 @@ import time
 from collections.abc import Sequence
 from datetime import timedelta
 
-from data_tools.pipeline.workspace import DONE_FILE, Counts, Show, Spec, Work
+from data_tools.live_line import Show
+from data_tools.pipeline.workspace import DONE_FILE, Counts, Spec, Work
 
 
 class Progress:

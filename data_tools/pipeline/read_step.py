@@ -45,6 +45,7 @@ def read(work: Work, spec: Spec, folder: Path, tick: Tick) -> Counts:
 class _Reader:
     def __init__(self, work: Work, source: Source, folder: Path, tick: Tick) -> None:
         self._work, self._source, self._folder, self._tick = work, source, folder, tick
+        self._format = source.text_field, source.separator
         self._cleaner = Cleaner(work.settings)
         self._documents = DocumentWriter(folder, self._cleaner.bands)
         self._quarantine = (folder / QUARANTINE_FILE).open("w")
@@ -56,7 +57,7 @@ class _Reader:
 
     def read_part(self, number: int, path: Path, begin: int, end: int | None) -> None:
         """Read a file or a part of it."""
-        for position, text in read_records(path, self._source, begin, end):
+        for position, text in read_records(path, *self._format, begin, end):
             self._records += 1
             if isinstance(text, Problem):
                 self._put_aside(text)

@@ -1,8 +1,7 @@
 """A worker: does the tasks that it is told to, one after another, and writes down what fails.
 
-    python -m data_tools.pipeline.worker OUT/work                          "STAGE INDEX" lines on stdin,
-                                                                  one line on stdout after each
-    python -m data_tools.pipeline.worker OUT/work STAGE LIST FIRST STEP    every STEP-th index of a file
+    worker OUT/work                          "STAGE INDEX" lines on stdin, a line on stdout after each
+    worker OUT/work STAGE LIST FIRST STEP    every STEP-th index of a file
 
 It ends when its stdin does, so none is left behind when the pipeline is killed.
 """

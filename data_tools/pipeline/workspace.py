@@ -28,17 +28,11 @@ from typing import Any
 from data_tools.pipeline.settings import Prepare, load_settings
 from hourglass_dist.core.files import replace, sync
 
-Show = Callable[[str], None]
-"""Shows a line about how far a long step is, over the line before."""
 Spec = dict[str, Any]
 """What a task is to do, as JSON."""
 Counts = dict[str, Any]
 """What a task counted, as JSON."""
 DONE_FILE = "done.json"
-
-
-def silent(line: str) -> None:
-    """Shows nothing."""
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,6 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from data_tools.pipeline.settings import Source
 from data_tools.sources.text_files import (
     SUFFIXES,
     Problem,
@@ -37,31 +36,32 @@ _WARC = (".warc", ".warc.gz", ".wet", ".wet.gz")
 ALL_SUFFIXES = (*SUFFIXES, *_CSV, ".parquet", ".arrow", *_WARC, ".tar")
 
 
-def suffixes_of(source: Source) -> tuple[str, ...]:
-    """The endings of files that are inputs of a source."""
-    return tuple(suffix.lower() for suffix in source.suffixes) or ALL_SUFFIXES
-
-
 def can_be_cut(path: Path) -> bool:
     """Whether parts of a file can be read on their own."""
     return path.name.lower().endswith(".jsonl")
 
 
-def read_records(path: Path, source: Source, begin: int = 0, end: int | None = None) -> Records:
+def read_records(
+    path: Path,
+    text_field: str = "text",
+    separator: str | None = None,
+    begin: int = 0,
+    end: int | None = None,
+) -> Records:
     """The records of a file, or of the part of it that begins in bytes ``begin`` to ``end``."""
     name = path.name.lower()
     if ".jsonl" in name:
-        records = read_json_lines(path, source.text_field, begin, end)
+        records = read_json_lines(path, text_field, begin, end)
     elif name.endswith(_CSV):
-        records = _read_csv(path, source.text_field)
+        records = _read_csv(path, text_field)
     elif name.endswith((".parquet", ".arrow")):
-        records = _read_column(path, source.text_field)
+        records = _read_column(path, text_field)
     elif name.endswith(_WARC):
         records = _read_warc(path)
     elif name.endswith(".tar"):
-        records = read_tar(path, source.text_field)
+        records = read_tar(path, text_field)
     else:
-        records = read_text(path, source.separator)
+        records = read_text(path, separator)
     for position, text in records:
         if isinstance(text, str) and "\0" in text:
             at = text.index("\0")

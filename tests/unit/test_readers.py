@@ -23,24 +23,22 @@ from hypothesis import strategies as st
 from warcio.statusandheaders import StatusAndHeaders
 from warcio.warcwriter import WARCWriter
 
-from data_tools.pipeline.settings import Source
-from data_tools.sources.readers import read_records, suffixes_of
+from data_tools.sources.readers import ALL_SUFFIXES, read_records
 from data_tools.sources.text_files import Problem, find_inputs, read_json_lines
 
 TEXTS = [text for text in NASTY if "\0" not in text and text] + words(40)
-SOURCE = Source(name="source", inputs=["x"])
 
 
 def read(path: Path) -> list[str]:
     """The texts of a file without problems."""
-    found = [text for _, text in read_records(path, SOURCE)]
+    found = [text for _, text in read_records(path)]
     assert not [text for text in found if isinstance(text, Problem)]
     return found  # type: ignore[return-value]
 
 
 def problems(path: Path) -> list[tuple[int, str]]:
     """(position, what is wrong) of a file's bad records."""
-    records = read_records(path, SOURCE)
+    records = read_records(path)
     return [(at, text.what) for at, text in records if isinstance(text, Problem)]
 
 
@@ -87,7 +85,7 @@ WRITERS: dict[str, Callable[[Path, list[str]], None]] = {
 def test_what_goes_in_comes_out(tmp_path: Path, name: str) -> None:
     WRITERS[name](tmp_path / name, TEXTS)
     assert read(tmp_path / name) == TEXTS
-    assert find_inputs([tmp_path], suffixes_of(SOURCE)) == [tmp_path / name]
+    assert find_inputs([tmp_path], ALL_SUFFIXES) == [tmp_path / name]
 
 
 @pytest.mark.parametrize("name", WRITERS)
@@ -96,7 +94,7 @@ def test_truncated_files_fail_as_a_whole(tmp_path: Path, name: str) -> None:
     data = (tmp_path / name).read_bytes()
     quoted = data.find(b'"') + 3  # a CSV that is cut between rows is a CSV
     (tmp_path / name).write_bytes(data[: quoted if name == "a.csv" else len(data) * 2 // 3])
-    message = refusal(lambda: list(read_records(tmp_path / name, SOURCE)))
+    message = refusal(lambda: list(read_records(tmp_path / name)))
     assert str(tmp_path / name) in message
 
 
@@ -164,9 +162,8 @@ def test_bad_samples_of_tars(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["a.parquet", "a.csv", "a.arrow"])
 def test_missing_columns_are_named(tmp_path: Path, name: str) -> None:
     WRITERS[name](tmp_path / name, TEXTS)
-    source = SOURCE.model_copy(update={"text_field": "body"})
     assert "no column 'body'; its columns: " in refusal(
-        lambda: list(read_records(tmp_path / name, source))
+        lambda: list(read_records(tmp_path / name, "body"))
     )
 
 
@@ -240,7 +237,7 @@ def test_hostile_tars_are_refused(
         for info, data in members:
             tar.addfile(info, io.BytesIO(data))
     monkeypatch.chdir(tmp_path)
-    message = refusal(lambda: list(read_records(path, SOURCE)))
+    message = refusal(lambda: list(read_records(path)))
     assert message.startswith(f"{path}: member ")
     assert expected in message
     assert [p.name for p in tmp_path.iterdir()] == ["a.tar"]  # nothing ran, nothing was unpacked
@@ -252,7 +249,7 @@ def test_headers_that_claim_too_much_are_refused(tmp_path: Path, size: int) -> N
     info.size = size
     header = info.tobuf(tarfile.GNU_FORMAT)
     (tmp_path / "a.tar").write_bytes(header + b"x" * 4096)
-    message = refusal(lambda: list(read_records(tmp_path / "a.tar", SOURCE)))
+    message = refusal(lambda: list(read_records(tmp_path / "a.tar")))
     assert "its header claims" in message or "damaged tar" in message
 
 
@@ -268,7 +265,7 @@ def test_every_damaged_header_is_seen(tmp_path: Path) -> None:
             broken = bytearray(data)
             broken[at + offset] ^= 0x55
             path.write_bytes(broken)
-            assert str(path) in refusal(lambda: list(read_records(path, SOURCE)))
+            assert str(path) in refusal(lambda: list(read_records(path)))
 
 
 @pytest.mark.parametrize("compress", [gzip.compress, zstandard.compress])
@@ -283,7 +280,6 @@ def test_compressed_csv(tmp_path: Path, compress: Callable[[bytes], bytes]) -> N
 def test_endings_choose_the_files_of_a_folder(tmp_path: Path) -> None:
     for name in ("a.py", "b.md.gz", "c.tar", "d.txt"):
         (tmp_path / name).write_bytes(gzip.compress(b"text") if name.endswith("gz") else b"text")
-    source = SOURCE.model_copy(update={"suffixes": [".py", ".md.gz"]})
-    found = find_inputs([tmp_path], suffixes_of(source))
+    found = find_inputs([tmp_path], (".py", ".md.gz"))
     assert [path.name for path in found] == ["a.py", "b.md.gz"]
-    assert [text for path in found for _, text in read_records(path, source)] == ["text"] * 2
+    assert [text for path in found for _, text in read_records(path)] == ["text"] * 2
