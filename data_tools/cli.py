@@ -13,6 +13,7 @@ from data_tools.datasets import reshape
 from data_tools.datasets.inspect import batch_rows, describe, documents, random_documents, row_ids
 from data_tools.datasets.reshape import compare
 from data_tools.datasets.verify import verify as verify_dataset
+from data_tools.datasets.write import SPLITS
 from data_tools.live_line import live_line
 from data_tools.train_tokenizer import train_tokenizer
 from hourglass_dist.config.describe import describe as describe_settings
@@ -112,7 +113,7 @@ def shard(
 
     hourglass data shard tinyshakespeare --held-out last:0.1 --out data/try
     """
-    job = sharding.plan_job(
+    spec = sharding.plan_dataset(
         inputs,
         _load(tokenizer),
         held_out=held_out,
@@ -123,15 +124,15 @@ def shard(
         shard_blocks=shard_blocks,
         source=source,
     )
-    finished = sharding.find_finished(job, out)
+    finished = sharding.find_finished(spec, out)
     if finished:
         print(f"already there: {_summary(finished)}")
         return
     with live_line() as show:
         if dry_run:
-            _print_counts(sharding.count(job, show), out)
+            _print_counts(sharding.count(spec, show), out)
         else:
-            print(_summary(sharding.make_dataset(job, out, show)))
+            print(_summary(sharding.make_dataset(spec, out, show)))
 
 
 def _load(tokenizer: str) -> Tokenizer:
@@ -145,7 +146,7 @@ def _unescape(separator: str | None) -> str | None:
 def _summary(manifest: Manifest) -> str:
     """One line about a dataset."""
     parts = []
-    for split in sharding.SPLITS:
+    for split in SPLITS:
         shards = [shard for shard in manifest.shards if shard.split == split]
         tokens = sum(shard.tokens for shard in shards)
         text = sum(shard.text_bytes for shard in shards)
@@ -155,14 +156,14 @@ def _summary(manifest: Manifest) -> str:
     return f"{manifest.folder}: {', '.join(parts)}, id {manifest.dataset_id[:12]}"
 
 
-def _print_counts(progress: sharding.Progress, out: Path) -> None:
-    for split, counts in progress.splits.items():
+def _print_counts(read: sharding.ReadCounts, out: Path) -> None:
+    for split, counts in read.splits.items():
         print(
             f"{split}: {counts.documents:,} documents, {counts.text_bytes:,} bytes, "
             f"{counts.tokens:,} tokens"
         )
-    if progress.empty_documents:
-        print(f"left out: {progress.empty_documents:,} empty documents")
+    if read.empty_documents:
+        print(f"left out: {read.empty_documents:,} empty documents")
     print(f"{out}: nothing written (--dry-run)")
 
 

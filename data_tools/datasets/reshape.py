@@ -20,8 +20,8 @@ import numpy.typing as npt
 import zstandard
 
 from data_tools.datasets.inspect import document_ids, documents
+from data_tools.datasets.write import SPLITS, Piece, write_dataset
 from data_tools.live_line import Show, silent
-from data_tools.shard import SPLITS, Piece, write_dataset
 from hourglass_dist.config.loader import differences
 from hourglass_dist.core.files import sync
 from hourglass_dist.data.shards import Manifest, Split

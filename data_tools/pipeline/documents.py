@@ -2,7 +2,8 @@
 
 text.bin        UTF-8 of all documents, end to end
 starts.npy      where each begins, and where the last one ends
-origins.npy     (n, 2): number of the input file within the source, position in the file
+origins.npy     (n, 3): number of the input file within the source, position in the file, number of
+                the record among those of the task
 digests.npy     (n, 2): 128-bit hash of the text before masking
 bands.npy       (bands, n): hashes that near duplicates share
 has_bands.npy   (n): whether there are any
@@ -29,13 +30,13 @@ class DocumentWriter:
         self._folder, self._band_count = folder, bands
         self._file = (folder / "text.bin").open("wb", buffering=1 << 20)
         self._lengths: list[int] = []
-        self._origins: list[tuple[int, int]] = []
+        self._origins: list[tuple[int, int, int]] = []
         self._digests: list[bytes] = []
         self._bands: list[npt.NDArray[np.uint64] | None] = []
 
     def add(
         self,
-        origin: tuple[int, int],
+        origin: tuple[int, int, int],
         text: bytes,
         digest: bytes,
         bands: npt.NDArray[np.uint64] | None,
@@ -55,7 +56,7 @@ class DocumentWriter:
         starts = np.zeros(count + 1, np.int64)
         np.cumsum(self._lengths, out=starts[1:])
         self._save("starts", starts)
-        self._save("origins", np.array(self._origins, np.int64).reshape(count, 2))
+        self._save("origins", np.array(self._origins, np.int64).reshape(count, 3))
         digests = np.frombuffer(b"".join(self._digests), "<u8").reshape(count, 2)
         self._save("digests", digests)
         if self._band_count:
@@ -85,7 +86,7 @@ class Documents:
 
     @cached_property
     def origins(self) -> Array:
-        """(n, 2): file, position."""
+        """(n, 3): file, position, record."""
         return self._load("origins")
 
     @property
@@ -118,17 +119,3 @@ class Documents:
     def _load(self, name: str) -> Array:
         array: Array = np.load(self._folder / f"{name}.npy")
         return array
-
-
-def mixed(seed: int, *columns: Array) -> npt.NDArray[np.uint64]:
-    """64 bits that look random, from whole numbers: the same for the same seed and numbers.
-
-    The finaliser of SplitMix64 (Steele, Lea and Flood 2014), once for every column.
-    """
-    state = np.full(len(columns[0]), seed, np.uint64)
-    for column in columns:
-        state = (state ^ column.astype(np.uint64)) + np.uint64(0x9E3779B97F4A7C15)
-        for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
-            state = (state ^ (state >> np.uint64(shift))) * np.uint64(factor)
-        state ^= state >> np.uint64(31)
-    return state

@@ -21,6 +21,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+from data_tools.datasets.write import SPLITS, finish_dataset
 from data_tools.live_line import Show, silent
 from data_tools.pipeline.clean import Cleaner
 from data_tools.pipeline.dry_run import plan
@@ -30,11 +31,11 @@ from data_tools.pipeline.progress import Progress
 from data_tools.pipeline.read_step import QUARANTINE_FILE
 from data_tools.pipeline.report import REPORT_FILE, Report, collect, write
 from data_tools.pipeline.settings import Prepare
-from data_tools.pipeline.steps import SPLITS, STAGES, Stage, recipe_of, tokenizer_of
+from data_tools.pipeline.steps import STAGES, Stage, recipe_of, tokenizer_of
 from data_tools.pipeline.workspace import Counts, Spec, Work, identity_of
 from hourglass_dist.config.loader import differences, parse, to_yaml
 from hourglass_dist.core.files import new_folder, replace
-from hourglass_dist.data.shards import Manifest, Shard, dtype_name
+from hourglass_dist.data.shards import Shard
 
 ATTEMPTS = 3
 """How often a task is tried whose worker is killed."""
@@ -244,16 +245,7 @@ class _Pipeline:
                         if (spec["source"], spec["split"]) == (source, split):
                             os.link(work.folder("shards", index) / shard.path, folder / shard.path)
                             shards.append(shard)
-                tokenizer.save(folder)
-                Manifest.make(
-                    folder,
-                    tokenizer=tokenizer.fingerprint,
-                    eos_id=tokenizer.eos_id,
-                    dtype=dtype_name(tokenizer.vocab_size),
-                    recipe=recipe_of(work, source),
-                    empty_documents=empty[source],
-                    shards=tuple(shards),
-                ).save()
+                finish_dataset(folder, shards, recipe_of(work, source), tokenizer, empty[source])
         shutil.rmtree(self.out / "tokenizer", ignore_errors=True)
         with new_folder(self.out / "tokenizer") as folder:
             tokenizer.save(folder)

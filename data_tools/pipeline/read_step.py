@@ -6,9 +6,7 @@ filter drops is counted by reason. Everything that came in is in one of the thre
 
 from __future__ import annotations
 
-import hashlib
 import json
-import mmap
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -17,6 +15,7 @@ import numpy as np
 import xxhash
 
 from data_tools.datasets.stats import bins_of
+from data_tools.datasets.write import describe_input, hash_inputs
 from data_tools.pipeline.clean import Cleaner
 from data_tools.pipeline.documents import DocumentWriter
 from data_tools.pipeline.inputs import InputFile
@@ -32,14 +31,15 @@ def read(work: Work, spec: Spec, folder: Path, tick: Tick) -> Counts:
     """Read the parts of a task. Raises ValueError for a file that is damaged as a whole."""
     source = next(s for s in work.settings.sources if s.name == spec["source"])
     reader = _Reader(work, source, folder, tick)
-    hashes = []
+    inputs = []  # that end here
     for number, about, begin, end in spec["parts"]:
         file = InputFile(**about)
         file.require_unchanged()
-        hashes.append(_hash_part(Path(file.path), begin, end))
         reader.read_part(number, Path(file.path), begin, end)
+        if end in (None, file.bytes):
+            inputs.append(describe_input(Path(file.path)))
         file.require_unchanged()
-    return reader.finish() | {"source": source.name, "hashes": hashes}
+    return reader.finish() | {"source": source.name, "inputs": inputs}
 
 
 class _Reader:
@@ -88,7 +88,7 @@ class _Reader:
         masked = self._cleaner.mask(cleaned)
         if masked is not cleaned:
             data = masked.encode()
-        self._documents.add((number, position), data, digest, bands)
+        self._documents.add((number, position, self._records - 1), data, digest, bands)
         self._kept += 1
         self._kept_bytes += len(data)
 
@@ -121,28 +121,10 @@ class _Reader:
         }
 
 
-def _hash_part(path: Path, begin: int, end: int | None) -> str:
-    """A hash of a file's bytes: which input it was that was read."""
-    size = path.stat().st_size
-    if not size:
-        return xxhash.xxh3_128_hexdigest(b"")
-    with (
-        path.open("rb") as file,
-        mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content,
-        memoryview(content) as view,
-        view[begin : size if end is None else end] as part,
-    ):
-        return xxhash.xxh3_128_hexdigest(part)
-
-
 def hash_of_inputs(work: Work, source: str) -> str:
     """Over the name, size and content of every input file of a source, in order."""
-    lines = []
-    for spec, counts in zip(work.tasks("read"), work.counts("read"), strict=True):
-        if spec["source"] == source:
-            for (_, file, begin, _), part in zip(spec["parts"], counts["hashes"], strict=True):
-                lines.append([Path(file["path"]).name, file["bytes"], begin, part])
-    return hashlib.sha256(json.dumps(lines).encode()).hexdigest()
+    read = (counts for counts in work.counts("read") if counts["source"] == source)
+    return hash_inputs(file for counts in read for file in counts["inputs"])
 
 
 class Samples:

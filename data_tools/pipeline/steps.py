@@ -14,23 +14,22 @@ to tasks or tasks to workers.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import get_args
 
 import numpy as np
 
 from data_tools.datasets.sorted_runs import Run, RunPlan, plan_runs, write_run
 from data_tools.datasets.stats import bins_of
+from data_tools.datasets.write import SPLITS, make_shard, shuffle_key
 from data_tools.pipeline import dedup, read_step
-from data_tools.pipeline.documents import Array, Documents, mixed
+from data_tools.pipeline.documents import Array, Documents
 from data_tools.pipeline.inputs import Inputs, read_tasks
 from data_tools.pipeline.read_step import Samples
 from data_tools.pipeline.workspace import Counts, Spec, Tick, Work
 from data_tools.pipeline.workspace import Run as RunTask
-from data_tools.shard import make_shard
-from data_tools.sources.held_out_rule import Rule, parse_rule
+from data_tools.sources.held_out_rule import parse_rule
 from data_tools.train_tokenizer import lines_of, train_on
 from hourglass_dist.data.shards import Recipe, Split
 from hourglass_dist.data.tokenizer import (
@@ -40,7 +39,6 @@ from hourglass_dist.data.tokenizer import (
     load_tokenizer,
 )
 
-SPLITS: tuple[Split, ...] = get_args(Split)
 SAMPLE_CHARACTERS = 100_000
 """Of one document, at most, in the sample that a tokenizer is trained on."""
 
@@ -87,33 +85,36 @@ def _sample(work: Work, tick: Tick) -> list[str]:
     """Documents drawn at random, up to ``sample_bytes`` of text, none of them held out."""
     rule = parse_rule(work.settings.held_out)
     found = []
-    for index, spec in enumerate(work.tasks("read")):
+    for index in range(len(work.tasks("read"))):
         documents = Documents(work.folder("read", index))
         rows = dedup.parted(work, index, len(documents))[""]
         sizes = np.minimum(np.diff(documents.starts)[rows], SAMPLE_CHARACTERS)
-        keys = _keys(work, spec["source"], documents, rows, purpose=1)
+        keys = _keys(work, index, documents, rows)
         found.append((keys, np.full(len(rows), index), rows, sizes))
         tick(tasks=index)
     keys, tasks, rows, sizes = (np.concatenate(column) for column in zip(*found, strict=True))
     order = np.argsort(keys, kind="stable")
     total = np.cumsum(sizes[order])
     order = order[: max(1, int(np.searchsorted(total, work.settings.tokenizer.sample_bytes)))]
-    texts: dict[int, str] = {}
+    texts: dict[int, bytes] = {}
     for task in np.unique(tasks[order]):
         places = order[tasks[order] == task]
         documents = Documents(work.folder("read", int(task)))
-        texts |= zip(places.tolist(), documents.texts(rows[places]), strict=True)
+        texts |= zip(places.tolist(), documents.contents(rows[places]), strict=True)
     path = Path()
     parts = [part for place in order.tolist() for part in rule.parts(texts[place], path)]
-    return [text[:SAMPLE_CHARACTERS] for split, text in parts if split == "train"]
+    train = (str(part, "utf-8") for split, part in parts if split == "train")
+    return [text[:SAMPLE_CHARACTERS] for text in train]
 
 
-def _keys(work: Work, source: str, documents: Documents, rows: Array, purpose: int) -> Array:
-    """Random 64 bits for each document, by where it comes from."""
-    names = [each.name for each in work.settings.sources]
-    files, positions = documents.origins[rows].T
-    constant = np.full(len(rows), names.index(source) * 4 + purpose)
-    return mixed(work.settings.seed, constant, files, positions)
+def _keys(work: Work, task: int, documents: Documents, rows: Array) -> Array:
+    """The shuffle keys of documents of a task of reading, by their numbers within the source."""
+    source = work.tasks("read")[task]["source"]
+    before = (c["records"] for c in work.counts("read")[:task] if c["source"] == source)
+    first, seed = sum(before), work.settings.seed
+    numbers = documents.origins[rows, 2].tolist()
+    keys = (shuffle_key(seed, first + number) for number in numbers)
+    return np.fromiter(keys, np.uint64, len(numbers))
 
 
 def tokenizer_of(work: Work) -> Tokenizer:
@@ -133,13 +134,13 @@ def _make_tokens(work: Work, spec: Spec, folder: Path, tick: Tick) -> Counts:
     parted = dedup.parted(work, spec["task"], len(documents))
     rows = parted[""]
     tokenizer, rule = tokenizer_of(work), parse_rule(work.settings.held_out)
-    keys = _keys(work, spec["source"], documents, rows, purpose=0)
+    keys = _keys(work, spec["task"], documents, rows)
     places: dict[Split, list[int]] = {split: [] for split in SPLITS}
     ids: dict[Split, list[Array]] = {split: [] for split in SPLITS}
     sizes: dict[Split, list[int]] = {split: [] for split in SPLITS}
     done = 0
     for place, data in enumerate(documents.contents(rows)):
-        for split, part in _parts(rule, data):
+        for split, part in rule.parts(data, Path()):
             places[split].append(place)
             ids[split].append(tokenizer.encode_utf8(part))
             sizes[split].append(len(part))
@@ -160,29 +161,21 @@ def _make_tokens(work: Work, spec: Spec, folder: Path, tick: Tick) -> Counts:
             "bytes": bins_of(text_bytes),
             "tokens_per_byte": bins_of(lengths * 4096 // np.maximum(text_bytes, 1)),
         }
-    _sample_documents(work, spec["source"], documents, parted).write(folder)
+    _sample_documents(work, spec, documents, parted).write(folder)
     return counts
 
 
-def _parts(rule: Rule, data: bytes) -> Iterable[tuple[Split, bytes]]:
-    """The parts of a document with their splits; none is empty."""
-    if side := rule.side(data):
-        return [(side, data)]
-    parts = rule.parts(str(data, "utf-8"), Path())
-    return [(split, part.encode()) for split, part in parts if part]
-
-
 def _sample_documents(
-    work: Work, source: str, documents: Documents, parted: dict[str, Array]
+    work: Work, spec: Spec, documents: Documents, parted: dict[str, Array]
 ) -> Samples:
     """Some of what was kept and of what was dropped, for the report."""
     samples = Samples()
     for reason, rows in parted.items():
-        keys = _keys(work, source, documents, rows, purpose=2)
+        keys = _keys(work, spec["task"], documents, rows)
         first = np.sort(np.argsort(keys)[: Samples.KEPT])
         for place, text in zip(first, documents.texts(rows[first]), strict=True):
-            number, position = documents.origins[rows[place]].tolist()
-            samples.add(int(keys[place]), source, reason, number, position, text)
+            number, position, _ = documents.origins[rows[place]].tolist()
+            samples.add(int(keys[place]), spec["source"], reason, number, position, text)
     return samples
 
 

@@ -1,6 +1,6 @@
 """A worker: does the tasks that it is told to, one after another, and writes down what fails.
 
-    worker OUT/work                          "STAGE INDEX" lines on stdin; each is answered by a line
+    worker OUT/work                          "STAGE INDEX" lines on stdin; a line answers each
     worker OUT/work STAGE LIST FIRST STEP    every STEP-th index of a file
 
 It ends when its stdin does, so none is left behind when the pipeline is killed.

@@ -33,6 +33,8 @@ Spec = dict[str, Any]
 Counts = dict[str, Any]
 """What a task counted, as JSON."""
 DONE_FILE = "done.json"
+WORK_FORMAT = 2
+"""The version of what tasks write: outputs of another one are made again."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,7 @@ class Work:
         for name in ("progress", "error"):
             shutil.rmtree(folder / name, ignore_errors=True)
             (folder / name).mkdir(parents=True)
-        keyed = [spec | {"key": _hash([before, stage, spec])} for spec in specs]
+        keyed = [spec | {"key": _hash([WORK_FORMAT, before, stage, spec])} for spec in specs]
         replace(folder / "tasks.json", json.dumps(keyed))
         for left in folder.glob(".*.unfinished"):  # of killed workers
             shutil.rmtree(left, ignore_errors=True)

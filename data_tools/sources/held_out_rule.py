@@ -22,7 +22,8 @@ from hourglass_dist.data.shards import Split
 
 _SEED = 0x68656C646F7574
 """Of the hash: another one than duplicates are found by."""
-Parts = Iterator[tuple[Split, str]]
+Parts = Iterator[tuple[Split, bytes]]
+"""Parts of a document, as UTF-8, with their splits. None is empty."""
 
 
 @dataclass(frozen=True)
@@ -37,13 +38,14 @@ class Rule:
         """Input files that the rule itself names."""
         return ()
 
-    def side(self, data: bytes) -> Split | None:
-        """The split of a whole document, given as UTF-8; None when parts of it go to both."""
-        return "train"
+    def parts(self, document: bytes, source: Path) -> Parts:
+        """The parts of a document in UTF-8; ``source`` is the file that it came from."""
+        if document:
+            yield self.side(document, source), document
 
-    def parts(self, document: str, source: Path) -> Parts:
-        """The document's parts with their splits; ``source`` is the file that it came from."""
-        yield "train", document
+    def side(self, document: bytes, source: Path) -> Split:
+        """The split of a whole document."""
+        return "train"
 
 
 @dataclass(frozen=True)
@@ -52,13 +54,9 @@ class ByHash(Rule):
 
     fraction: Fraction
 
-    def side(self, data: bytes) -> Split:
+    def side(self, document: bytes, source: Path) -> Split:
         """By a hash of all of it."""
-        return "heldout" if xxhash.xxh3_64_intdigest(data, _SEED) < self._limit else "train"
-
-    def parts(self, document: str, source: Path) -> Parts:
-        """The whole document, to one side."""
-        yield self.side(document.encode()), document
+        return "heldout" if xxhash.xxh3_64_intdigest(document, _SEED) < self._limit else "train"
 
     @cached_property
     def _limit(self) -> int:
@@ -71,15 +69,14 @@ class ByEnd(Rule):
 
     fraction: Fraction
 
-    def side(self, data: bytes) -> None:
-        """Both."""
-        return
-
-    def parts(self, document: str, source: Path) -> Parts:
+    def parts(self, document: bytes, source: Path) -> Parts:
         """The first floor((1 - fraction) * n) characters, and the others."""
-        cut = math.floor(len(document) * (1 - self.fraction))
-        yield "train", document[:cut]
-        yield "heldout", document[cut:]
+        text = str(document, "utf-8")
+        cut = math.floor(len(text) * (1 - self.fraction))
+        if train := text[:cut].encode():
+            yield "train", train
+        if held_out := text[cut:].encode():
+            yield "heldout", held_out
 
 
 @dataclass(frozen=True)
@@ -94,13 +91,9 @@ class ByInput(Rule):
         """The files held out."""
         return tuple(sorted(self.files))
 
-    def side(self, data: bytes) -> None:
-        """Not by its text."""
-        return
-
-    def parts(self, document: str, source: Path) -> Parts:
-        """The whole document, to the side of its file."""
-        yield "heldout" if _resolved(source) in self.files else "train", document
+    def side(self, document: bytes, source: Path) -> Split:
+        """By its file."""
+        return "heldout" if _resolved(source) in self.files else "train"
 
 
 @cache

@@ -54,7 +54,7 @@ def find_inputs(paths: Sequence[Path], suffixes: tuple[str, ...] = SUFFIXES) -> 
 
 
 def _shipped(name: Path) -> Path:
-    return Path(__file__).parent / "corpora" / f"{name}.txt.gz"
+    return Path(__file__).parents[1] / "corpora" / f"{name}.txt.gz"
 
 
 def _is_input(path: Path, suffixes: tuple[str, ...]) -> bool:

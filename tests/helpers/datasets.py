@@ -11,7 +11,7 @@ import numpy as np
 import torch
 import webdataset
 
-from data_tools.shard import make_dataset, plan_job
+from data_tools.shard import make_dataset, plan_dataset
 from hourglass_dist.data.mixture import Dataset, simple_plan
 from hourglass_dist.data.shards import LocalStore, Manifest, Split, dtype_of
 from hourglass_dist.data.stream import Batch, Stream
@@ -48,7 +48,7 @@ def make(
     corpus = folder / "corpus.jsonl"
     corpus.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     sizes = {"block_tokens": 64, "shard_blocks": 3} | settings
-    job = plan_job([corpus], tokenizer or ByteTokenizer(), held_out=held_out, **sizes)
+    job = plan_dataset([corpus], tokenizer or ByteTokenizer(), held_out=held_out, **sizes)
     return make_dataset(job, folder / "dataset")
 
 

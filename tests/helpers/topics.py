@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import webdataset
 
-from data_tools.shard import make_dataset, plan_job
+from data_tools.shard import make_dataset, plan_dataset
 from hourglass_dist.data.mixture import open_dataset, simple_plan
 from hourglass_dist.data.stream import Stream
 from hourglass_dist.data.tokenizer import ByteTokenizer
@@ -44,7 +44,7 @@ def ours(folder: Path, count: int) -> float:
     lines = [json.dumps({"text": text}) + "\n" for _, text in documents(count)]
     (folder / "topics.jsonl").write_text("".join(lines))
     sizes = {"block_tokens": LENGTH * 256, "shard_blocks": 8}
-    job = plan_job([folder / "topics.jsonl"], ByteTokenizer(), held_out="none", **sizes)
+    job = plan_dataset([folder / "topics.jsonl"], ByteTokenizer(), held_out="none", **sizes)
     make_dataset(job, folder / "dataset")
     dataset = open_dataset(str(folder / "dataset"))
     stream = Stream([dataset], simple_plan(dataset, LENGTH, BATCH, seed=1))

@@ -13,7 +13,7 @@ from datasets import NASTY, refusal, words
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_tools.shard import make_dataset, plan_job
+from data_tools.shard import make_dataset, plan_dataset
 from data_tools.sources import text_files
 from data_tools.sources.text_files import find_inputs, read_documents
 from data_tools.train_tokenizer import train_tokenizer
@@ -127,7 +127,7 @@ def test_bad_inputs_are_one_line_and_leave_nothing(tmp_path: Path, what: str) ->
     path.write_bytes(data)
 
     def shard() -> None:
-        job = plan_job([path], ByteTokenizer(), held_out="none")
+        job = plan_dataset([path], ByteTokenizer(), held_out="none")
         make_dataset(job, tmp_path / "deep" / "er" / "dataset")
 
     def train() -> None:

@@ -16,7 +16,7 @@ from data_tools.datasets.inspect import batch_rows, documents, random_documents,
 from data_tools.datasets.reshape import compare, export_text, merge, reshard, split
 from data_tools.datasets.stats import stats
 from data_tools.datasets.verify import verify
-from data_tools.shard import make_dataset, plan_job
+from data_tools.shard import make_dataset, plan_dataset
 from data_tools.train_tokenizer import train_tokenizer
 from hourglass_dist.data.shards import Manifest, ShardReader, Split
 from hourglass_dist.data.tokenizer import ByteTokenizer, load_tokenizer
@@ -92,7 +92,7 @@ def test_split_refuses_an_empty_part(
 def test_exported_text_makes_the_same_documents(dataset: Path, tmp_path: Path, name: str) -> None:
     count = export_text(dataset, tmp_path / name, "train")
     assert count == len(texts_of(dataset, "train"))
-    job = plan_job([tmp_path / name], ByteTokenizer(), held_out="none", block_tokens=64)
+    job = plan_dataset([tmp_path / name], ByteTokenizer(), held_out="none", block_tokens=64)
     make_dataset(job, tmp_path / "again")
     assert sorted(texts_of(tmp_path / "again", "train")) == sorted(texts_of(dataset, "train"))
     assert "already exists" in refusal(lambda: export_text(dataset, tmp_path / name, "train"))

@@ -24,7 +24,7 @@ from ranks import environment
 
 from data_tools.datasets.inspect import documents
 from data_tools.datasets.verify import verify
-from data_tools.shard import count, find_finished, make_dataset, plan_job
+from data_tools.shard import count, find_finished, make_dataset, plan_dataset
 from data_tools.sources.held_out_rule import parse_rule
 from data_tools.train_tokenizer import train_tokenizer
 from hourglass_dist.cli import main
@@ -47,7 +47,8 @@ def hourglass_data(*arguments: object, cwd: Path) -> subprocess.CompletedProcess
 
 
 def parts(rule: str, text: str, source: Path = Path("a.txt")) -> list[tuple[str, str]]:
-    return list(parse_rule(rule).parts(text, source))
+    found = parse_rule(rule).parts(text.encode(), source)
+    return [(split, part.decode()) for split, part in found]
 
 
 def test_the_last_tenth_is_nano_gpts_split() -> None:
@@ -80,7 +81,7 @@ def test_held_out_by_input_is_by_file_however_it_is_spelled(
         (tmp_path / f"{name}.txt").write_text(f"text of {name}")
     monkeypatch.chdir(tmp_path)
     rule = f"input:{tmp_path}/sub/../b.txt"
-    job = plan_job([Path(".")], ByteTokenizer(), held_out=rule, block_tokens=16)
+    job = plan_dataset([Path(".")], ByteTokenizer(), held_out=rule, block_tokens=16)
     manifest = make_dataset(job, tmp_path / "dataset")
     texts = {s: list(documents(manifest, s, ByteTokenizer())) for s in ("train", "heldout")}
     assert texts["heldout"] == ["text of b"]
@@ -109,14 +110,14 @@ def test_the_shuffle_does_not_depend_on_the_memory_used(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = make(tmp_path, words(200))
-    monkeypatch.setattr("data_tools.shard.RUN_BYTES", 500)
+    monkeypatch.setattr("data_tools.datasets.write.RUN_BYTES", 500)
     (tmp_path / "other").mkdir()
     assert make(tmp_path / "other", words(200)).dataset_id == whole.dataset_id
 
 
 def test_a_dry_run_counts_what_a_real_one_writes(tmp_path: Path) -> None:
     manifest = make(tmp_path, [*words(100), "", ""])
-    job = plan_job([tmp_path / "corpus.jsonl"], ByteTokenizer(), held_out="hash:0.3")
+    job = plan_dataset([tmp_path / "corpus.jsonl"], ByteTokenizer(), held_out="hash:0.3")
     progress = count(job)
     assert progress.empty_documents == manifest.empty_documents == 2
     for split_name, counts in progress.splits.items():
@@ -133,14 +134,14 @@ def test_finished_work_is_recognised_and_other_work_refused(tmp_path: Path) -> N
     out = tmp_path / "dataset"
 
     def again(held_out: str = "hash:0.3", **changed: int) -> Manifest | None:
-        job = plan_job(inputs, ByteTokenizer(), held_out=held_out, **sizes | changed)
+        job = plan_dataset(inputs, ByteTokenizer(), held_out=held_out, **sizes | changed)
         return find_finished(job, out)
 
     assert again() == manifest
     assert "held_out: " in refusal(lambda: again("hash:0.2"))
     assert "block_tokens: 64 -> 32" in refusal(lambda: again(block_tokens=32))
     tokenizer = train_tokenizer(inputs, tmp_path / "bpe", kind="bpe", vocab_size=300)
-    job = plan_job(inputs, tokenizer, held_out="hash:0.3", **sizes)
+    job = plan_dataset(inputs, tokenizer, held_out="hash:0.3", **sizes)
     assert "another tokenizer" in refusal(lambda: find_finished(job, out))
     (out / "train-000001.tar").unlink()
     assert "missing shard" in refusal(again)

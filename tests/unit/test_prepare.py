@@ -15,6 +15,8 @@ from datasets import NASTY, make, refusal
 from data_tools.datasets.verify import verify
 from data_tools.pipeline.prepare import prepare
 from data_tools.pipeline.report import Report
+from data_tools.shard import make_dataset, plan_dataset
+from hourglass_dist.data.tokenizer import ByteTokenizer
 
 
 @pytest.fixture(scope="module")
@@ -126,6 +128,24 @@ def test_sources_become_datasets_of_text_that_comes_back(tmp_path: Path) -> None
     assert (a.recipe.source, b.recipe.source) == ("a", "b")
     expected = [*mine, *others, *nasty, "caf\u00e9 and \u00e9 of it"]
     assert sorted(all_texts(tmp_path / "out")) == sorted(expected)
+
+
+@pytest.mark.parametrize("task_bytes", [3_000, 10_000_000])
+def test_without_filters_it_makes_the_dataset_of_shard(tmp_path: Path, task_bytes: int) -> None:
+    """The same shards under the same id, empty and repeated documents among them."""
+    a = write_jsonl(tmp_path / "in" / "a.jsonl", [*texts(120), "", *texts(3)])
+    (tmp_path / "in" / "b.txt").write_text("one--two----three " + "long " * 1000)
+    c = write_jsonl(tmp_path / "in" / "c.jsonl", ["", *texts(60, seed=1)])
+    inputs = [a, tmp_path / "in" / "b.txt", c]
+    source = {"name": "corpus", "inputs": [str(path) for path in inputs], "separator": "--"}
+    run(tmp_path, sources=[source], task_bytes=task_bytes, dedup={"exact": False}, seed=7)
+    spec = plan_dataset(
+        inputs, ByteTokenizer(), held_out="hash:0.1", separator="--", source="corpus", seed=7,
+        block_tokens=1024, shard_blocks=8,
+    )  # fmt: skip
+    manifest = make_dataset(spec, tmp_path / "dataset")
+    assert manifest.empty_documents == 3
+    assert verify(tmp_path / "out" / "corpus").dataset_id == manifest.dataset_id
 
 
 def test_what_is_there_is_not_done_again(tmp_path: Path, corpus: list[Path]) -> None:

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from paths import CORPORA
 from ranks import hourglass
 
-from data_tools.pipeline.workspace import silent
+from data_tools.live_line import silent
 from data_tools.train_tokenizer import Kind, _draw, train_tokenizer
 from hourglass_dist.data.tokenizer import (
     STRETCH,

@@ -1,0 +1,137 @@
+"""Writing a dataset: documents in the order of their shuffle keys -> runs -> shards -> index.json.
+
+Every way to a dataset ends here (``data shard``, ``data prepare``, ``data merge`` ...), so the same
+inputs, tokenizer and settings give the same bytes. A document's place is a hash of (seed, its
+number), and the new folder gets its name when it is whole. Memory holds one run and one shard.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+import numpy as np
+import numpy.typing as npt
+
+from data_tools.datasets.sorted_runs import Run, RunPlan, gather, plan_runs, write_run
+from data_tools.live_line import Show, silent
+from hourglass_dist.core.files import new_folder, sha256_of
+from hourglass_dist.data.shards import Manifest, Recipe, Shard, Split, dtype_name
+from hourglass_dist.data.tokenizer import Tokenizer
+from hourglass_dist.data.write import cut_blocks, write_shard
+
+SPLITS: tuple[Split, ...] = get_args(Split)
+Piece = tuple[Split, int, npt.NDArray[Any]]
+"""(split, shuffle key, ids) of a document or a part of one."""
+RUN_BYTES = 1 << 27
+"""About how many bytes of ids are in memory at once, before they are sorted and written."""
+
+
+def shuffle_key(seed: int, number: int) -> int:
+    """The place of document ``number`` of the inputs in the shuffled corpus, 0 ... 2**64 - 1."""
+    digest = hashlib.blake2b(f"{seed} {number}".encode(), digest_size=8, person=b"shuffle").digest()
+    return int.from_bytes(digest, "big")
+
+
+def hash_inputs(files: Iterable[Sequence[object]]) -> str:
+    """The ``inputs_sha256`` of a recipe, from (name, size, sha256) of every input file in order."""
+    return hashlib.sha256(json.dumps([list(file) for file in files]).encode()).hexdigest()
+
+
+def describe_input(path: Path) -> tuple[str, int, str]:
+    """(name, size, sha256) of an input file."""
+    return path.name, path.stat().st_size, sha256_of(path)
+
+
+def write_dataset(
+    out: Path,
+    pieces: Iterable[Piece],
+    recipe: Recipe,
+    tokenizer: Tokenizer,
+    empty_documents: Callable[[], int],
+    show: Show = silent,
+) -> Manifest:
+    """Write documents, in the order of their keys, to the new folder ``out``."""
+    with new_folder(out) as folder:
+        (folder / "runs").mkdir()
+        runs = _write_runs(pieces, folder / "runs", tokenizer)
+        shards = []
+        for split in SPLITS:
+            plan = plan_runs(runs[split])
+            count = plan.shards(recipe.block_tokens * recipe.shard_blocks)
+            for number in range(count):
+                shards.append(
+                    make_shard(folder, number, split, runs[split], plan, recipe, tokenizer)
+                )
+                show(f"wrote {split} shard {number + 1:,} of {count:,}")
+        shutil.rmtree(folder / "runs")
+        finish_dataset(folder, shards, recipe, tokenizer, empty_documents())
+    return Manifest.load(out)
+
+
+def finish_dataset(
+    folder: Path, shards: Sequence[Shard], recipe: Recipe, tokenizer: Tokenizer, empty: int
+) -> None:
+    """Write the tokenizer and, last, the manifest of a folder that has its shards."""
+    tokenizer.save(folder)
+    Manifest.make(
+        folder,
+        tokenizer=tokenizer.fingerprint,
+        eos_id=tokenizer.eos_id,
+        dtype=dtype_name(tokenizer.vocab_size),
+        recipe=recipe,
+        empty_documents=empty,
+        shards=tuple(shards),
+    ).save()
+
+
+def _write_runs(
+    pieces: Iterable[Piece], folder: Path, tokenizer: Tokenizer
+) -> dict[Split, list[Run]]:
+    """All documents in runs of about RUN_BYTES."""
+    runs: dict[Split, list[Run]] = {split: [] for split in SPLITS}
+    keys: dict[Split, list[int]] = {split: [] for split in SPLITS}
+    documents: dict[Split, list[npt.NDArray[Any]]] = {split: [] for split in SPLITS}
+
+    def flush() -> None:
+        for split in SPLITS:
+            if documents[split]:
+                run = Run(folder / f"{split}-{len(runs[split])}")
+                write_run(run.base, np.array(keys[split], np.uint64), documents[split], tokenizer)
+                runs[split].append(run)
+                keys[split], documents[split] = [], []
+
+    held = 0
+    for split, key, ids in pieces:
+        keys[split].append(key)
+        documents[split].append(ids)
+        held += ids.nbytes
+        if held >= RUN_BYTES:
+            flush()
+            held = 0
+    flush()
+    return runs
+
+
+def make_shard(
+    folder: Path,
+    number: int,
+    split: Split,
+    runs: Sequence[Run],
+    plan: RunPlan,
+    recipe: Recipe,
+    tokenizer: Tokenizer,
+) -> Shard:
+    """Write one shard out of the runs of a split; returns its manifest entry."""
+    size = recipe.block_tokens * recipe.shard_blocks
+    begin = number * size
+    end = min(begin + size, int(plan.tokens[-1]))
+    stretch = gather(runs, plan, begin, end, tokenizer)
+    blocks = cut_blocks(
+        stretch.tokens, stretch.ends, stretch.first_document, recipe.block_tokens, tokenizer.eos_id
+    )
+    return write_shard(folder, number, split, blocks, recipe.source, tokenizer)
