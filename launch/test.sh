@@ -1,8 +1,11 @@
 #!/usr/bin/env bash
-# Makes the environment and runs every check; arguments go to pytest: bash launch/test.sh tests/unit/test_config.py -k lists
+# Makes the environment and runs the checks: lint, types, and every promise once (about six minutes on two cores).
 #
-#   bash launch/test.sh --cluster      instead the drills of minutes: hosts that die, cables that are cut, real ssh, Slurm and pods.
+#   bash launch/test.sh --all          all that needs nothing but CPUs (about half an hour)
+#   bash launch/test.sh --cluster      the drills of minutes: hosts that die, cables that are cut, real ssh, Slurm and pods.
 #                                      Needs root and Linux; what else is missing is said by the tests that are skipped for it.
+#
+# Other arguments go to pytest, after --all or --cluster or alone: bash launch/test.sh tests/unit/test_config.py -k lists
 set -euo pipefail
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -14,10 +17,15 @@ if [[ ${1:-} == --cluster ]]; then
   shift
   exec python -m pytest -m cluster -s --timeout 1500 "$@" </dev/null
 fi
+chosen=()
+if [[ ${1:-} == --all ]]; then
+  shift
+  chosen=(-m "not cluster")
+fi
 ruff check --quiet
 ruff format --check --quiet
 mypy
 if (($# == 0)); then
   set -- --numprocesses auto --maxprocesses 4 --dist worksteal # half of the tests wait, for ranks or for time to pass
 fi
-exec python -m pytest "$@" </dev/null
+exec python -m pytest "${chosen[@]}" "$@" </dev/null

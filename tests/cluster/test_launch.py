@@ -94,6 +94,7 @@ def test_torchrun_ends_as_its_ranks_do(name: str, tmp_path: Path) -> None:
     assert len(done.stderr.splitlines()) <= 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "code"), [("done", 0), ("mistake", 2), ("killed", 203)])
 def test_a_scheduler_may_be_told_to_try_again(name: str, code: int, tmp_path: Path) -> None:
     """Some know no codes of their own, only those that ask for another try."""

@@ -112,6 +112,7 @@ def test_profiled_steps_in_the_wrong_order(refused: Callable[..., str]) -> None:
     )
 
 
+@pytest.mark.slow
 def test_another_run_in_the_same_folder(
     tiny_config: Path,
     dataset: Path,
@@ -175,6 +176,7 @@ def test_exports(exported: Path, run_folder: Path, tmp_path: Path, dataset: Path
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_ranks_that_do_not_divide_the_batch(
     tiny_config: Path, dataset: Path, tmp_path: Path
 ) -> None:
@@ -204,6 +206,7 @@ def test_one_rank_finds_the_damage_and_all_stop(
     assert "train-000005.tar: altered shard" in line
 
 
+@pytest.mark.slow
 def test_damage_in_the_middle_of_a_run_ends_all_ranks_with_one_line(
     tiny_config: Path, mine: Path, tmp_path: Path
 ) -> None:

@@ -47,6 +47,7 @@ def test_every_byte_is_scored_whatever_the_tokens(bpe: Path) -> None:
     assert "111,540 bytes" in done.stdout  # as many as with bytes as tokens
 
 
+@pytest.mark.slow
 def test_a_prompt_that_is_no_text_is_refused(bpe: Path) -> None:
     done = hourglass("generate", bpe / "export", stdin=b"ROMEO \xff")
     assert done.returncode == 2
@@ -57,6 +58,7 @@ def test_a_prompt_that_is_no_text_is_refused(bpe: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 def test_an_export_and_a_dataset_of_other_tokenizers(bpe: Path, dataset: Path) -> None:
     done = hourglass("evaluate", bpe / "export", "--data", dataset)
     assert done.returncode == 2

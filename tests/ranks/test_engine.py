@@ -19,6 +19,20 @@ from hourglass_dist.model.hourglass import HourglassLM
 from hourglass_dist.planning.cost import model_cost
 
 
+def test_stages_agree_with_plain_pytorch_and_read_one_another(tmp_path: Path) -> None:
+    """Two ranks, accumulation 2, clipping on: ZeRO 1, and ZeRO 3 continued at 1. The slow tests try
+    every stage, precision and number of ranks."""
+    folder = str(tmp_path / "state")
+    cases: list[dict[str, Any]] = [{"stage": 1, "steps": 6, "rehearse": True}]
+    cases += [{"stage": 3, "steps": 4, "save": folder}]
+    cases += [{"stage": 1, "first": 4, "steps": 6, "load": folder}]
+    whole, begun, continued = run_cases(tmp_path, 2, cases)
+    expected = plain_pytorch(6)
+    assert whole["losses"] == pytest.approx(expected, abs=1e-5)
+    assert begun["losses"] + continued["losses"] == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.slow
 def test_every_stage_agrees_with_plain_pytorch(tmp_path: Path) -> None:
     """Two ranks, accumulation 2, clipping on, 20 steps: losses within 1e-5 at every step."""
     expected = plain_pytorch(20)
@@ -40,6 +54,7 @@ def test_every_stage_agrees_with_plain_pytorch(tmp_path: Path) -> None:
     assert results[3]["buffer"] == trained  # not DeepSpeed's 500 M elements
 
 
+@pytest.mark.slow
 def test_state_moves_between_stages_and_world_sizes(tmp_path: Path) -> None:
     """Ten steps, save; any stage on 1, 2 or 4 ranks has the same weights and moments, bit for bit,
     and goes on as the uninterrupted run did. tests.measure.reshape does all of it."""
@@ -68,6 +83,7 @@ def test_state_moves_between_stages_and_world_sizes(tmp_path: Path) -> None:
                 )
 
 
+@pytest.mark.slow
 def test_a_second_copy_in_every_node_changes_nothing(tmp_path: Path) -> None:
     """Groups of two among four ranks, two micro batches: bit for bit the losses of stage 3, resumed
     (after a look that makes the copies, of other weights) or not, and a state for other stages."""
@@ -86,6 +102,7 @@ def test_a_second_copy_in_every_node_changes_nothing(tmp_path: Path) -> None:
     assert moved["losses"] == pytest.approx(whole["losses"][6:], abs=4e-6)
 
 
+@pytest.mark.slow
 def test_a_state_loaded_after_an_evaluation_is_what_is_trained(tmp_path: Path) -> None:
     """An evaluation leaves weights gathered, which are those of before the load."""
     folder = str(tmp_path / "state")
@@ -97,6 +114,7 @@ def test_a_state_loaded_after_an_evaluation_is_what_is_trained(tmp_path: Path) -
         assert result["again"] == result["losses"]
 
 
+@pytest.mark.slow
 def test_at_stage_3_the_model_is_never_whole(tmp_path: Path, tiny_config: Path) -> None:
     """Its parts are those of the whole one, and know their group for a second copy."""
     run_worker(4, "meta_worker.py", tmp_path / "out.json", tiny_config)
@@ -106,6 +124,7 @@ def test_at_stage_3_the_model_is_never_whole(tmp_path: Path, tiny_config: Path) 
     assert found["groups"] == [2]
 
 
+@pytest.mark.slow
 def test_bf16_follows_fp32_and_resumes_exactly(tmp_path: Path) -> None:
     """bf16 stays near the fp32 losses, and a resumed run repeats the uninterrupted one bit for
     bit."""
@@ -122,6 +141,7 @@ def test_bf16_follows_fp32_and_resumes_exactly(tmp_path: Path) -> None:
         assert resumed["losses"] == whole["losses"][10:]
 
 
+@pytest.mark.slow
 def test_fp16_follows_fp32_and_resumes_with_its_loss_scale(tmp_path: Path) -> None:
     """Near the fp32 losses and norms; from too large a scale it comes down, step by step without
     effect, and a run resumed before that is over goes on with the scale it had."""

@@ -98,6 +98,7 @@ def test_any_bytes_are_a_prompt_for_a_byte_model(exported: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 def test_a_run_begins_with_the_weights_of_an_export(
     exported: Path, tiny_config: Path, dataset: Path, tmp_path: Path
 ) -> None:

@@ -57,6 +57,7 @@ def test_a_step_without_a_gradient_changes_nothing(
         assert other == pytest.approx(found[0], abs=1e-5)
 
 
+@pytest.mark.slow
 def test_too_many_in_a_row_end_the_run(tiny_config: Path, dataset: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     arguments = [*settings(tiny_config, dataset, run, 1), "train.max_skipped_steps=3"]
@@ -65,6 +66,7 @@ def test_too_many_in_a_row_end_the_run(tiny_config: Path, dataset: Path, tmp_pat
     assert "stopped: step 6: loss nan, gradient norm nan: 3 steps in a row" in done.stderr
 
 
+@pytest.mark.slow
 def test_a_spike_is_left_out(tiny_config: Path, dataset: Path, tmp_path: Path) -> None:
     """A batch that wrecks the weights: the run goes back, leaves it out, and ends as low as
     it would have without it."""
@@ -131,6 +133,7 @@ def ranks_of(torchrun: psutil.Process, number: int) -> list[psutil.Process]:
     raise AssertionError("the ranks did not start")
 
 
+@pytest.mark.slow
 def test_a_stopped_rank_leaves_all_stacks_and_is_started_again(
     tiny_config: Path, dataset: Path, tmp_path: Path
 ) -> None:
@@ -170,6 +173,7 @@ def test_a_stopped_rank_leaves_all_stacks_and_is_started_again(
     assert not (run / "heartbeats").exists()
 
 
+@pytest.mark.slow
 def test_where_stacks_cannot_be_read_a_rank_writes_its_own(
     tiny_config: Path, dataset: Path, tmp_path: Path
 ) -> None:
@@ -212,6 +216,7 @@ def test_where_stacks_cannot_be_read_a_rank_writes_its_own(
     assert "no sign of life for 12 s" in said
 
 
+@pytest.mark.slow
 def test_a_run_that_crashes_again_and_again_is_refused(
     tiny_config: Path, dataset: Path, tmp_path: Path
 ) -> None:
@@ -268,6 +273,7 @@ def test_a_full_disk_costs_records_and_checkpoints_but_not_the_run(
     assert "rank_00000.safetensors: cannot be written" in line
 
 
+@pytest.mark.slow
 def test_too_little_memory_is_said_before_the_first_step(
     tiny_config: Path, dataset: Path, tmp_path: Path
 ) -> None:

@@ -66,6 +66,7 @@ def plain_pytorch() -> list[dict[str, float]]:
     return seen
 
 
+@pytest.mark.slow
 def test_norms_by_level_are_those_of_plain_pytorch(tmp_path: Path) -> None:
     """Two ranks, accumulation, clipping, frozen weights, recomputation; losses without level_stats
     are the same to the last bit."""
@@ -101,6 +102,7 @@ def test_every_parameter_has_the_part_that_its_cost_is_in(kind: str) -> None:
     }
 
 
+@pytest.mark.slow
 def test_the_largest_logit_in_a_compiled_model() -> None:
     """Watching changes no loss and breaks no graph."""
     model = with_policy(make_kind("lucidrains", "by 2"), "full")

@@ -19,6 +19,7 @@ LARGE = CONFIGS / "large_zero3.yaml"
 GROUPS_OF_TWO = "zero_hpz_partition_size=2"
 
 
+@pytest.mark.slow
 def test_live_ranks_hold_and_send_what_is_planned() -> None:
     """Two ranks, a small model, steps of one and two micro batches: 3 % of memory, 2 % of
     traffic."""
@@ -38,6 +39,7 @@ def counted(ranks: int, cases: list[tuple[int, int]]) -> list[dict[str, float]]:
     return rows
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("ranks", "cases"), [(2, [(1, 1), (2, 2), (3, 2)]), (4, [(3, 1), (3, 2)])])
 def test_live_ranks_send_what_the_plan_says(ranks: int, cases: list[tuple[int, int]]) -> None:
     """Four of them in two groups that keep a copy of the weights each."""
@@ -47,6 +49,7 @@ def test_live_ranks_send_what_the_plan_says(ranks: int, cases: list[tuple[int, i
             assert row["calls"] == pytest.approx(row["calls_planned"], rel=0.25), row
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_the_loop_itself_sends_a_few_numbers(
     ranks: int, tiny_config: Path, dataset: Path, tmp_path: Path
@@ -71,6 +74,7 @@ def test_the_store_is_measured() -> None:
     assert all(row[name] > 0 for name in ("connect", "barrier", "posted", "looked", "taken"))
 
 
+@pytest.mark.slow
 def test_the_loop_is_measured_beside_bare_ones(tiny_config: Path, dataset: Path) -> None:
     rows = bench_loop(tiny_config, [f"data.dataset={dataset}"], [1], 3)
     assert [row["name"] for row in rows] == ["1: training", "1: bare engine", "1: plain PyTorch"]
@@ -79,6 +83,7 @@ def test_the_loop_is_measured_beside_bare_ones(tiny_config: Path, dataset: Path)
         assert row["ms"] * row["flops"] == pytest.approx(rows[0]["ms"] * rows[0]["flops"])
 
 
+@pytest.mark.slow
 def test_saving_is_measured(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "tests.measure.save", "--folder", str(tmp_path)]
     command += ["--millions", "1", "--repeats", "1"]

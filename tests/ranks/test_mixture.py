@@ -263,6 +263,7 @@ def records(run: Path) -> list[dict[str, float]]:
     return [line for line in lines if "train/loss" in line]
 
 
+@pytest.mark.slow
 def test_ranks_that_see_other_data(
     tiny_config: Path, datasets: list[Dataset], tmp_path: Path
 ) -> None:
@@ -280,6 +281,7 @@ def test_ranks_that_see_other_data(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_a_run_with_phases_and_a_lost_shard(
     tiny_config: Path, datasets: list[Dataset], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -50,6 +50,7 @@ def plain_muon(steps: int) -> list[float]:
     return losses
 
 
+@pytest.mark.slow
 def test_every_stage_agrees_with_whole_matrices(tmp_path: Path) -> None:
     """And the state moves: from two ranks at stage 2 to four at stages 1 and 3."""
     expected = plain_muon(9)

@@ -51,6 +51,7 @@ def test_it_says_what_there_is_and_leaves_nothing(arguments: list[str], tmp_path
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.slow
 def test_other_settings_or_code_are_refused_on_all_ranks(
     arguments: list[str], tmp_path: Path
 ) -> None:
@@ -76,6 +77,7 @@ def test_other_settings_or_code_are_refused_on_all_ranks(
         assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.slow
 def test_folders_that_are_not_the_same_are_named(
     arguments: list[str], dataset: Path, tmp_path: Path
 ) -> None:
@@ -104,6 +106,7 @@ def test_folders_that_are_not_the_same_are_named(
     assert errors(found[0].stderr) == [shared]
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_named(arguments: list[str], tmp_path: Path) -> None:
     runs = tmp_path / "runs"
     runs.mkdir()
@@ -125,6 +128,7 @@ def test_a_full_disk_is_named(arguments: list[str], tmp_path: Path) -> None:
         assert full.endswith(f" needed for {count}")
 
 
+@pytest.mark.slow
 def test_a_slow_rank_and_a_wrong_clock_are_named(arguments: list[str], tmp_path: Path) -> None:
     script = (
         "import os, pathlib, sys, time\n"

@@ -13,6 +13,7 @@ from hourglass_dist.report.page import write_report
 from hourglass_dist.training.profile_table import time_of_parts
 
 
+@pytest.mark.slow
 def test_two_steps_are_taken_apart(
     tiny_config: Path, dataset: Path, run_folder: Path, tmp_path: Path
 ) -> None:

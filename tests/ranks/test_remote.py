@@ -100,6 +100,7 @@ def test_a_run_begins_before_its_shards_are_there(
     assert damaged or server.sent_whole == {s.path: 1 for s in manifest.split("train")}
 
 
+@pytest.mark.slow
 def test_a_training_run_from_s3_has_the_losses_of_local_files(
     manifest: Manifest, tiny_config: Path, tmp_path: Path
 ) -> None:

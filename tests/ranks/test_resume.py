@@ -4,11 +4,15 @@ bit, and nothing is left lying about. ``python -m tests.measure.kills`` kills mo
 
 from __future__ import annotations
 
+import shutil
+import signal
 from pathlib import Path
 
 import pytest
-from kill_drill import command, drill, often
+from kill_drill import command, differences, drill, often
+from paths import HELPERS
 from ranks import (
+    hourglass,
     kill_tree,
     start_torchrun,
     torchrun,
@@ -19,6 +23,39 @@ from tiny_run import losses
 STEPS = 60  # a save is over in milliseconds: enough of them for a busy machine to meet one
 
 
+def test_stopped_killed_and_continued(
+    tiny_config: Path, dataset: Path, run_folder: Path, tmp_path: Path
+) -> None:
+    """SIGTERM to torchrun in step 6, SIGKILL to all in step 12: bit for bit the losses, weights
+    and moments of a run that nobody disturbed; nearly so on one rank and at another ZeRO stage."""
+    run = tmp_path / "run"
+    arguments = [str(tiny_config), f"data.dataset={dataset}", f"run.dir={run}"]
+    zero = "deepspeed.zero_optimization.stage"
+    hold = str(HELPERS / "fault_worker.py"), "hold"
+
+    process = start_torchrun(2, *hold, "6", *arguments, f"{zero}=2")
+    wait_for_step(process, run, 5)
+    process.send_signal(signal.SIGTERM)
+    said = process.communicate(timeout=120)[1]
+    assert process.returncode == 75, said[-3000:]
+    assert "stopped by SIGTERM after step 6, which is saved" in said
+
+    process = start_torchrun(2, *hold, "12", *arguments, f"{zero}=2")
+    wait_for_step(process, run, 11)
+    kill_tree(process)
+    alone = shutil.copytree(run, tmp_path / "alone")
+
+    done = torchrun(2, "-m", "hourglass_dist.train", *arguments, f"{zero}=2")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert not differences(run, run_folder, 20)
+
+    arguments[-1] = f"run.dir={alone}"
+    done = hourglass("train", *arguments, f"{zero}=3", "train.micro_batch_size=4")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert losses(alone) == pytest.approx(losses(run_folder), abs=1e-5)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", [1, 3])
 def test_killed_and_continued_equals_undisturbed(
     tiny_config: Path, dataset: Path, tmp_path: Path, stage: int
@@ -33,6 +70,7 @@ def test_killed_and_continued_equals_undisturbed(
         assert f"finished: all {STEPS} steps are done" in again.stdout
 
 
+@pytest.mark.slow
 def test_one_rank_continues_what_two_began(
     tiny_config: Path, dataset: Path, tmp_path: Path
 ) -> None:

@@ -71,6 +71,7 @@ def test_no_run(tmp_path: Path) -> None:
     assert done.stderr.splitlines() == [line]
 
 
+@pytest.mark.slow
 def test_a_run_while_it_goes_on_and_after(tiny_config: Path, dataset: Path, tmp_path: Path) -> None:
     """Running, with a rank that is slow, then stopped by a signal; asked to stop; killed."""
     run, log = tmp_path / "run", tmp_path / "log"

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import psutil
+import pytest
 from ranks import kill_tree, start_torchrun, torchrun, wait_for_step
 from tiny_run import losses
 
@@ -42,6 +43,7 @@ def second_rank(agent: psutil.Process) -> psutil.Process:
     return next(p for p in agent.children() if p.environ().get("RANK") == "1")
 
 
+@pytest.mark.slow
 def test_asked_to_stop_in_every_way(tiny_config: Path, dataset: Path, tmp_path: Path) -> None:
     """By a file, the clock, a signal to one rank, a signal to torchrun; one after the other."""
     run, whole = tmp_path / "run", tmp_path / "whole"

@@ -109,6 +109,7 @@ def test_a_ratio_is_that_of_the_rounds() -> None:
     assert ratio([2, 40, 6], [1, 20, 3]) == 2  # whatever slowed the second round
 
 
+@pytest.mark.slow
 def test_the_model_command_prints_and_writes_its_table(tmp_path: Path) -> None:
     file = tmp_path / "new" / "model.json"
     done = hourglass(*("bench", "model", "--quick", "--repeats", 1, "--threads", 1, "--json", file))
@@ -121,6 +122,7 @@ def test_the_model_command_prints_and_writes_its_table(tmp_path: Path) -> None:
     assert all(row["peak"] > 0 and len(row["rounds"]) == 1 for row in written["rows"])
 
 
+@pytest.mark.slow
 def test_the_checkpointing_table_has_every_policy_at_every_level(tmp_path: Path) -> None:
     file = tmp_path / "checkpointing.json"
     done = hourglass(
@@ -173,6 +175,7 @@ def test_the_interval_is_that_of_student() -> None:
     assert interval([1.0, 2.0, 3.0]) == pytest.approx(4.303 / 3**0.5)
 
 
+@pytest.mark.slow
 def test_a_comparison_trains_what_is_missing_and_only_that(
     arms: Path, dataset: Path, tmp_path: Path
 ) -> None:
@@ -210,6 +213,7 @@ def bits(line: dict[str, float]) -> float:
 # --- mistakes ------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_mistakes_are_one_line(arms: Path, dataset: Path, tmp_path: Path) -> None:
     damaged = tmp_path / "damaged.jsonl"
     damaged.write_text('{"key": "a"}\n{"arm"\n')

@@ -203,6 +203,7 @@ for step in range(1, 100_000):
 """
 
 
+@pytest.mark.slow
 def test_killed_at_any_instant_leaves_a_whole_checkpoint(tmp_path: Path) -> None:
     """A process that does nothing but save, killed 12 times at arbitrary moments of it."""
     folder = tmp_path / "checkpoints"

@@ -147,6 +147,7 @@ def test_stats_count_documents_across_blocks(dataset: Path, tmp_path: Path) -> N
         assert path.read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_the_benchmark_measures_all_kinds() -> None:
     corpus = CORPORA
     done = hourglass("bench", "prepare", corpus, "--megabytes", 1, "--rounds", 1)

@@ -266,6 +266,7 @@ def examples() -> list[list[str]]:
     return found
 
 
+@pytest.mark.slow
 def test_the_examples_of_the_help_work(tmp_path: Path) -> None:
     outputs = []
     commands = examples()

@@ -10,6 +10,7 @@ import pytest
 import torch
 import zoo
 from hourglass_transformer_pytorch import HourglassTransformerLM
+from slow_cases import every
 from torch import Tensor, nn
 from zoo import documents_of, farthest, make_config, make_model, random_text
 
@@ -152,7 +153,7 @@ def test_an_encoder_does_not_see_padding(kind: str, levels: str) -> None:
         assert farthest(model(tokens_BL, torch.ones_like(mask_BL)), model(tokens_BL)) < 1e-12
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", every(2, [torch.float32, torch.bfloat16]), ids=str)
 @every_kind
 @every_depth
 @pytest.mark.parametrize("given", ["nothing", "mask", "documents"])

@@ -43,6 +43,7 @@ def cluster() -> Iterator[str]:
     made.shutdown()
 
 
+@pytest.mark.slow
 def test_ray_with_a_worker_killed_in_every_stage(
     tmp_path: Path, corpus: Path, expected: dict[str, str], cluster: str
 ) -> None:

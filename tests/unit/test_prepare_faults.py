@@ -97,6 +97,7 @@ def test_a_corpus_of_which_nothing_is_left(tmp_path: Path) -> None:
     assert not list((tmp_path / "out").rglob("index.json"))
 
 
+@pytest.mark.slow
 def test_a_long_document_without_white_space(tmp_path: Path) -> None:
     long = base64.b64encode(random.Random(0).randbytes(37_500_000)).decode()
     path = write_jsonl(tmp_path / "a.jsonl", [long, *texts(60)])
@@ -125,6 +126,7 @@ def test_a_worker_killed_in_every_stage_changes_nothing(
     assert report.documents["read"] == 280
 
 
+@pytest.mark.slow
 def test_a_task_that_kills_its_worker_every_time_is_named(
     tmp_path: Path, corpus: Path, expected: dict[str, str]
 ) -> None:
@@ -167,6 +169,7 @@ def test_a_killed_pipeline_goes_on_and_leaves_no_worker(
 # --- the folder ----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_second_of_two_runs_into_one_folder_is_refused(tmp_path: Path, corpus: Path) -> None:
     config = tmp_path / "pipeline.yaml"
     config.write_text(to_yaml(settings(tmp_path, corpus)))
@@ -188,6 +191,7 @@ def test_the_second_of_two_runs_into_one_folder_is_refused(tmp_path: Path, corpu
     assert first.returncode == 0
 
 
+@pytest.mark.slow
 def test_other_settings_and_inputs_are_refused_and_named(tmp_path: Path, corpus: Path) -> None:
     data = tmp_path / "data"
     write_jsonl(data / "a.jsonl", texts(30))

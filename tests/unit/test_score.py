@@ -238,6 +238,7 @@ def test_buckets_of_words_have_no_places() -> None:
     assert fixed_strides(make_model("modern, words", "by 2, 4").config) == [1]
 
 
+@pytest.mark.slow
 def test_windows_of_an_export(exported: Path, dataset: Path) -> None:
     """More context is a better score; what does not fit is one line."""
     plain, short, sliding = (
