@@ -25,11 +25,16 @@ from hourglass_dist.config.model import lucidrains_config
 from hourglass_dist.model.hourglass import HourglassLM
 from hourglass_dist.model.lucidrains import from_lucidrains, lucidrains_kwargs, to_lucidrains
 
+
+def named(case: Case) -> str:
+    return " ".join(str(case).split())
+
+
 CAUSAL = [case for case in CASES if case.causal]
 
 
 @pytest.mark.parametrize("dtype", LIMITS, ids=str)
-@pytest.mark.parametrize("case", every(6, CASES), ids=lambda case: " ".join(str(case).split()))
+@pytest.mark.parametrize("case", every(5, CASES), ids=named)
 def test_logits_and_gradients_agree_in_both_directions(case: Case, dtype: torch.dtype) -> None:
     for make_pair in (pair_from_reference, pair_from_ours):
         difference = compare(*make_pair(case, dtype))
@@ -39,9 +44,7 @@ def test_logits_and_gradients_agree_in_both_directions(case: Case, dtype: torch.
         assert difference.largest_gradient > 0.02, "the comparison would show nothing"
 
 
-@pytest.mark.parametrize(
-    "case", every(3, CAUSAL[::2]), ids=lambda case: " ".join(str(case).split())
-)
+@pytest.mark.parametrize("case", every(3, CAUSAL[::2]), ids=named)
 def test_odd_lengths_agree_once_the_reference_can_run_them(
     case: Case, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -57,7 +60,7 @@ def test_odd_lengths_agree_once_the_reference_can_run_them(
         assert (theirs(tokens_BL) - ours(tokens_BL)).abs().max() < 1e-9
 
 
-@pytest.mark.parametrize("case", every(6, CASES), ids=lambda case: " ".join(str(case).split()))
+@pytest.mark.parametrize("case", every(5, CASES), ids=named)
 def test_weights_make_the_round_trip_unchanged(case: Case) -> None:
     _, ours = pair_from_ours(case, torch.float32)
     again = HourglassLM(case.config)
@@ -77,7 +80,7 @@ def test_exported_weights_are_a_copy() -> None:
     assert torch.equal(ours.tokens.weight, before)
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: " ".join(str(case).split()))
+@pytest.mark.parametrize("case", CASES, ids=named)
 def test_settings_make_the_round_trip(case: Case) -> None:
     assert lucidrains_config(**lucidrains_kwargs(case.config)) == case.config
 
