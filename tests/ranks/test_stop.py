@@ -23,7 +23,9 @@ def last_step(run: Path) -> int:
     return max(map(int, re.findall(r'"step": (\d+),', text)), default=0)
 
 
-def stop_with(ask: Callable[[psutil.Process], object], command: list[str], run: Path) -> str:
+def stop_with(
+    ask: Callable[[psutil.Process], object], command: list[str], run: Path, code: int = 75
+) -> str:
     """Start two ranks, ask once some more steps are done; what they said at their end."""
     before = last_step(run)
     process = start_torchrun(2, *command)
@@ -34,7 +36,7 @@ def stop_with(ask: Callable[[psutil.Process], object], command: list[str], run: 
     finally:
         if process.poll() is None:
             kill_tree(process)
-    assert process.returncode == 75, said[-3000:]
+    assert process.returncode == code, said[-3000:]
     assert last_step(run) < STEPS
     return said
 
@@ -80,3 +82,11 @@ def test_asked_to_stop_in_every_way(tiny_config: Path, dataset: Path, tmp_path: 
     assert entries[1]["reason"] == "stopped by the file STOP after step 1, which is saved"
     assert entries[-1]["reason"] == "finished"
     assert [end["step"] for end in entries[1:-1:2]] == [start["step"] for start in entries[2::2]]
+
+
+def test_ctrl_c_saves_nothing_and_says_so(tiny_config: Path, dataset: Path, tmp_path: Path) -> None:
+    command = ["-m", "hourglass_dist.train", str(tiny_config), f"data.dataset={dataset}"]
+    command += [f"train.steps={STEPS}", f"run.dir={tmp_path}"]
+    said = stop_with(lambda agent: agent.send_signal(signal.SIGINT), command, tmp_path, code=130)
+    words = "stopped by Ctrl-C, unsaved: the same command continues from the newest save"
+    assert said.splitlines() == [words]
