@@ -14,6 +14,8 @@ module = hourglass_dist.HourglassLM(config)           # a torch.nn.Module with n
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from hourglass_dist.core.version import __version__
+
 if TYPE_CHECKING:
     from hourglass_dist.config.model import parse_model
     from hourglass_dist.inference.api import Model, load
@@ -21,7 +23,6 @@ if TYPE_CHECKING:
     from hourglass_dist.model.settings import ModelConfig
 
 __all__ = ["HourglassLM", "Model", "ModelConfig", "__version__", "load", "parse_model"]
-__version__ = "0.1.0"
 
 _HOMES = {
     "HourglassLM": "hourglass_dist.model.hourglass",

@@ -13,13 +13,13 @@ import typer
 
 from data_tools.cli import app as data_app
 from data_tools.cli import bench_prepare
-from hourglass_dist import __version__
 from hourglass_dist.bench.cli import app as bench_app
 from hourglass_dist.config import schema as settings
 from hourglass_dist.config import shipped
 from hourglass_dist.config.describe import describe as describe_settings
 from hourglass_dist.config.loader import print_error, to_yaml
 from hourglass_dist.core import exit_codes
+from hourglass_dist.core.version import __version__
 
 app = typer.Typer(
     no_args_is_help=True,

@@ -28,6 +28,7 @@ from rich.progress import track
 from rich.table import Table
 
 from hourglass_dist.core.files import replace
+from hourglass_dist.core.version import __version__
 
 T = TypeVar("T")
 MIB = 2**20
@@ -71,7 +72,8 @@ def machine(device: torch.device) -> dict[str, Any]:
         "load": round(os.getloadavg()[0], 2),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        **{name: _version(name) for name in ("hourglass_dist", REFERENCE)},
+        "hourglass_dist": __version__,
+        REFERENCE: _version(REFERENCE),
     }
 
 

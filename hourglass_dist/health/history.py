@@ -27,8 +27,7 @@ import torch
 from hourglass_dist.core import ranks
 from hourglass_dist.core.records import HISTORY_FILE, append_jsonl, read_history
 from hourglass_dist.core.stop import Interrupted
-
-PACKAGES = ("hourglass_dist", "torch", "deepspeed")
+from hourglass_dist.core.version import __version__
 
 
 class History:
@@ -88,7 +87,11 @@ def about_this_code() -> dict[str, Any]:
     """Where this process runs which code."""
     return {
         "host": socket.gethostname(),
-        "versions": {name: version(name) for name in PACKAGES},
+        "versions": {
+            "hourglass_dist": __version__,
+            "torch": version("torch"),
+            "deepspeed": version("deepspeed"),
+        },
         "revision": revision(),
     }
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from paths import CONFIGS
 
+from hourglass_dist.config.describe import describe
 from hourglass_dist.config.loader import ConfigError, differences, paths, to_yaml
 from hourglass_dist.config.model import lucidrains_config, parse_model
 from hourglass_dist.config.schema import Config, load
@@ -160,6 +161,35 @@ def test_a_missing_setting_says_what_it_is_for(tmp_path: Path) -> None:
     (tmp_path / "no_dir.yaml").write_text(text)
     with pytest.raises(ConfigError, match=r"no_dir\.yaml: run\.dir: missing: Run folder"):
         load(tmp_path / "no_dir.yaml")
+
+
+def test_the_index_past_the_end_appends_a_whole_item() -> None:
+    added = load(
+        QUICKSTART, ["model.levels.2={layers: 2, shorten: 2}", "model.levels.1.layers=[1,1]"]
+    )
+    assert added.model.hierarchy == "1@1 1@2 2@4 1@2 1@1"
+
+
+def test_describe_says_type_default_and_meaning() -> None:
+    said = describe(Config)
+    for path, meaning in paths(Config):
+        assert f"\n{path}: " in f"\n{said}", path
+        assert describe(Config, path).startswith(f"{path}: ")
+        assert meaning.replace("``", "").split()[0] in describe(Config, path)
+    for schedule in ("optim.schedule", "optim.warmup_steps"):
+        assert describe(Config, schedule) in describe(Config, "optim") in said
+    assert describe(Config, "optim.decay_fraction").startswith(
+        "optim.decay_fraction: number more than 0 and at most 1; default 0.2\n    wsd only: "
+    )
+    assert describe(Config, "model.levels.1.layers") in describe(Config, "model.levels")
+
+
+@pytest.mark.parametrize(
+    ("key", "nearest"), [("optim.lrr", "optim.lr"), ("levels", "model.levels"), ("lr", "optim.lr")]
+)
+def test_an_unknown_key_to_describe_names_the_nearest(key: str, nearest: str) -> None:
+    with pytest.raises(ConfigError, match=rf"^{key}: unknown key; did you mean {nearest}\?$"):
+        describe(Config, key)
 
 
 def test_every_setting_is_documented() -> None:
