@@ -17,7 +17,7 @@ from data_tools.datasets.write import SPLITS
 from data_tools.live_line import live_line
 from data_tools.train_tokenizer import train_tokenizer
 from hourglass_dist.config.describe import describe as describe_settings
-from hourglass_dist.data.shards import Manifest, Split
+from hourglass_dist.data.manifest import Manifest, Split
 from hourglass_dist.data.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
 
 app = typer.Typer(

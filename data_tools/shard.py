@@ -23,7 +23,7 @@ from data_tools.live_line import Show, silent
 from data_tools.sources.held_out_rule import Rule, parse_rule
 from data_tools.sources.text_files import find_inputs, read_documents
 from hourglass_dist.config.loader import differences
-from hourglass_dist.data.shards import Manifest, Recipe, Split
+from hourglass_dist.data.manifest import Manifest, Recipe, Split
 from hourglass_dist.data.tokenizer import Tokenizer
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from hourglass_dist.data.shards import DTypeName, dtype_of
+from hourglass_dist.data.manifest import DTypeName, dtype_of
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 
 from data_tools.datasets.blocks import read_samples
+from hourglass_dist.data.manifest import Manifest, Split, dtype_of
 from hourglass_dist.data.mixture import open_dataset, simple_plan
 from hourglass_dist.data.order import locate_many, ranks_cut
-from hourglass_dist.data.shards import Manifest, Split, dtype_of
 from hourglass_dist.data.tokenizer import Ids, Tokenizer
 
 

@@ -24,7 +24,7 @@ from data_tools.datasets.write import SPLITS, Piece, write_dataset
 from data_tools.live_line import Show, silent
 from hourglass_dist.config.loader import differences
 from hourglass_dist.core.files import sync
-from hourglass_dist.data.shards import Manifest, Split
+from hourglass_dist.data.manifest import Manifest, Split
 from hourglass_dist.data.tokenizer import load_tokenizer, require_same
 
 

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from hourglass_dist.data.shards import dtype_name, dtype_of
+from hourglass_dist.data.manifest import dtype_name, dtype_of
 from hourglass_dist.data.tokenizer import Tokenizer
 from hourglass_dist.data.write import require_ids
 

@@ -10,7 +10,7 @@ import numpy as np
 from data_tools.datasets.blocks import read_samples
 from data_tools.live_line import Show, silent
 from hourglass_dist.core.files import replace
-from hourglass_dist.data.shards import Manifest, Split
+from hourglass_dist.data.manifest import Manifest, Split
 from hourglass_dist.data.tokenizer import load_tokenizer
 
 

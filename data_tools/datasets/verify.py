@@ -16,7 +16,7 @@ import numpy as np
 
 from data_tools.datasets.blocks import Sample, read_samples
 from data_tools.live_line import Show, silent
-from hourglass_dist.data.shards import Manifest, Shard, check_sha256
+from hourglass_dist.data.manifest import Manifest, Shard, check_sha256
 from hourglass_dist.data.tokenizer import Tokenizer, load_tokenizer, require_same
 from hourglass_dist.data.write import text_bytes
 

@@ -20,7 +20,7 @@ import numpy.typing as npt
 from data_tools.datasets.sorted_runs import Run, RunPlan, gather, plan_runs, write_run
 from data_tools.live_line import Show, silent
 from hourglass_dist.core.files import new_folder, sha256_of
-from hourglass_dist.data.shards import Manifest, Recipe, Shard, Split, dtype_name
+from hourglass_dist.data.manifest import Manifest, Recipe, Shard, Split, dtype_name
 from hourglass_dist.data.tokenizer import Tokenizer
 from hourglass_dist.data.write import cut_blocks, write_shard
 

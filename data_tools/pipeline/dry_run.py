@@ -15,7 +15,7 @@ from data_tools.pipeline.inputs import InputFile, Inputs, read_tasks
 from data_tools.pipeline.settings import Prepare, Source
 from data_tools.sources.readers import read_records
 from data_tools.sources.text_files import Problem
-from hourglass_dist.data.shards import dtype_name, dtype_of
+from hourglass_dist.data.manifest import dtype_name, dtype_of
 from hourglass_dist.data.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
 
 SAMPLE_FILES, SAMPLE_BYTES, SAMPLE_SECONDS = 12, 2_000_000, 3.0

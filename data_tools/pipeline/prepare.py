@@ -35,7 +35,7 @@ from data_tools.pipeline.steps import STAGES, Stage, recipe_of, tokenizer_of
 from data_tools.pipeline.workspace import Counts, Spec, Work, identity_of
 from hourglass_dist.config.loader import differences, parse, to_yaml
 from hourglass_dist.core.files import new_folder, replace
-from hourglass_dist.data.shards import Shard
+from hourglass_dist.data.manifest import Shard
 
 ATTEMPTS = 3
 """How often a task is tried whose worker is killed."""

@@ -31,7 +31,7 @@ from data_tools.pipeline.workspace import Counts, Spec, Tick, Work
 from data_tools.pipeline.workspace import Run as RunTask
 from data_tools.sources.held_out_rule import parse_rule
 from data_tools.train_tokenizer import lines_of, train_on
-from hourglass_dist.data.shards import Recipe, Split
+from hourglass_dist.data.manifest import Recipe, Split
 from hourglass_dist.data.tokenizer import (
     ByteTokenizer,
     SentencePieceTokenizer,

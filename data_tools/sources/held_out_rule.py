@@ -18,7 +18,7 @@ from pathlib import Path
 import xxhash
 
 from data_tools.sources.text_files import find_inputs
-from hourglass_dist.data.shards import Split
+from hourglass_dist.data.manifest import Split
 
 _SEED = 0x68656C646F7574
 """Of the hash: another one than duplicates are found by."""

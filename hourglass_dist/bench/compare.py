@@ -37,8 +37,8 @@ from hourglass_dist.config.schema import OptimConfig
 from hourglass_dist.core import ranks
 from hourglass_dist.core.files import replace
 from hourglass_dist.data.held_out import held_out_rows
+from hourglass_dist.data.manifest import Manifest
 from hourglass_dist.data.mixture import open_dataset, simple_plan
-from hourglass_dist.data.shards import Manifest
 from hourglass_dist.data.stream import Stream
 from hourglass_dist.data.tokenizer import load_tokenizer
 from hourglass_dist.engine.optim import learning_rate, make_optimizer

@@ -20,9 +20,10 @@ from contextlib import ExitStack, closing
 import numpy as np
 import torch
 
+from hourglass_dist.data.batch import Batch, Buffers, number_documents
+from hourglass_dist.data.manifest import Split
 from hourglass_dist.data.mixture import Dataset
-from hourglass_dist.data.shards import IGNORED, Int64s, ShardReader, Split
-from hourglass_dist.data.stream import Batch, Buffers, number_documents
+from hourglass_dist.data.shards import IGNORED, Int64s, ShardReader
 
 SPLIT: Split = "heldout"
 

@@ -9,9 +9,10 @@ from pathlib import Path
 from hourglass_dist.config.data import CacheConfig, DataConfig
 from hourglass_dist.core.remote import is_remote
 from hourglass_dist.data.data_plan import Plan, Source, Stage
+from hourglass_dist.data.manifest import Manifest
 from hourglass_dist.data.order import require_enough
 from hourglass_dist.data.remote import Cache, Remote, RemoteStore, fetch_index
-from hourglass_dist.data.shards import LocalStore, Manifest, Store
+from hourglass_dist.data.shards import LocalStore, Store
 from hourglass_dist.data.tokenizer import Tokenizer, load_tokenizer, require_same
 
 

@@ -27,7 +27,7 @@ import google_crc32c
 from hourglass_dist.config.data import CacheConfig
 from hourglass_dist.core.files import file_lock, replace, sha256_of
 from hourglass_dist.core.remote import EXTRAS, open_filesystem, retry
-from hourglass_dist.data.shards import INDEX_FILE, Manifest, Shard, Split, dtype_of
+from hourglass_dist.data.manifest import INDEX_FILE, Manifest, Shard, Split, dtype_of
 from hourglass_dist.data.tokenizer import DESCRIPTION_FILE, MODEL_FILE
 
 PART_BYTES = 16 << 20

@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hourglass_dist.core.files import sync
-from hourglass_dist.data.shards import Shard, Split, dtype_name
+from hourglass_dist.data.manifest import Shard, Split, dtype_name
 from hourglass_dist.data.tokenizer import Tokenizer
 
 

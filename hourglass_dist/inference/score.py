@@ -20,9 +20,9 @@ import torch
 from torch import Tensor
 
 from hourglass_dist.core import ranks
+from hourglass_dist.data.batch import Batch
 from hourglass_dist.data.held_out import held_out_rows
 from hourglass_dist.data.mixture import open_dataset
-from hourglass_dist.data.stream import Batch
 from hourglass_dist.data.tokenizer import require_same
 from hourglass_dist.inference.export import load_export
 from hourglass_dist.model.layout import document_positions

@@ -10,9 +10,9 @@ from functools import partial
 
 from hourglass_dist.config.schema import Config
 from hourglass_dist.core import ranks
+from hourglass_dist.data.batch import Batch
 from hourglass_dist.data.held_out import held_out_rows
 from hourglass_dist.data.mixture import Dataset
-from hourglass_dist.data.stream import Batch
 from hourglass_dist.data.tokenizer import Tokenizer
 from hourglass_dist.engine.engine import Engine
 from hourglass_dist.inference.score import Evaluation, Score, evaluate, fixed_strides

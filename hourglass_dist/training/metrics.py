@@ -29,7 +29,7 @@ from hourglass_dist.config.loader import to_yaml
 from hourglass_dist.config.schema import Config
 from hourglass_dist.core import ranks
 from hourglass_dist.core.records import append_jsonl, forget_after
-from hourglass_dist.data.stream import Batch
+from hourglass_dist.data.batch import Batch
 from hourglass_dist.engine.engine import Engine, StepResult
 from hourglass_dist.health.heartbeat import clock_time
 from hourglass_dist.health.history import History

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from hourglass_dist.data.stream import Batch
+from hourglass_dist.data.batch import Batch
 from hourglass_dist.data.tokenizer import Tokenizer
 from hourglass_dist.inference.generate import generate
 from hourglass_dist.model.hourglass import HourglassLM

@@ -20,7 +20,7 @@ from data_tools.pipeline.prepare import prepare
 from data_tools.pipeline.report import Report
 from data_tools.pipeline.settings import Prepare
 from hourglass_dist.config.loader import parse
-from hourglass_dist.data.shards import Manifest
+from hourglass_dist.data.manifest import Manifest
 from hourglass_dist.data.tokenizer import load_tokenizer
 
 VOCABULARY = [

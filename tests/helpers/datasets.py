@@ -12,9 +12,11 @@ import torch
 import webdataset
 
 from data_tools.shard import make_dataset, plan_dataset
+from hourglass_dist.data.batch import Batch
+from hourglass_dist.data.manifest import Manifest, Split, dtype_of
 from hourglass_dist.data.mixture import Dataset, simple_plan
-from hourglass_dist.data.shards import LocalStore, Manifest, Split, dtype_of
-from hourglass_dist.data.stream import Batch, Stream
+from hourglass_dist.data.shards import LocalStore
+from hourglass_dist.data.stream import Stream
 from hourglass_dist.data.tokenizer import ByteTokenizer, Tokenizer
 
 NASTY = [

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from hourglass_dist import train
-from hourglass_dist.data.stream import Batch
+from hourglass_dist.data.batch import Batch
 from hourglass_dist.engine.engine import StepResult
 from hourglass_dist.training import metrics
 

@@ -25,10 +25,11 @@ from servers import Fault, WebServer, s3_server, status, web_server
 
 from hourglass_dist.config.data import CacheConfig
 from hourglass_dist.data import remote
+from hourglass_dist.data.batch import Batch
 from hourglass_dist.data.held_out import held_out_rows
+from hourglass_dist.data.manifest import Manifest
 from hourglass_dist.data.mixture import Dataset, open_dataset, simple_plan
-from hourglass_dist.data.shards import Manifest
-from hourglass_dist.data.stream import Batch, Stream
+from hourglass_dist.data.stream import Stream
 from hourglass_dist.data.tokenizer import load_tokenizer
 
 STEPS = 40

@@ -18,7 +18,8 @@ from data_tools.datasets.stats import stats
 from data_tools.datasets.verify import verify
 from data_tools.shard import make_dataset, plan_dataset
 from data_tools.train_tokenizer import train_tokenizer
-from hourglass_dist.data.shards import Manifest, ShardReader, Split
+from hourglass_dist.data.manifest import Manifest, Split
+from hourglass_dist.data.shards import ShardReader
 from hourglass_dist.data.tokenizer import ByteTokenizer, load_tokenizer
 
 SPLITS: tuple[Split, ...] = ("train", "heldout")

@@ -28,7 +28,7 @@ from data_tools.shard import count, find_finished, make_dataset, plan_dataset
 from data_tools.sources.held_out_rule import parse_rule
 from data_tools.train_tokenizer import train_tokenizer
 from hourglass_dist.cli import main
-from hourglass_dist.data.shards import Manifest
+from hourglass_dist.data.manifest import Manifest
 from hourglass_dist.data.tokenizer import ByteTokenizer, load_tokenizer
 
 SHAKESPEARE = ROOT / "data_tools" / "corpora" / "tinyshakespeare.txt.gz"

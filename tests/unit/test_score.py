@@ -15,9 +15,9 @@ from torch import Tensor
 from zoo import make_model
 
 from hourglass_dist.core import ranks
+from hourglass_dist.data.batch import Batch
 from hourglass_dist.data.held_out import held_out_rows
 from hourglass_dist.data.mixture import Dataset
-from hourglass_dist.data.stream import Batch
 from hourglass_dist.data.tokenizer import ByteTokenizer
 from hourglass_dist.inference.score import (
     Evaluation,

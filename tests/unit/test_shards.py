@@ -22,13 +22,8 @@ from data_tools.datasets.inspect import documents
 from data_tools.datasets.sorted_runs import Run, gather, plan_runs, write_run
 from data_tools.train_tokenizer import train_tokenizer
 from hourglass_dist.data.held_out import held_out_rows
-from hourglass_dist.data.shards import (
-    IGNORED,
-    Manifest,
-    ShardReader,
-    Split,
-    dtype_name,
-)
+from hourglass_dist.data.manifest import Manifest, Split, dtype_name
+from hourglass_dist.data.shards import IGNORED, ShardReader
 from hourglass_dist.data.tokenizer import ByteTokenizer, load_tokenizer
 from hourglass_dist.data.write import cut_blocks
 

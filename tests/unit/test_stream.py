@@ -27,9 +27,9 @@ from datasets import (
 )
 
 from data_tools.train_tokenizer import train_tokenizer
+from hourglass_dist.data.batch import Batch
 from hourglass_dist.data.held_out import held_out_rows
-from hourglass_dist.data.shards import Manifest
-from hourglass_dist.data.stream import Batch
+from hourglass_dist.data.manifest import Manifest
 from hourglass_dist.data.tokenizer import load_tokenizer
 
 WORLDS = [1, 2, 3, 4, 6, 12]  # all that divide a batch of 12
