@@ -12,6 +12,7 @@ from data_tools.live_line import Show, silent
 from hourglass_dist.core.files import replace
 from hourglass_dist.data.manifest import Manifest, Split
 from hourglass_dist.data.tokenizer import load_tokenizer
+from hourglass_dist.pages.plots import histogram_plot, rank_plot, save
 
 
 def bins_of(values: np.ndarray) -> dict[str, int]:
@@ -23,8 +24,6 @@ def bins_of(values: np.ndarray) -> dict[str, int]:
 
 def stats(folder: Path, split: Split, out: Path, show: Show = silent) -> list[str]:
     """Write plots (PNG) and stats.json into the folder ``out``; returns lines to print."""
-    from data_tools.datasets.plots import histogram_plot, rank_plot, save
-
     manifest, tokenizer = Manifest.load(folder), load_tokenizer(folder)
     lengths_V = tokenizer.byte_lengths()
     counts_V = np.zeros(len(lengths_V), np.int64)
@@ -58,15 +57,14 @@ def stats(folder: Path, split: Split, out: Path, show: Show = silent) -> list[st
     }
     ratio = bins_of(text_bytes * 4096 // np.maximum(tokens - 1, 1))
     out.mkdir(parents=True, exist_ok=True)
+    of_text = histogram_plot("bytes per token", {split: ratio}, scale=1 / 4096)
     save(
-        histogram_plot("Length of documents", "tokens", {split: bins_of(tokens)}),
+        histogram_plot("tokens", {split: bins_of(tokens)}),
+        "Length of documents",
         out / "lengths.png",
     )
-    save(
-        histogram_plot("Bytes per token", "bytes per token", {split: ratio}, scale=1 / 4096),
-        out / "bytes_per_token.png",
-    )
-    save(rank_plot("How often ids occur", counts_V), out / "ids.png")
+    save(of_text, "Bytes per token", out / "bytes_per_token.png")
+    save(rank_plot(counts_V), "How often ids occur", out / "ids.png")
     replace(out / "stats.json", json.dumps(numbers, indent=1) + "\n")
     lines = [f"{name:<15} {value:,}" for name, value in numbers.items()]
     return [*lines, f"plots           {out}/lengths.png bytes_per_token.png ids.png"]

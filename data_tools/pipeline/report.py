@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 import json
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -10,10 +9,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from data_tools.datasets.plots import as_image, bars, histogram_plot
 from data_tools.pipeline.workspace import Work
 from hourglass_dist.config.loader import to_yaml
 from hourglass_dist.core.files import replace
+from hourglass_dist.pages import html
+from hourglass_dist.pages.html import Section
+from hourglass_dist.pages.plots import COLOURS, as_svg, css, histogram_plot, number
 
 REPORT_FILE, PAGE_FILE = "report.json", "report.html"
 Numbers = dict[str, int]
@@ -58,19 +59,19 @@ class Report:
         counts = self.documents
         most = sorted(self.dropped.items(), key=lambda each: -each[1])
         reasons = ", ".join(f"{reason} {count:,}" for reason, count in most)
-        found = [
+        lines = [
             f"documents {counts['read']:,} = kept {counts['kept']:,} + dropped "
             f"{counts['dropped']:,} + quarantined {counts['quarantined']:,}"
         ]
-        found += [f"dropped   {reasons}"] if reasons else []
+        lines += [f"dropped   {reasons}"] if reasons else []
         for name, numbers in self.sources.items():
             splits = [
                 f"{split} {numbers[f'{split}_tokens']:,} tokens ({numbers[f'{split}_bytes']:,} "
                 f"bytes, {numbers[f'{split}_documents']:,} documents)"
                 for split in ("train", "heldout")
             ]
-            found.append(f"{name:<9} {', '.join(splits)}")
-        return found
+            lines.append(f"{name:<9} {', '.join(splits)}")
+        return lines
 
 
 def _in_order(dropped: Numbers) -> Numbers:
@@ -144,7 +145,7 @@ def collect(work: Work, seconds: dict[str, float]) -> Report:
 
 def _samples(work: Work) -> list[dict[str, Any]]:
     """The 20 with the smallest keys, of those that were kept and of those dropped."""
-    found = [
+    drawn = [
         sample
         for stage in ("read", "tokens")
         for index in range(len(work.tasks(stage)))
@@ -154,26 +155,12 @@ def _samples(work: Work) -> list[dict[str, Any]]:
     paths = {name: [file["path"] for file in files[name]] for name in files}
     chosen = []
     for kept in (True, False):
-        some = sorted((s for s in found if (not s["reason"]) == kept), key=lambda s: s["key"])
+        some = sorted((s for s in drawn if (not s["reason"]) == kept), key=lambda s: s["key"])
         chosen += [s | {"file": paths[s["source"]][s["file"]]} for s in some[:20]]
     return chosen
 
 
 # --- the page ------------------------------------------------------------------------------------
-
-_STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 70rem; padding: 0 1rem;
-       color: #1d2330; }
-h1 { font-size: 1.6rem; } h2 { font-size: 1.15rem; margin-top: 2.2rem; }
-table { border-collapse: collapse; } td, th { padding: .2rem .9rem .2rem 0; text-align: right; }
-td:first-child, th:first-child { text-align: left; }
-th { border-bottom: 1px solid #b9c0cc; font-weight: 600; }
-.plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(30rem, 1fr)); gap: 1rem; }
-img { max-width: 100%; }
-pre { background: #f4f6f9; padding: .7rem; white-space: pre-wrap; overflow-wrap: anywhere;
-      font-size: 12px; margin: .2rem 0 1rem; max-height: 16rem; overflow: auto; }
-.where { color: #5a6475; font-size: 12px; }
-"""
 
 
 def write(report: Report, out: Path) -> None:
@@ -183,80 +170,91 @@ def write(report: Report, out: Path) -> None:
 
 
 def page(report: Report, name: str) -> str:
-    """The report as a page that needs no other file."""
+    """Return the report as a page that needs no other file."""
+    seconds = report.seconds
+    sections = [
+        Section("What was dropped", _funnel(report)),
+        Section("Sources", _sources(report)),
+        Section("Documents", html.grid(_histograms(report))),
+        Section("Duplicates", _groups(report.groups)),
+        Section("20 documents that were kept", _samples_of(report, kept=True), is_folded=True),
+        Section("20 documents that were dropped", _samples_of(report, kept=False), is_folded=True),
+        Section("Time", _bars(["step", "seconds"], seconds, ".1f"), is_folded=True),
+        Section("Settings", html.preformatted(report.settings), is_folded=True),
+    ]
+    return html.page(name, report.lines()[0], _headline(report), sections)
+
+
+def _headline(report: Report) -> str:
     counts = report.documents
-    funnel = {"read": counts["read"]}
-    left = counts["read"] - counts["quarantined"]
-    funnel |= {"text": left}
-    for reason, count in report.dropped.items():
+    tokens = {
+        split: sum(source[f"{split}_tokens"] for source in report.sources.values())
+        for split in ("train", "heldout")
+    }
+    return html.cards(
+        {
+            "documents kept": f"{counts['kept'] / max(1, counts['read']):.1%}",
+            "text kept": f"{report.bytes['kept'] / max(1, report.bytes['read']):.1%}",
+            "bytes of text": number(report.bytes["kept"]),
+            "training tokens": number(tokens["train"]),
+            "held-out tokens": number(tokens["heldout"]),
+            "ids of the tokenizer": f"{report.vocab_size:,}",
+        }
+    )
+
+
+def _funnel(report: Report) -> str:
+    """Return what each reason dropped, and how much was left after it, in order."""
+    read = left = report.documents["read"]
+    rows, shares = [["read", "", f"{read:,}"]], [1.0]
+    for reason, count in {"quarantined": report.documents["quarantined"], **report.dropped}.items():
         left -= count
-        funnel[f"after {reason}"] = left
-    plots = [
-        bars("Documents left after each reason", funnel),
-        bars("Tokens by source", {n: s["train_tokens"] for n, s in report.sources.items()}),
-        histogram_plot(
-            "Size of documents", "bytes",
-            {"read": report.sizes, "kept": report.kept_sizes},
-        ),
-        histogram_plot(
-            "Tokens per byte of kept documents", "tokens per byte",
-            {"kept": report.tokens_per_byte}, scale=1 / 4096,
-        ),
-        *(
-            [bars("Groups of duplicates by size", _groups(report.groups))]
-            if any(report.groups.values())
-            else []
-        ),
-    ]  # fmt: skip
-    images = "".join(f'<img alt="plot" src="{as_image(figure)}">' for figure in plots)
-    body = [
-        f"<h1>{html.escape(name)}</h1>",
-        f"<p>{html.escape(report.lines()[0])}</p>",
-        "<h2>Sources</h2>",
-        _table(
-            ["source", "read", "kept", "dropped", "quarantined", "train tokens", "held-out tokens"],
-            [
-                [n, s["read"], s["kept"], s["dropped"], s["quarantined"], s["train_tokens"],
-                 s["heldout_tokens"]]
-                for n, s in report.sources.items()
-            ],
-        ),
-        "<h2>Dropped</h2>",
-        _table(["reason", "documents"], [[r, c] for r, c in report.dropped.items()]),
-        f'<h2>Plots</h2><div class="plots">{images}</div>',
-        "<h2>Time</h2>",
-        _table(["stage", "seconds"], [[n, f"{s:.1f}"] for n, s in report.seconds.items()]),
-        "<h2>20 documents that were kept</h2>",
-        *(_sample(s) for s in report.samples if not s["reason"]),
-        "<h2>20 documents that were dropped</h2>",
-        *(_sample(s) for s in report.samples if s["reason"]),
-        f"<h2>Settings</h2><pre>{html.escape(report.settings)}</pre>",
-    ]  # fmt: skip
-    head = f'<meta charset="utf-8"><title>{html.escape(name)}</title><style>{_STYLE}</style>'
-    return f"<!doctype html><html><head>{head}</head><body>{''.join(body)}</body></html>\n"
+        rows.append([reason, f"{count:,}", f"{left:,}"])
+        shares.append(left / max(1, read))
+    return html.table(["reason", "dropped", "documents left"], rows, shares)
 
 
-def _groups(groups: dict[str, Numbers]) -> Numbers:
-    found: Numbers = {}
+def _sources(report: Report) -> str:
+    names = ("read", "kept", "dropped", "quarantined", "train_tokens", "heldout_tokens")
+    rows = [[name, *(f"{s[each]:,}" for each in names)] for name, s in report.sources.items()]
+    whole = max(1, sum(s["train_tokens"] for s in report.sources.values()))
+    shares = [s["train_tokens"] / whole for s in report.sources.values()]
+    head = ["source", *names[:4], "training tokens", "held-out tokens"]
+    return html.table(head, rows, shares if len(rows) > 1 else None)
+
+
+def _histograms(report: Report) -> list[str]:
+    sizes = histogram_plot("bytes", {"read": report.sizes, "kept": report.kept_sizes})
+    ratio = histogram_plot("tokens per byte", {"kept": report.tokens_per_byte}, scale=1 / 4096)
+    legend = {"read": (css(COLOURS[-1]), ""), "kept": (css(COLOURS[0]), "")}
+    return [
+        html.figure("Size of documents", "", as_svg(sizes, "Size of documents"), legend),
+        html.figure("Tokens per byte", "kept documents", as_svg(ratio, "Tokens per byte"), {}),
+    ]
+
+
+def _groups(groups: dict[str, Numbers]) -> str:
+    """Return how many groups of duplicates there are, by kind and size."""
+    counts: Counter[str] = Counter()
     for kind, sizes in groups.items():
         for size, count in sizes.items():
-            name = (
-                f"{kind}, {size if int(size) < 5 else '5 to 9' if int(size) < 10 else '10 or more'}"
-            )
-            found[name] = found.get(name, 0) + count
-    return found
+            at_most = size if int(size) < 5 else "5 to 9" if int(size) < 10 else "10 or more"
+            counts[f"{kind}, {at_most} documents"] += count
+    return _bars(["duplicates", "groups"], counts, ",")
 
 
-def _table(head: list[str], rows: list[list[object]]) -> str:
-    def row(cells: Iterable[object], tag: str) -> str:
-        texts = (f"{c:,}" if isinstance(c, int) else html.escape(str(c)) for c in cells)
-        return "<tr>" + "".join(f"<{tag}>{text}</{tag}>" for text in texts) + "</tr>"
-
-    return f"<table>{row(head, 'th')}{''.join(row(cells, 'td') for cells in rows)}</table>"
+def _bars(head: list[str], values: Mapping[str, float], form: str) -> str:
+    most = max([*values.values(), 1e-9])
+    rows = [[name, format(value, form)] for name, value in values.items()]
+    return html.table(head, rows, [value / most for value in values.values()])
 
 
-def _sample(sample: dict[str, Any]) -> str:
-    where = f"{sample['source']}: {sample['file']} at {sample['position']:,}"
+def _samples_of(report: Report, kept: bool) -> str:
+    shown = [sample for sample in report.samples if (not sample["reason"]) == kept]
+    return html.grid([html.quotation(_about(sample), sample["text"]) for sample in shown], "texts")
+
+
+def _about(sample: dict[str, Any]) -> str:
     reason = f"{sample['reason']}; " if sample["reason"] else ""
-    more = f"{reason}{sample['characters']:,} characters; {where}"
-    return f'<div class="where">{html.escape(more)}</div><pre>{html.escape(sample["text"])}</pre>'
+    where = f"{sample['source']}: {sample['file']} at {sample['position']:,}"
+    return f"{reason}{sample['characters']:,} characters; {where}"

@@ -328,11 +328,14 @@ def render(plan: Plan) -> str:
     """The plan as text, 100 columns wide."""
     out = io.StringIO()
     console = Console(file=out, width=100, highlight=False)
-    console.print(_headline(plan))
-    console.print(_level_table(plan))
-    console.print(_rank_table(plan))
-    console.print(_summary(plan))
+    for part in describe(plan):
+        console.print(part)
     return "\n".join(line.rstrip() for line in out.getvalue().splitlines()) + "\n"
+
+
+def describe(plan: Plan) -> list[str | Table]:
+    """Return the plan as lines of text and tables."""
+    return [_headline(plan), _level_table(plan), _rank_table(plan), _summary(plan)]
 
 
 def _headline(plan: Plan) -> str:

@@ -25,7 +25,8 @@ class Stack(NamedTuple):
 
 
 def stacks(model: ModelConfig) -> list[Stack]:
-    """From the input to the output, the innermost level once; stacks without layers too."""
+    """Return the stacks from the input to the output, the innermost level once, and those without
+    layers too."""
     down: list[Stack] = []
     up: list[Stack] = []
     stride = 1
@@ -40,14 +41,14 @@ def stacks(model: ModelConfig) -> list[Stack]:
 
 
 def label(stack: Stack) -> str:
-    """``level 1, by 2: 4 layers of width 128``."""
+    """Return ``level 1, by 2: 4 layers of width 128``."""
     by = f", by {stack.stride}" if stack.stride > 1 else ""
     layers = f"{stack.layers} layer{'' if stack.layers == 1 else 's'}"
     return f"level {stack.level}{by}: {layers} of width {stack.dim}"
 
 
 def as_text(model: ModelConfig) -> str:
-    """The picture in characters."""
+    """Return the picture in characters."""
     lines = []
     for stack in stacks(model):
         bar = "#" * max(1, WIDTH // stack.stride)

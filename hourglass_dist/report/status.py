@@ -68,29 +68,29 @@ class Status:
     ranks: int | None
     hosts: list[str]
     last_sign_seconds: float | None
-    """Since the last sign of life of any rank."""
+    """Seconds since the last sign of life of any rank."""
     silent: list[str]
     """Ranks whose last sign is older than those of the others, or that are stopped or gone."""
     rank_seconds: list[float] | None
-    """What a step takes a rank for itself: least, median, most."""
+    """Own time of ranks in a step, without waiting, seconds: least, median, most."""
     slowest_rank: str | None
     straggler: str | None
-    """The slowest one, when it is much slower than the others all the time."""
+    """The slowest rank, when it stays much slower than the others."""
     checkpoint_step: int | None
     checkpoint_age_seconds: float | None
     starts: int
     last_ending: str | None
-    """Why the last start that is over ended."""
+    """Reason for the end of the newest start that is over."""
     skipped_steps: int
 
     @property
     def exit_code(self) -> int:
-        """What the command ends with."""
+        """Exit code of the command."""
         return EXIT_CODES[self.state]
 
 
 def read_status(run: Path) -> Status:
-    """The status of a run. Raises ValueError when ``run`` holds none."""
+    """Read the status of a run. Raises ValueError when ``run`` holds none."""
     if not (run / "config.yaml").exists():
         raise ValueError(f"{run}: expected a run folder (with config.yaml), found none")
     config, now = load(run / "config.yaml"), time.time()
@@ -136,7 +136,7 @@ def read_status(run: Path) -> Status:
 def find_state(
     run: Path, starts: Sequence[Start], beats: Sequence[Heartbeat], now: float
 ) -> tuple[str, str]:
-    """Which of the five it is, and more words about it."""
+    """Return the state of a run (one of the five above) and more words about it."""
     if not beats:
         if not starts:
             return "crashed", "it ended before its first step"
@@ -159,22 +159,22 @@ def find_state(
 
 
 def silent_ranks(beats: Sequence[Heartbeat], now: float) -> list[str]:
-    """Those that stand out, with the reason."""
-    found = []
+    """Return the ranks that stand out, each with the reason."""
+    lines = []
     newest = max((beat.time for beat in beats), default=0.0)
     for beat in beats:
         state = process_state(beat.pid) if _here(beat) else ("", 0)
         if state is None:
-            found.append(f"{beat.where}: gone")
+            lines.append(f"{beat.where}: gone")
         elif state[0] in ("T", "t"):
-            found.append(f"{beat.where}: stopped by a signal")
+            lines.append(f"{beat.where}: stopped by a signal")
         elif newest - beat.time > 3 * pause_between(beat.ranks) + 2 * (beat.seconds or 0):
-            found.append(f"{beat.where}: last sign {clock_time(now - beat.time)} ago")
-    return found
+            lines.append(f"{beat.where}: last sign {clock_time(now - beat.time)} ago")
+    return lines
 
 
 def _here(beat: Heartbeat) -> bool:
-    """Whether this process can look at that of a rank."""
+    """Return whether the process of a rank is on this host and in this process namespace."""
     return beat.host == socket.gethostname() and beat.space == process_space() != ""
 
 
@@ -184,14 +184,14 @@ def _names(beats: Sequence[Heartbeat]) -> str:
 
 
 def seconds_left(config: Config, step: int, last: Mapping[str, Any]) -> float | None:
-    """Until the last step, evaluations left out."""
+    """Return the seconds until the last step, evaluations left out; None without a speed."""
     tokens = config.data.tokens(config.train.steps) - config.data.tokens(step)
     speed = last.get("train/tokens_per_second")
     return tokens / speed if speed else None
 
 
 def _speeds(trained: Sequence[Mapping[str, Any]], hosts: Mapping[int, str]) -> dict[str, Any]:
-    """How long ranks take."""
+    """Return the times of ranks in the newest record, and which rank is slow."""
 
     def name(rank: int) -> str:
         return f"rank {rank} ({hosts[rank]})" if rank in hosts else f"rank {rank}"
@@ -200,23 +200,24 @@ def _speeds(trained: Sequence[Mapping[str, Any]], hosts: Mapping[int, str]) -> d
     if trained and "train/slowest_rank" in trained[-1]:
         seconds = [trained[-1][f"ranks/seconds_{which}"] for which in ("min", "median", "max")]
         slowest = name(int(trained[-1]["train/slowest_rank"]))
-    if found := straggler(trained):
-        slow = f"{name(found[0])}, {found[1]:.1f} times as long as the others"
+    if (slowest_one := straggler(trained)) is not None:
+        rank, ratio = slowest_one
+        slow = f"{name(rank)}, {ratio:.1f} times as long as the others"
     return {"rank_seconds": seconds, "slowest_rank": slowest, "straggler": slow}
 
 
 def _checkpoint(run: Path, now: float) -> dict[str, Any]:
-    """The newest one."""
-    found: tuple[int | None, float | None] = None, None
-    with suppress(OSError, ValueError):  # there is none
+    """Return the step of the newest checkpoint and its age in seconds; None where none is there."""
+    with suppress(OSError, ValueError):
         name = (run / "checkpoints" / "latest").read_text().strip()
         written = (run / "checkpoints" / name / "manifest.json").stat().st_mtime
-        found = int(name.removeprefix("step_")), now - written
-    return {"checkpoint_step": found[0], "checkpoint_age_seconds": found[1]}
+        step = int(name.removeprefix("step_"))
+        return {"checkpoint_step": step, "checkpoint_age_seconds": now - written}
+    return {"checkpoint_step": None, "checkpoint_age_seconds": None}
 
 
 def as_json(status: Status) -> dict[str, Any]:
-    """All of it, for programs."""
+    """Return all of it as JSON, for programs."""
     return asdict(status) | {"exit_code": status.exit_code}
 
 
@@ -224,7 +225,7 @@ COLOURS = {"running": "green", "finished": "green", "stopped": "yellow"}
 
 
 def render(status: Status, terminal: bool = False) -> str:
-    """A few lines of at most 100 columns."""
+    """Return a few lines of at most 100 columns."""
     table = Table.grid(padding=(0, 2))
     table.add_column(style="dim", no_wrap=True, min_width=12)
     table.add_column(overflow="fold")
@@ -240,7 +241,7 @@ def render(status: Status, terminal: bool = False) -> str:
 
 
 def _rows(status: Status) -> list[tuple[str, str]]:
-    """Name and text of every line that has something to say."""
+    """Return the name and the text of every line that has something to say."""
     rows = [("step", _progress(status))]
     if status.loss is not None:
         score = f"{status.loss:.4f} nats/token, {status.bits_per_byte or 0:.4f} bits/byte"
@@ -270,7 +271,7 @@ def _rows(status: Status) -> list[tuple[str, str]]:
     before = f"; the last one that ended: {status.last_ending}" if status.last_ending else ""
     rows.append(("starts", f"{status.starts}{before}"))
     if status.skipped_steps:
-        rows.append(("skipped", f"{status.skipped_steps} steps whose loss was no number"))
+        rows.append(("skipped", f"{status.skipped_steps} steps with a NaN or infinite loss"))
     return rows
 
 

@@ -17,7 +17,7 @@ from hourglass_dist.config.loader import paths, read_yaml
 from hourglass_dist.config.schema import Config
 
 LAYERS = [
-    {"core", "model", "config"},
+    {"core", "model", "config", "pages"},
     {"data", "engine"},
     {"checkpoint", "planning", "data_tools"},
     {"inference", "health"},
@@ -103,7 +103,7 @@ def test_the_model_knows_torch_and_einops_only() -> None:
 
 def test_the_data_tools_and_the_command_line_alone_know_one_another() -> None:
     assert importers("data_tools") == {"data_tools", "cli"}
-    assert ROOMS["data_tools"] <= {"config", "core", "data"}
+    assert ROOMS["data_tools"] <= {"config", "core", "data", "pages"}
 
 
 def test_model_and_data_do_not_know_each_other() -> None:

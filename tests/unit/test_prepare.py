@@ -11,6 +11,7 @@ import pytest
 import webdataset
 from corpora import FULL, all_texts, run, settings, shard_hashes, texts, write_jsonl
 from datasets import NASTY, make, refusal
+from pages import Page
 
 from data_tools.datasets.verify import verify
 from data_tools.pipeline.prepare import prepare
@@ -83,12 +84,15 @@ def test_the_datasets_are_whole(finished: tuple[Path, Report]) -> None:
 
 def test_the_page_shows_it_all(finished: tuple[Path, Report]) -> None:
     out, report = finished
-    page = (out / "report.html").read_text()
-    assert report.lines()[0] in page
-    assert all(reason in page for reason in report.dropped)
-    assert page.count('src="data:image/png;base64,') == 5
-    assert len([s for s in report.samples if not s["reason"]]) == 20
-    assert page.count('<div class="where">') == len(report.samples) == 40
+    page = Page(out / "report.html")
+    assert report.lines()[0] in page.text
+    left = report.documents["read"]
+    for reason, count in report.dropped.items():
+        left -= count
+        assert f"{reason}{count:,}{left:,}" in page.text
+    assert page.tags.count("svg") == len(page.figures) == 2
+    assert len([sample for sample in report.samples if not sample["reason"]]) == 20
+    assert page.tags.count("article") == len(report.samples) == 40
 
 
 @pytest.mark.parametrize(

@@ -4,45 +4,16 @@ from __future__ import annotations
 
 import json
 import shutil
-from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from pages import Page
 from ranks import hourglass
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from hourglass_dist.core.records import read_history
-from hourglass_dist.report.page import write_report
-
-VOID = {"meta", "rect", "path", "circle"}
-
-
-class Page(HTMLParser):
-    """Checks that every tag is closed and nothing is loaded; collects text and tags."""
-
-    def __init__(self, path: Path) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.tags: list[str] = []
-        self.text = ""
-        self.feed(path.read_text())
-        assert not self.open
-        assert not {"script", "link", "img", "iframe", "object", "use"} & set(self.tags)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        assert not {"src", "href", "onload", "onclick"} & {name for name, _ in attrs}
-        self.tags.append(tag)
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append(tag)
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        self.text += data
+from hourglass_dist.core.records import read_history, read_jsonl
+from hourglass_dist.pages.plots import COLOURS, as_svg, line_plot, number
+from hourglass_dist.report.page import cut_at_word, write_report
 
 
 def copy_of(run: Path, folder: Path, *names: str) -> Path:
@@ -56,12 +27,61 @@ def test_the_page_of_a_finished_run(run_folder: Path, tmp_path: Path) -> None:
     done = hourglass("report", run_folder, "--out", tmp_path / "page.html")
     assert done.returncode == 0, done.stderr
     page = Page(tmp_path / "page.html")
-    for expected in ("1@1 2@2 1@1, 2 x cpu, fp32, ZeRO-2: finished", "20 of 20", "dataset: "):
+    for expected in ("1@1 2@2 1@1, 2 x cpu, fp32, ZeRO-2: finished", "20 of 20", "data.dataset"):
         assert expected in page.text
     for title in ("Bits per byte", "Gradient norm by level", "Own time of ranks", "Goodput"):
         assert title in page.text
-    assert "@import" not in page.text
-    assert "url(h" not in page.text
+    assert "train.precision" not in page.text  # a default
+    assert page.text.index("held-out bits per byte at step 20") < page.text.index("Learning")
+
+
+def test_the_figures_are_those_of_the_records(run_folder: Path, tmp_path: Path) -> None:
+    """The newest score in large type, the newest values in the legends, and every point drawn."""
+    records = read_jsonl(run_folder / "metrics.jsonl")
+    write_report(run_folder, tmp_path / "page.html")
+    page = Page(tmp_path / "page.html")
+    newest = [r["heldout/bits_per_byte"] for r in records if "heldout/bits_per_byte" in r][-1]
+    assert f"{newest:.4f}held-out bits per byte at step 20" in page.text
+    for title, name in (
+        ("Learning rate", "train/lr"),
+        ("Gradient norm", "train/grad_norm"),
+        ("Goodput", "train/goodput"),
+    ):
+        figure = next(text for text in page.figures if text.startswith(title))
+        values = [record[name] for record in records if name in record]
+        assert number(values[-1]) in figure
+    [memory] = [text for text in page.figures if text.startswith("Memory")]
+    assert " GiB, " in memory or " MiB, " in memory
+    steps = len([record for record in records if "train/lr" in record])
+    [line] = [path for path in page.paths("Learning rate") if path.count("L") == steps - 1]
+    assert line
+
+
+def test_equal_runs_give_equal_pages(run_folder: Path, tmp_path: Path) -> None:
+    for name in ("a.html", "b.html"):
+        write_report(run_folder, tmp_path / name)
+    assert (tmp_path / "a.html").read_bytes() == (tmp_path / "b.html").read_bytes()
+
+
+def test_a_line_that_begins_far_above_the_rest_is_cut_with_a_mark() -> None:
+    points = [(step, 8.0 if step == 0 else 2.5 + 1 / (1 + step)) for step in range(60)]
+    svg = as_svg(line_plot({"loss": points}, {"loss": COLOURS[0]}), "loss")
+    assert "cut off: up to 8" in svg
+    whole = as_svg(line_plot({"loss": points[1:]}, {"loss": COLOURS[0]}), "loss")
+    assert "cut off" not in whole
+
+
+@pytest.mark.parametrize(
+    ("prompt", "expected"),
+    [
+        ("Good morrow, neigh", ("Good morrow,", "neigh")),
+        ("Good morrow,\n", ("Good morrow,", "")),
+        ("neigh", ("neigh", "")),
+        ("a " * 200 + "word end", ("… " + "a " * 117 + "word", "end")),
+    ],
+)
+def test_prompts_are_cut_between_words(prompt: str, expected: tuple[str, str]) -> None:
+    assert cut_at_word(prompt) == expected
 
 
 def test_what_is_missing_is_left_out_and_what_is_there_is_escaped(

@@ -1,0 +1,64 @@
+"""What a run folder says, for its report; the run may still go on."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hourglass_dist.config.schema import Config, load
+from hourglass_dist.core.records import read_history, read_jsonl
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run folder says."""
+
+    path: Path
+    config: Config
+    metrics: dict[str, list[tuple[float, float]]]
+    """Pairs of step and value of every metric, in order of steps."""
+    history: list[dict[str, Any]]
+    skipped: list[dict[str, Any]]
+    samples: list[dict[str, Any]]
+    positions: list[dict[str, Any]]
+    profile: str
+    """The table of a profile; empty when none was made."""
+
+    @property
+    def step(self) -> int:
+        """The last recorded step."""
+        return int(max((points[-1][0] for points in self.metrics.values()), default=0))
+
+    @property
+    def starts(self) -> list[dict[str, Any]]:
+        """One entry of the history for each start of the run."""
+        return [entry for entry in self.history if entry["event"] == "start"]
+
+    def last(self, name: str) -> float | None:
+        """Return the newest value of a metric."""
+        points = self.metrics.get(name)
+        return points[-1][1] if points else None
+
+
+def read_run(path: Path) -> Run:
+    """Read a run folder. Raises ValueError when it holds no run or nothing is recorded yet."""
+    if not (path / "metrics.jsonl").exists():
+        raise ValueError(f"{path}: no metrics.jsonl: expected the folder of a run that has begun")
+    metrics: dict[str, list[tuple[float, float]]] = defaultdict(list)
+    for record in read_jsonl(path / "metrics.jsonl"):
+        for name, value in record.items():
+            if name != "step":
+                metrics[name].append((record["step"], value))
+    profile = path / "profile" / "table.txt"
+    return Run(
+        path=path,
+        config=load(path / "config.yaml"),
+        metrics=dict(metrics),
+        history=read_history(path),
+        skipped=read_jsonl(path / "skipped.jsonl"),
+        samples=read_jsonl(path / "samples.jsonl"),
+        positions=read_jsonl(path / "positions.jsonl"),
+        profile=profile.read_text() if profile.exists() else "",
+    )
