@@ -44,23 +44,19 @@ from hourglass_dist.inference.score import Score
 from hourglass_dist.model.hourglass import HourglassLM
 from hourglass_dist.planning.plan import settle_checkpointing, too_large
 from hourglass_dist.training.evaluation import Evaluations, check_held_out
-from hourglass_dist.training.guards import (
-    LossSpikes,
-    SkippedSteps,
-    SpikeFound,
-)
+from hourglass_dist.training.guards import LossSpikes, SkippedSteps, SpikeFound
 from hourglass_dist.training.metrics import Metrics, due
 from hourglass_dist.training.profiler import Profiler
 from hourglass_dist.training.writers import require_writers
 
 
 @dataclass(frozen=True)
-class Job:
-    """Everything that the steps of a run need."""
+class TrainingRun:
+    """A run in progress: everything that its steps need."""
 
     config: Config
     world: ranks.World
-    run: RunFolder
+    folder: RunFolder
     tokenizer: Tokenizer
     stream: Stream
     engine: Engine
@@ -68,7 +64,7 @@ class Job:
     requests: StopRequests
     watchdog: Watchdog
     step: int
-    """Steps that are done already."""
+    """Steps done before this start."""
     evaluations: Evaluations
     metrics: Metrics
     profiler: Profiler
@@ -77,39 +73,40 @@ class Job:
 
 
 def train(config: Config) -> None:
-    """Run, or continue, the training that ``config`` describes, and note when and how it ended.
+    """Start or continue the run that ``config`` describes, and note when and how it ended.
 
     Raises ValueError (on every rank, with the same one-line message) for anything the user can
-    mend, FloatingPointError when loss or gradient stay no numbers, and Interrupted when the run was
-    asked to stop: then it is saved.
+    mend, FloatingPointError when loss or gradient stay NaN or infinite, and Interrupted when the
+    run was asked to stop and is saved.
     """
     with History(Path(config.run.dir)) as history:
-        job = prepare(config, history)
-        if job:
-            run_to_the_end(job)
+        run = prepare(config, history)
+        if run:
+            run_all_steps(run)
 
 
-def run_to_the_end(job: Job) -> None:
-    """All steps, from before a spike again where there was one."""
+def run_all_steps(run: TrainingRun) -> None:
+    """Take all steps; after a loss spike, again from the checkpoint before it."""
     try:
         while True:
             try:
-                return run_steps(job)
+                return run_steps(run)
             except SpikeFound as spike:
-                job = go_back(job, spike)
+                run = go_back(run, spike)
     except (ValueError, FloatingPointError):  # raised on all ranks: a save under way can end
-        job.checkpoints.wait()
+        run.checkpoints.wait()
         raise
     finally:
-        job.watchdog.close()
-        job.metrics.close()
-        job.run.close()
+        run.watchdog.close()
+        run.metrics.close()
+        run.folder.close()
 
 
-def prepare(config: Config, history: History) -> Job | None:
-    """Data, run folder, engine, the state to continue from; None when all steps are done."""
+def prepare(config: Config, history: History) -> TrainingRun | None:
+    """Open the data and the run folder, make the engine, load the newest checkpoint; None when all
+    steps are done."""
     record_collectives(Path(config.run.dir))
-    # the watchdog, which writes down what hangs, comes before a collective gives up
+    # longer than the watchdog waits, which writes down what hangs
     world = ranks.init(ranks.TIMEOUT + timedelta(minutes=config.run.hang_minutes))
     require_same_start(config, world)
     deepspeed_settings(config, world.size)  # refuses what does not fit, before anything is written
@@ -118,29 +115,28 @@ def prepare(config: Config, history: History) -> Job | None:
     datasets, tokenizer = ranks.raise_on_all_ranks(lambda: open_data(config), world.device)
     stream = ranks.raise_on_all_ranks(lambda: open_stream(config, datasets, world), world.device)
     ranks.require_same_on_all_ranks(stream.identity(), world.device)
-    run = RunFolder(Path(config.run.dir))
-    ranks.raise_on_all_ranks(lambda: run.open(config) if world.is_main else None, world.device)
+    folder = RunFolder(Path(config.run.dir))
+    ranks.raise_on_all_ranks(lambda: folder.open(config) if world.is_main else None, world.device)
     require_good_folder(config, world)
-    requests = StopRequests(run.path, config.run.time_limit_hours, world)
+    requests = StopRequests(folder.path, config.run.time_limit_hours, world)
     about = about_this_code() | {"config": to_yaml(config)}
-    checkpoints = Checkpoints(run.checkpoints, config.checkpoint, world, about)
+    checkpoints = Checkpoints(folder.checkpoints, config.checkpoint, world, about)
 
-    found = find_state(checkpoints, stream, tokenizer, world)
-    path, progress = found or (None, None)
+    path, progress = find_state(checkpoints, stream, tokenizer, world) or (None, None)
     step, guard = (progress.step, progress.guard) if progress else (0, {})
     if step >= config.train.steps:
-        say(world, f"{run.path}: finished: all {config.train.steps} steps are done")
-        run.close()
+        say(world, f"{folder.path}: finished: all {config.train.steps} steps are done")
+        folder.close()
         return None
 
     def begin() -> None:
         if world.is_main:
-            require_progress(run.path, step, config.run.max_fruitless_starts)
-            run.record(config, tokenizer)
+            require_progress(folder.path, step, config.run.max_fruitless_starts)
+            folder.record(config, tokenizer)
 
     ranks.raise_on_all_ranks(begin, world.device)
     history.start(step, world)
-    watchdog = Watchdog(run.path, config.run.hang_minutes, world, step)
+    watchdog = Watchdog(folder.path, config.run.hang_minutes, world, step)
     try:
         warm = None
         if not path:
@@ -150,12 +146,21 @@ def prepare(config: Config, history: History) -> Job | None:
         if path:
             engine.load(path)
         announce(config, world, step)
-        return Job(
-            *(config, world, run, tokenizer, stream, engine, checkpoints, requests, watchdog, step),
+        return TrainingRun(
+            config=config,
+            world=world,
+            folder=folder,
+            tokenizer=tokenizer,
+            stream=stream,
+            engine=engine,
+            checkpoints=checkpoints,
+            requests=requests,
+            watchdog=watchdog,
+            step=step,
             evaluations=Evaluations(config, datasets, tokenizer, engine, world, watchdog.watching),
             metrics=Metrics(history, config, tokenizer.byte_lengths(), engine, world),
-            profiler=Profiler(run.path, config.metrics.profiled, engine, world),
-            skipped=SkippedSteps(run.path, config.train.max_skipped_steps, step, world),
+            profiler=Profiler(folder.path, config.metrics.profiled, engine, world),
+            skipped=SkippedSteps(folder.path, config.train.max_skipped_steps, step, world),
             spikes=LossSpikes(config.train.spikes, guard),
         )
     except BaseException:
@@ -163,77 +168,77 @@ def prepare(config: Config, history: History) -> Job | None:
         raise
 
 
-def run_steps(job: Job) -> None:
-    """The loop. Raises Interrupted when it was asked to stop, FloatingPointError when it must, and
-    SpikeFound when it wants to go back."""
-    config, metrics, stream = job.config, job.metrics, job.stream
-    step, total = job.step, config.train.steps
-    with closing(stream.batches(start_step=job.spikes.data_step(step))) as stored:
-        batches = job.profiler.data(stored, step)
+def run_steps(run: TrainingRun) -> None:
+    """The loop. Raises Interrupted when it was asked to stop, FloatingPointError when too many
+    steps are NaN, and SpikeFound when the run must go back."""
+    config, metrics, stream = run.config, run.metrics, run.stream
+    step, total = run.step, config.train.steps
+    with closing(stream.batches(start_step=run.spikes.data_step(step))) as stored:
+        batches = run.profiler.data(stored, step)
         while step < total:
-            batch = ranks.raise_on_all_ranks(lambda: next(batches), job.world.device)
-            with metrics.watch(step + 1), job.profiler.step(step + 1):
-                result = job.engine.step(batch.rows, step, job.requests.stop_flags)
-            rows = stream.rows_of(job.spikes.data_step(step))
+            batch = ranks.raise_on_all_ranks(lambda: next(batches), run.world.device)
+            with metrics.watch(step + 1), run.profiler.step(step + 1):
+                result = run.engine.step(batch.rows, step, run.requests.stop_flags)
+            rows = stream.rows_of(run.spikes.data_step(step))
             step += 1
-            job.watchdog.step(step, result.loss)
-            job.skipped.check(step, result, rows)
-            metrics.record(step, result, batch, stream.epochs_read, job.skipped.total)
-            job.spikes.check(step, result.loss)
+            run.watchdog.step(step, result.loss)
+            run.skipped.check(step, result, rows)
+            metrics.record(step, result, batch, stream.epochs_read, run.skipped.total)
+            run.spikes.check(step, result.loss)
             last = step == total
-            stop = None if last else job.requests.reason(result.stop_flags)
+            stop = None if last else run.requests.reason(result.stop_flags)
             evaluate = due(step, config.eval.every) or last
-            score = job.evaluations.make(step, metrics) if evaluate else None
+            score = run.evaluations.make(step, metrics) if evaluate else None
             if due(step, config.checkpoint.every) or last or stop:
-                save(job, step, score)
+                save(run, step, score)
             if last or stop:
-                job.watchdog.beat("saving")
-                job.checkpoints.finish()
-            for line in job.checkpoints.news():
+                run.watchdog.beat("saving")
+                run.checkpoints.finish()
+            for line in run.checkpoints.news():
                 metrics.say(line)
             if stop:
-                raise job.requests.mark_stopped(stop, step)
+                raise run.requests.mark_stopped(stop, step)
 
 
-def go_back(job: Job, spike: SpikeFound) -> Job:
-    """The run as it was at its newest checkpoint before the spike, the batches since left out.
+def go_back(run: TrainingRun, spike: SpikeFound) -> TrainingRun:
+    """The run as it was at its newest checkpoint before the spike, without the batches since then.
 
-    Raises FloatingPointError when there is none.
+    Raises FloatingPointError when there is no such checkpoint.
     """
-    job.checkpoints.wait()
-    found = job.checkpoints.newest(up_to=spike.good)
-    if not found:
+    run.checkpoints.wait()
+    saved = run.checkpoints.newest(up_to=spike.good)
+    if not saved:
         raise FloatingPointError(f"{spike}; there is no checkpoint from before to go back to")
-    path, progress = found
-    job.engine.load(path)
-    spikes = job.spikes.back_at(progress.step, progress.guard, spike.data_step)
+    path, progress = saved
+    run.engine.load(path)
+    spikes = run.spikes.back_at(progress.step, progress.guard, spike.data_step)
     after, steps = spikes.left_out[-1]
-    job.metrics.say(f"{spike}: back after step {after}, the data of {steps} steps is left out")
-    job.metrics.go_back(progress.step)
-    most = job.config.train.max_skipped_steps
-    skipped = SkippedSteps(job.run.path, most, progress.step, job.world)
-    return replace(job, step=progress.step, spikes=spikes, skipped=skipped)
+    run.metrics.say(f"{spike}: back after step {after}, the data of {steps} steps is left out")
+    run.metrics.go_back(progress.step)
+    most = run.config.train.max_skipped_steps
+    skipped = SkippedSteps(run.folder.path, most, progress.step, run.world)
+    return replace(run, step=progress.step, spikes=spikes, skipped=skipped)
 
 
-def save(job: Job, step: int, score: Score | None) -> None:
-    """Begin to save the state after ``step``."""
-    ranks.require_same_on_all_ranks(job.stream.identity(), job.world.device)
+def save(run: TrainingRun, step: int, score: Score | None) -> None:
+    """Start to save the state after ``step``."""
+    ranks.require_same_on_all_ranks(run.stream.identity(), run.world.device)
     progress = TrainingProgress(
         step=step,
-        data=job.stream.state(job.spikes.data_step(step)),
-        tokenizer=asdict(job.tokenizer.fingerprint),
-        stage=job.engine.stage,
+        data=run.stream.state(run.spikes.data_step(step)),
+        tokenizer=asdict(run.tokenizer.fingerprint),
+        stage=run.engine.stage,
         score=score.bits_per_byte if score else None,
-        guard=job.spikes.state(),
+        guard=run.spikes.state(),
     )
-    job.watchdog.beat("saving")
-    with job.metrics.pause("checkpoint"):
-        job.checkpoints.save(job.engine.snapshot, progress)
+    run.watchdog.beat("saving")
+    with run.metrics.pause("checkpoint"):
+        run.checkpoints.save(run.engine.snapshot, progress)
 
 
 def open_data(config: Config) -> tuple[list[Dataset], Tokenizer]:
-    """The datasets and their tokenizer. Raises ValueError when they do not fit each other or the
-    model."""
+    """Open the datasets and their tokenizer. Raises ValueError when they do not fit each other or
+    the model."""
     datasets, tokenizer = open_mixture(config.data)
     if tokenizer.vocab_size > config.model.vocab_size:
         raise ValueError(
@@ -244,11 +249,14 @@ def open_data(config: Config) -> tuple[list[Dataset], Tokenizer]:
 
 
 def open_stream(config: Config, datasets: Sequence[Dataset], world: ranks.World) -> Stream:
-    """The training rows of this rank; its share of the shards, held-out ones too, is verified."""
+    """The training rows of this rank. Its share of all shards, held-out ones too, is verified."""
     plan = make_plan(datasets, config.data, config.run.seed, config.train.steps)
     check_held_out(config, datasets, world)
     return Stream(
-        *(datasets, plan, world.rank, world.size),
+        datasets,
+        plan,
+        world.rank,
+        world.size,
         isolate_documents=config.data.isolate_documents,
         skip=config.data.skip_shards,
         pin=world.device.type == "cuda",
@@ -258,25 +266,25 @@ def open_stream(config: Config, datasets: Sequence[Dataset], world: ranks.World)
 def find_state(
     checkpoints: Checkpoints, stream: Stream, tokenizer: Tokenizer, world: ranks.World
 ) -> tuple[Path, TrainingProgress] | None:
-    """The checkpoint to continue from, if there is one; the stream goes on from there.
+    """The checkpoint to resume from, if there is one; the stream is set to its position.
 
     Raises ValueError when it belongs to other data or another tokenizer.
     """
-    found = checkpoints.newest()
+    newest = checkpoints.newest()
     for problem in checkpoints.passed_over:
         say(world, f"passed over a damaged checkpoint: {problem}")
-    if found:
-        path, progress = found
+    if newest:
+        path, progress = newest
         read = LossSpikes(None, progress.guard).data_step(progress.step)
         stream.resume(progress.data, read)
         saved = type(tokenizer.fingerprint)(**progress.tokenizer)
         require_same(saved, tokenizer.fingerprint, str(path), "the dataset's tokenizer")
-    return found
+    return newest
 
 
 def make_model(config: Config, world: ranks.World, warm: WarmStart | None = None) -> HourglassLM:
-    """The model on this rank's device, the same weights on every rank; at ZeRO stage 3 this rank's
-    part of them, which never were here all at once."""
+    """The model on this rank's device, with the same weights on every rank; at ZeRO stage 3 only
+    this rank's part is ever in memory, but for one module at a time."""
     settled = settle_checkpointing(config)
     with torch.device("meta"):
         model = HourglassLM(settled)
@@ -297,7 +305,7 @@ def make_model(config: Config, world: ranks.World, warm: WarmStart | None = None
 
 
 def require_compiler(config: Config, device: torch.device) -> None:
-    """Raise ValueError when layers are to be compiled and there is nothing that does it."""
+    """Raise ValueError when layers are to be compiled and there is no compiler."""
     compiler = os.environ.get("CXX", "g++")
     if config.train.compile and device.type == "cpu" and not shutil.which(compiler):
         raise ValueError(
@@ -307,7 +315,7 @@ def require_compiler(config: Config, device: torch.device) -> None:
 
 
 def warm_start(config: Config, tokenizer: Tokenizer) -> WarmStart | None:
-    """The weights to begin with, where they are not drawn.
+    """The weights of ``train.init_from``, if it is set.
 
     Raises ValueError when they are of another model or tokenizer.
     """
@@ -320,10 +328,9 @@ def warm_start(config: Config, tokenizer: Tokenizer) -> WarmStart | None:
 
 
 def dry_run_step(engine: Engine, config: Config, world: ranks.World) -> None:
-    """One step with the longest rows, which changes nothing: a run that will run out of memory does
-    so now.
+    """Take one step with the longest rows that changes nothing, to meet out-of-memory early.
 
-    Raises ValueError, with what to do about it, when it does.
+    Raises ValueError, with what to do about it.
     """
     shape = config.train.micro_batch_size, config.data.longest
     tokens_BL = torch.zeros(shape, dtype=torch.int64)
@@ -339,7 +346,7 @@ def dry_run_step(engine: Engine, config: Config, world: ranks.World) -> None:
 
 
 def announce(config: Config, world: ranks.World, step: int) -> None:
-    """Say what is about to be trained on what."""
+    """Print what is trained on what."""
     tokens = config.data.tokens(config.train.steps)
     say(
         world,
@@ -353,7 +360,7 @@ def announce(config: Config, world: ranks.World, step: int) -> None:
 
 
 def say(world: ranks.World, line: str) -> None:
-    """Print once, not once a rank."""
+    """Print on the main rank only."""
     if world.is_main:
         print(line, flush=True)
 
