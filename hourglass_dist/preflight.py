@@ -1,4 +1,4 @@
-"""Looks at every node before a run is started on it, in under a minute; trains nothing.
+"""Checks every node before a run is started on it, in under a minute; trains nothing.
 
     torchrun --nproc-per-node 2 -m hourglass_dist.preflight configs/quickstart.yaml
 
@@ -47,11 +47,11 @@ REDUCED_BYTES = 2**24
 
 
 @dataclass
-class Findings:
-    """What was found; the same on all group."""
+class Report:
+    """The results of all checks, the same on all ranks."""
 
     notes: list[tuple[str, str]] = field(default_factory=list)
-    """Name and text of the lines that say what there is."""
+    """Name and result of each check."""
     problems: list[str] = field(default_factory=list)
 
     def add(self, name: str, note: str, problems: Iterable[str] = ()) -> None:
@@ -62,27 +62,26 @@ class Findings:
 
 
 @dataclass(frozen=True)
-class Ranks:
-    """All of them; every check is made by all together."""
+class RankGroup:
+    """All ranks; every check is made by all of them."""
 
     config: Config
     world: ranks.World
-    """On the CPU: it is what the ranks talk with."""
+    """Process group on the CPU."""
     device: torch.device
-    """What this rank would train on."""
+    """Device that this rank would train on."""
     hosts: list[str]
 
     def texts(self, text: str) -> list[str]:
-        """That of every rank."""
+        """Gather a value of every rank."""
         return ranks.gather_texts(text, self.world.device)
 
     def floats(self, value: float) -> list[float]:
-        """That of every rank."""
-        return [found for (found,) in ranks.gather_floats([value], self.world.device)]
+        """Gather a value of every rank."""
+        return [each for (each,) in ranks.gather_floats([value], self.world.device)]
 
     def each(self, action: Callable[[], str]) -> tuple[list[str], list[str]]:
-        """What ``action`` gives on every rank, and a line for each mistake that it meets, with the
-        ranks that meet it."""
+        """The result of ``action`` on every rank, and a line for each mistake with its ranks."""
         result, mistake = "", ""
         try:
             result = action()
@@ -96,43 +95,43 @@ class Ranks:
         return self.texts(result), lines
 
 
-def look(config: Config) -> tuple[Findings, Ranks]:
-    """All checks."""
+def check_nodes(config: Config) -> tuple[Report, RankGroup]:
+    """Make all checks."""
     world = ranks.init(on_cpu=True)
     local = int(os.environ.get("LOCAL_RANK", "0"))
     has_gpu = local < torch.cuda.device_count()
     device = torch.device("cuda", local) if has_gpu else torch.device("cpu")
-    group = Ranks(config, world, device, rank_checks.hosts_of(world))
-    found = Findings()
-    look_at_code(group, found)
-    if found.problems:
-        return found, group  # what other programs would find is of no use
-    look_at_devices(group, found)
-    look_at_folder(group, found)
-    look_at_data(group, found)
-    look_at_clocks(group, found)
-    look_at_products(group, found)
-    look_at_all_reduce(group, found)
-    return found, group
+    group = RankGroup(config, world, device, rank_checks.hosts_of(world))
+    report = Report()
+    check_code(group, report)
+    if report.problems:
+        return report, group  # other programs would check other things
+    check_devices(group, report)
+    check_folder(group, report)
+    check_data(group, report)
+    check_clocks(group, report)
+    check_products(group, report)
+    check_all_reduce(group, report)
+    return report, group
 
 
-def look_at_code(group: Ranks, found: Findings) -> None:
+def check_code(group: RankGroup, report: Report) -> None:
     """Versions, files and settings."""
     code = rank_checks.code()
     told = ", ".join(f"{name} {value}" for name, value in code.items() if value)
-    found.add("code", told, rank_checks.other_code(group.world, group.hosts))
+    report.add("code", told, rank_checks.other_code(group.world, group.hosts))
     other = rank_checks.other_settings(group.config, group.world, group.hosts)
 
-    def dealt() -> str:
+    def divide() -> str:
         deepspeed_settings(group.config, group.world.size)
         return ""
 
     if not other:
-        other = group.each(dealt)[1]
-    found.add("settings", "the same on all ranks", other)
+        other = group.each(divide)[1]
+    report.add("settings", "the same on all ranks", other)
 
 
-def look_at_devices(group: Ranks, found: Findings) -> None:
+def check_devices(group: RankGroup, report: Report) -> None:
     """Equally many ranks and devices on every node, all of one kind."""
     size = len(group.hosts)
     kind = device_name(group.device)
@@ -144,11 +143,11 @@ def look_at_devices(group: Ranks, found: Findings) -> None:
         *mismatches("devices of a node", gpus, group.hosts),
     ]
     nodes = len(set(group.hosts))
-    found.add("devices", f"{size // nodes} x {kind} on each node", problems)
+    report.add("devices", f"{size // nodes} x {kind} on each node", problems)
 
 
-def look_at_folder(group: Ranks, found: Findings) -> None:
-    """One folder for all hosts, with room. What is made for the look is taken away again."""
+def check_folder(group: RankGroup, report: Report) -> None:
+    """One folder for all hosts, with room. What the check makes is removed again."""
     config, world = group.config, group.world
     folder = Path(config.run.dir)
     missing: list[Path] = []
@@ -169,16 +168,16 @@ def look_at_folder(group: Ranks, found: Findings) -> None:
         for path in missing:
             if path.exists() and not any(path.iterdir()):
                 path.rmdir()
-    found.add("run folder", note, mistakes)
+    report.add("run folder", note, mistakes)
 
 
 def make(folder: Path) -> str:
-    """A folder and those around it."""
+    """Make a folder and its parents."""
     folder.mkdir(parents=True, exist_ok=True)
     return str(folder)
 
 
-def look_at_data(group: Ranks, found: Findings) -> None:
+def check_data(group: RankGroup, report: Report) -> None:
     """Every source opens everywhere, and has the same manifest."""
 
     def ids() -> str:
@@ -194,10 +193,10 @@ def look_at_data(group: Ranks, found: Findings) -> None:
             mistakes += mismatches(f"the manifest of {where}", of_ranks, group.hosts)
         sources = ", ".join(f"{where} ({known[0][where][:12]})" for where in known[0])
         note = f"{sources}, the same on all ranks"
-    found.add("data", note, mistakes)
+    report.add("data", note, mistakes)
 
 
-def look_at_clocks(group: Ranks, found: Findings) -> None:
+def check_clocks(group: RankGroup, report: Report) -> None:
     """The median of a few comparisons with rank 0: all leave a barrier within milliseconds."""
     rounds = []
     for _ in range(ROUNDS):
@@ -212,10 +211,10 @@ def look_at_clocks(group: Ranks, found: Findings) -> None:
             f"clocks differ by {worst:.1f} s: {who(off, group.hosts)} from "
             f"{who([0], group.hosts)}; is time synchronised (chrony, NTP)?"
         ]
-    found.add("clocks", f"within {max(worst, 0.001):.3f} s of rank 0", problems)
+    report.add("clocks", f"within {max(worst, 0.001):.3f} s of rank 0", problems)
 
 
-def look_at_products(group: Ranks, found: Findings) -> None:
+def check_products(group: RankGroup, report: Report) -> None:
     """A matrix product on all ranks at once; the best of a few repeats: what disturbs a rank now
     and then is no slow rank."""
     size, kind = (8192, torch.bfloat16) if group.device.type == "cuda" else (512, torch.float32)
@@ -234,11 +233,11 @@ def look_at_products(group: Ranks, found: Findings) -> None:
         if speed * SLOW < median
     ]
     spread = f"{show_flops(min(speeds))} to {show_flops(max(speeds))}"
-    found.add("products", f"{spread}, median {show_flops(median)}", problems)
+    report.add("products", f"{spread}, median {show_flops(median)}", problems)
 
 
 def seconds_of(matrix: torch.Tensor) -> float:
-    """Of one product of a matrix with itself, the mean over a quarter of a second."""
+    """Mean seconds of a product of a matrix with itself, over a quarter of a second."""
     begun, count = time.perf_counter(), 0
     while count == 0 or time.perf_counter() - begun < REPEAT_SECONDS:
         torch.mm(matrix, matrix)
@@ -253,7 +252,7 @@ def show_flops(speed: float) -> str:
     return f"{speed / 1e12:.3g} TFLOP/s" if speed >= 1e12 else f"{speed / 1e9:.3g} GFLOP/s"
 
 
-def look_at_all_reduce(group: Ranks, found: Findings) -> None:
+def check_all_reduce(group: RankGroup, report: Report) -> None:
     """Over nccl where all ranks have a GPU. Says nothing of a single rank: all wait for all."""
     world = group.world
     if world.size == 1:
@@ -275,15 +274,15 @@ def look_at_all_reduce(group: Ranks, found: Findings) -> None:
     seconds = statistics.median(group.floats(statistics.median(times[1:])))
     sent = 2 * (world.size - 1) / world.size * REDUCED_BYTES
     over = "nccl" if on_gpus else "gloo"
-    found.add(
+    report.add(
         "all-reduce",
         f"{show_bytes(REDUCED_BYTES)} over {over} in {1e3 * seconds:.1f} ms: a rank sends "
         f"{show_bytes(round(sent / seconds))}/s",
     )
 
 
-def report(found: Findings, group: Ranks, seconds: float) -> None:
-    """What the main rank prints."""
+def print_report(report: Report, group: RankGroup, seconds: float) -> None:
+    """Print the report, on the main rank."""
     nodes = list(dict.fromkeys(group.hosts))
     shown = ", ".join(nodes[:8]) + (", ..." if len(nodes) > 8 else "")
     size = len(group.hosts)
@@ -291,22 +290,22 @@ def report(found: Findings, group: Ranks, seconds: float) -> None:
         f"preflight: {len(nodes)} node{'s' * (len(nodes) > 1)} ({shown}), {size} "
         f"rank{'s' * (size > 1)}, {seconds:.1f} s"
     )
-    for name, text in found.notes:
+    for name, text in report.notes:
         print(f"  {name:<12}{text}")
-    print("all is well" if not found.problems else f"{len(found.problems)} problems", flush=True)
+    print("all is well" if not report.problems else f"{len(report.problems)} problems", flush=True)
 
 
 def main(arguments: Sequence[str]) -> int:
-    """``CONFIG.yaml key=value ...``; returns the exit code: 0 all is well, 2 something is not."""
+    """``CONFIG.yaml key=value ...``; returns the exit code."""
     begun = time.monotonic()
     try:
-        found, group = look(settings.load(arguments[0], arguments[1:]))
+        report, group = check_nodes(settings.load(arguments[0], arguments[1:]))
         if group.world.is_main:
-            report(found, group, time.monotonic() - begun)
-            if found.problems:
-                print_error(ValueError("\n".join(found.problems)))
+            print_report(report, group, time.monotonic() - begun)
+            if report.problems:
+                print_error(ValueError("\n".join(report.problems)))
         ranks.barrier()  # until it is said
-        return exit_codes.BAD_INPUT if found.problems else exit_codes.DONE
+        return exit_codes.BAD_INPUT if report.problems else exit_codes.DONE
     except (ValueError, OSError) as error:
         if ranks.is_main_process():
             print_error(error)

@@ -18,7 +18,7 @@ hourglass data shard tinyshakespeare --held-out last:0.1 --block-tokens 16384 --
 say "3/6 training"
 gpus=$(nvidia-smi -L 2>/dev/null | wc -l || true)
 settings=()
-if ((gpus > 0)); then # as many GPUs as the batch can be dealt to
+if ((gpus > 0)); then # as many GPUs as the batch can be divided among
   batch=$(hourglass config "$config" | awk '$1 == "batch_size:" {print $2; exit}')
   while ((batch % gpus)); do gpus=$((gpus - 1)); done
   export NPROC_PER_NODE=$gpus

@@ -6,7 +6,7 @@
 
 All documents, each with an eos behind it, in the order of their keys are one long row of tokens; a
 shard is a stretch of it. A shard reads one stretch of every run and nothing else, so shards are
-made in any order, by any number of processes, and how documents were dealt to runs makes no
+made in any order, by any number of processes, and how documents were divided among runs makes no
 difference.
 """
 

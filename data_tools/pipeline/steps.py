@@ -8,7 +8,7 @@
     tokens     documents that are left -> splits -> ids -> runs sorted by shuffle key
     shards     runs -> shards
 
-"First" is in the order of sources, files and records. No result depends on how records were dealt
+"First" is in the order of sources, files and records. No result depends on how records were divided
 to tasks or tasks to workers.
 """
 

@@ -214,7 +214,7 @@ def _on(device: torch.device, rows: Rows) -> dict[str, Any]:
 
 
 def _finite(score: Score) -> float:
-    """A run whose loss is no number is the worst."""
+    """A run whose loss is NaN is the worst."""
     return score.bits_per_byte if math.isfinite(score.bits_per_byte) else math.inf
 
 

@@ -75,7 +75,7 @@ def delete(run: Path, steps: Sequence[int]) -> Iterator[str]:
             known = ", ".join(str(int(each.name[5:])) for each in complete(folder))
             raise ValueError(f"{path}: no such checkpoint; there are {known}")
         if path == newest:
-            raise ValueError(f"{path}: is the newest, from which the run goes on: it stays")
+            raise ValueError(f"{path}: is the newest, from which the run resumes: it stays")
     for step in steps:
         remove(folder / tag(step))
         yield f"{folder / tag(step)}: removed"

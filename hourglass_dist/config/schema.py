@@ -96,10 +96,10 @@ class TrainConfig(Section):
     init_from: str | None = None
     """An export whose weights a new run begins with; its model and tokenizer must be the run's."""
     max_skipped_steps: PositiveInt = 8
-    """A step whose loss or gradient is no number changes nothing. The run stops after so many of
-    them in a row."""
+    """A step with a NaN or infinite loss or gradient changes nothing. So many in a row end the
+    run."""
     spikes: SpikeConfig | None = None
-    """When the loss jumps and stays up: go back and leave the batches out. null: go on."""
+    """When the loss jumps and stays up: go back and leave the batches out. null: continue."""
     activation_memory: PositiveFloat | None = None
     """GiB that the activations of one micro batch may take on one rank; what levels with
     ``activation_checkpointing: auto`` are chosen for."""
@@ -137,7 +137,7 @@ class CheckpointConfig(Section):
     keep_best: bool = False
     """Also keep the one with the lowest held-out bits per byte (of steps that were evaluated)."""
     remote: str | None = None
-    """Where copies go, such as s3://bucket/runs/NAME; a run whose folder is gone goes on from
+    """Where copies go, such as s3://bucket/runs/NAME; a run whose folder is gone resumes from
     there."""
 
 
@@ -178,7 +178,7 @@ class ZeroConfig(Section):
     stage: Literal[0, 1, 2, 3] = 1
     """What is sharded: 0 nothing, 1 the optimizer's state, 2 also gradients, 3 also weights."""
     overlap_comm: bool | None = None
-    """Reduce gradients while the backward pass goes on."""
+    """Reduce gradients during the backward pass."""
     contiguous_gradients: bool | None = None
     """Copy gradients into one buffer as they are made."""
     reduce_bucket_size: PositiveInt | None = None
@@ -350,8 +350,8 @@ class Config(Section):
             if micro_batches % world_size:
                 good = [n for n in range(1, micro_batches + 1) if micro_batches % n == 0]
                 raise ConfigError(
-                    f"data.batch_size: {rows} rows in micro batches of {micro} cannot be dealt to "
-                    f"{world_size} ranks; world sizes that can: {', '.join(map(str, good))}"
+                    f"data.batch_size: {rows} rows in micro batches of {micro} cannot be divided "
+                    f"among {world_size} ranks; world sizes that can: {', '.join(map(str, good))}"
                 )
         return self.data.batch_size // micro // world_size
 

@@ -101,12 +101,12 @@ def leave(code: int) -> NoReturn:
 
 def lost_rank(error: RuntimeError) -> str | None:
     """What a collective says when another rank is gone, in a few words; None for other errors."""
-    found = re.search(
+    match = re.search(
         r"Connection (closed|reset) by peer( \[[^]]*\](:\d+)?)?|Timed out waiting \d+ms"
         r"|remote process exited|Broken pipe",
         str(error),
     )
-    return found[0] if found else None
+    return match[0] if match else None
 
 
 def is_main_process() -> bool:
@@ -128,7 +128,7 @@ def sum_over_ranks(values: Sequence[float], device: torch.device) -> list[float]
 
 
 def gather_ints(values: Sequence[int], device: torch.device) -> list[list[int]]:
-    """The equally long lists of whole numbers of all ranks, in rank order, on every rank."""
+    """The equally long lists of integers of all ranks, in rank order, on every rank."""
     mine = torch.tensor(values, dtype=torch.int64, device=device)
     return [other.tolist() for other in gather(mine)]
 
@@ -143,9 +143,7 @@ def gather(tensor: Tensor) -> list[Tensor]:
 def gather_floats(values: Sequence[float], device: torch.device) -> list[list[float]]:
     """The equally long lists of float64 of all ranks, in rank order, on every rank."""
     mine = torch.tensor(values, dtype=torch.float64, device=device)
-    everyone = [torch.empty_like(mine) for _ in range(td.get_world_size())]
-    td.all_gather(everyone, mine)
-    return [other.tolist() for other in everyone]
+    return [other.tolist() for other in gather(mine)]
 
 
 def gather_texts(text: str, device: torch.device) -> list[str]:
@@ -216,10 +214,10 @@ def wait_for_notes(keys: Iterable[str]) -> list[str]:
             missing = [key for key in wanted if not store.check([key])]
             raise ValueError(f"no word within {NOTE_TIMEOUT} about {', '.join(missing[:8])}")
         time.sleep(0.02)
-    found = [store.get(key).decode() for key in wanted]
+    notes = [store.get(key).decode() for key in wanted]
     for key in wanted:
         store.delete_key(key)
-    return found
+    return notes
 
 
 def _store() -> Any:

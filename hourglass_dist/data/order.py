@@ -16,8 +16,8 @@ is lost or repeated, whatever the number of rows, shards and lanes (a source wit
 lanes has empty segments), rows of different lanes come from far apart, and rows of one lane are
 neighbours in a file.
 
-A batch is dealt to the ranks in contiguous cuts, so every world size that divides it reads the same
-batches. All of it is closed form: a permutation over the shards per source and epoch, one over the
+A batch is divided among the ranks in contiguous cuts, so every world size that divides it reads
+the same batches. All of it is closed form: a permutation over the shards per source and epoch, one over the
 slots of a block, then a binary search per row.
 
 Letters: S sources, D lanes, K slots of a block.
@@ -264,7 +264,8 @@ def ranks_cut(n: int, batch: int, world: int, rank: int) -> range:
     if batch % world:
         sizes = ", ".join(str(w) for w in range(1, batch + 1) if batch % w == 0)
         raise ValueError(
-            f"batch size: {batch} rows cannot be dealt equally to {world} ranks; these can: {sizes}"
+            f"batch size: {batch} rows cannot be divided equally among {world} ranks; "
+            f"these can: {sizes}"
         )
     local = batch // world
     return range(n + rank * local, n + (rank + 1) * local)

@@ -49,10 +49,10 @@ class StepResult(NamedTuple):
     tokens: int
     """Targets that were scored."""
     grad_norm: float
-    """Global gradient norm before clipping; no number when it was not finite."""
+    """Global gradient norm before clipping; NaN when it was not finite."""
     lr: float
     applied: bool
-    """Whether the weights were changed: not when the gradient is no number."""
+    """Whether the weights were changed: not when the gradient is NaN or infinite."""
     stop_flags: list[int]
     """Number of ranks that ask for a stop, by reason."""
 
@@ -99,7 +99,7 @@ class Engine:
         collective of their own.
 
         The gradient is that of nats summed over the batch and divided by its number of positions,
-        so it does not depend on how the rows are dealt to ranks and micro batches.
+        so it does not depend on how the rows are divided among ranks and micro batches.
         """
         self._engine.train()
         ranks.seed_step(self._config.run.seed, step, self._world.rank)

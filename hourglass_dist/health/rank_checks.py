@@ -1,10 +1,10 @@
-"""What the ranks of a run must have in common before it starts, in well below a second.
+"""Checks that the ranks of a run have in common what they must, in well below a second.
 
     versions, code, settings   the same on all ranks, before anything is written
     run folder                 the same one on all hosts, with room for a checkpoint
 
-Every function is called by all ranks together and finds the same on all of them: a list of lines,
-each naming ranks and their hosts; none when all is well. ``preflight`` looks at more.
+Every function is called by all ranks and returns the same list on all of them: a line for each
+mismatch, with ranks and hosts. ``preflight`` checks more.
 """
 
 from __future__ import annotations
@@ -99,14 +99,14 @@ def code() -> Mapping[str, str | None]:
     digest = hashlib.sha256()
     for path in sorted(here.rglob("*.py")):
         digest.update(f"{path.relative_to(here)}\0".encode() + path.read_bytes())
-    found = {"Python": platform.python_version(), **about["versions"]}
-    return found | {"commit": about["revision"], "hourglass_dist/*.py": digest.hexdigest()[:12]}
+    packages = {"Python": platform.python_version(), **about["versions"]}
+    return packages | {"commit": about["revision"], "hourglass_dist/*.py": digest.hexdigest()[:12]}
 
 
 def other_settings(config: Config, world: ranks.World, hosts: Sequence[str]) -> list[str]:
     """Settings that differ from those of rank 0."""
     mine = config.model_dump_json()
-    hashes = [found for (found,) in ranks.gather_ints([ranks.hash_int(mine)], world.device)]
+    hashes = [each for (each,) in ranks.gather_ints([ranks.hash_int(mine)], world.device)]
     if len(set(hashes)) == 1:
         return []
     theirs, *_ = ranks.gather_texts(mine if world.is_main else "", world.device)
@@ -139,10 +139,10 @@ def not_shared(folder: Path, world: ranks.World, hosts: Sequence[str]) -> list[s
         with suppress(OSError):
             next(folder.iterdir(), None)  # makes NFS look again
         time.sleep(0.1)
-    everyone = [found for (found,) in ranks.gather_ints([seen], world.device)]
+    everyone = [each for (each,) in ranks.gather_ints([seen], world.device)]
     if world.is_main:
         (folder / token).unlink(missing_ok=True)
-    blind = [rank for rank, found in enumerate(everyone) if not found]
+    blind = [rank for rank, sees in enumerate(everyone) if not sees]
     if not blind:
         return []
     return [

@@ -170,8 +170,8 @@ def load_cluster(path: Path) -> ClusterConfig:
 
 
 def require_ranks(cluster: ClusterConfig, config: Config) -> None:
-    """Raise ConfigError when the batch cannot be dealt to the ranks of a number of nodes that the
-    run may have. Where ``gpus_per_node`` is left open, the ranks look themselves."""
+    """Raise ConfigError when the batch cannot be divided among the ranks of a number of nodes that
+    the run may have. Where ``gpus_per_node`` is left open, the ranks look themselves."""
     for nodes in cluster.node_counts if cluster.gpus_per_node else ():
         try:
             config.accumulation_steps(nodes * (cluster.gpus_per_node or 1))

@@ -1,6 +1,6 @@
-"""What is done at every evaluation of a run: held-out scores, and samples of what it writes.
+"""Evaluations during a run: held-out scores, and samples of generated text.
 
-Nothing of it changes the training: it draws no random number that a step would see.
+They do not change the training: no random number that a step would see is drawn.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from hourglass_dist.training.samples import prompts_of_rows, prompts_of_text, wr
 
 
 class Evaluations:
-    """Those of one run. All ranks together."""
+    """The evaluations of one run; every method is called by all ranks."""
 
     def __init__(
         self,
@@ -32,7 +32,7 @@ class Evaluations:
         world: ranks.World,
         watching: Callable[[Iterator[Batch]], Iterator[Batch]],
     ) -> None:
-        """``watching`` passes batches on and sees that something happens.
+        """``watching`` passes batches on and tells the watchdog about each.
 
         Raises ValueError, on all ranks, for a prompt that is not valid for the tokenizer.
         """
@@ -50,9 +50,9 @@ class Evaluations:
         Raises ValueError, on all ranks, when held-out text can not be read any more.
         """
         with metrics.pause("evaluation"):
-            found = self._score(sliding=False)
-        metrics.record_eval(step, found, "heldout", "held out")
-        metrics.record_places(step, found, self._strides[1:])
+            scores = self._score(sliding=False)
+        metrics.record_eval(step, scores, "heldout", "held out")
+        metrics.record_positions(step, scores, self._strides[1:])
         stride = self._config.eval.stride
         if stride and step == self._config.train.steps:
             with metrics.pause("evaluation"):
@@ -62,7 +62,7 @@ class Evaluations:
         if self._config.eval.samples:
             with metrics.pause("samples"):
                 self._write_samples(step, metrics)
-        return found.whole
+        return scores.whole
 
     def _find_prompts(self) -> list[list[int]]:
         if given := self._config.eval.prompts:

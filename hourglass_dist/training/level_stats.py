@@ -1,4 +1,4 @@
-"""Numbers from inside a step: norms by level, activations, logits, and how long a rank took.
+"""Statistics of a step by level: norms, activations, logits, and the time of each rank.
 
     norms          in the optimizer's own step, which sees this rank's fp32 weights and gradients,
                    wherever the ZeRO stage keeps them
@@ -89,7 +89,7 @@ class LevelStats:
         for output in self._outputs:
             output.watched, output.largest_logit = True, None
 
-    # --- what hooks see ------------------------------------------------------------------------
+    # --- hooks ---------------------------------------------------------------------------------
 
     def _see_stream(self, level: Any, inputs: Any, x_BLD: Tensor) -> None:
         if self._on and level.training:
@@ -116,7 +116,7 @@ class LevelStats:
             square = norm.double().square()
             self._squares[kind, part] = self._squares.get((kind, part), 0) + square
 
-    # --- what they found -----------------------------------------------------------------------
+    # --- results -------------------------------------------------------------------------------
 
     def own_seconds(self) -> float:
         """Seconds of this rank's forward passes since the last call. Called after every step."""

@@ -185,14 +185,14 @@ class Metrics:
         if name and self._world.is_main:
             self._write(self._history.step, {f"time/{name}_seconds": seconds, **self._times()})
 
-    def record_eval(self, step: int, found: Evaluation, kind: str, title: str) -> None:
+    def record_eval(self, step: int, evaluation: Evaluation, kind: str, title: str) -> None:
         """Note held-out scores after ``step`` under ``KIND/...``: the whole, and each source where
         there are several."""
         if not self._world.is_main:
             return
-        whole = found.whole
+        whole = evaluation.whole
         values: dict[str, float] = {}
-        several = found.sources if len(found.sources) > 1 else {}
+        several = evaluation.sources if len(evaluation.sources) > 1 else {}
         for prefix, score in [(kind, whole), *((f"{kind}/{n}", s) for n, s in several.items())]:
             values |= {
                 f"{prefix}/loss": score.loss,
@@ -207,12 +207,12 @@ class Metrics:
             + (f" ({each})" if each else "")
         )
 
-    def record_places(self, step: int, found: Evaluation, strides: Sequence[int]) -> None:
+    def record_positions(self, step: int, evaluation: Evaluation, strides: Sequence[int]) -> None:
         """Note held-out bits per byte by place in the bucket, for buckets of these strides."""
         if not self._world.is_main:
             return
         for stride in strides:
-            scores = found.by_place(stride)
+            scores = evaluation.by_place(stride)
             bits = [score.bits_per_byte for score in scores]
             if not all(map(math.isfinite, bits)):
                 continue

@@ -79,15 +79,15 @@ def _on_gpu(
     }
     host = list(slices(ranges))
     begins = [each.start for each in host]
-    found = []
+    intervals = []
     for kernel in kernels:
         launched = launches.get(kernel["args"].get("correlation"), float(kernel["ts"]))
         index = bisect_right(begins, launched) - 1
         named = index >= 0 and launched < host[index].end and host[index].part != STEP
         part = host[index].part if named else "other"
         is_nccl = "nccl" in str(kernel["name"]).lower()
-        found.append(_interval(kernel, COMMUNICATION if is_nccl else part, 1 if is_nccl else 2))
-    return found
+        intervals.append(_interval(kernel, COMMUNICATION if is_nccl else part, 1 if is_nccl else 2))
+    return intervals
 
 
 def slices(intervals: Iterable[Interval]) -> Iterator[Interval]:

@@ -1,4 +1,4 @@
-"""Steps that go wrong: no numbers, a loss that jumps, a rank that hangs, too little memory."""
+"""Steps that go wrong: NaN, a loss that jumps, a rank that hangs, too little memory."""
 
 from __future__ import annotations
 

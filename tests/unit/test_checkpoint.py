@@ -237,7 +237,7 @@ def test_the_command_lists_verifies_and_deletes(run_folder: Path, tmp_path: Path
     assert done.stderr == f"error: {run}: 1 of 2 checkpoints are damaged\n"
     kept = hourglass("checkpoint", "delete", run, 15, 20)
     assert kept.returncode == 2
-    assert "is the newest, from which the run goes on: it stays" in kept.stderr
+    assert "is the newest, from which the run resumes: it stays" in kept.stderr
     assert hourglass("checkpoint", "delete", run, 15).returncode == 0
     assert [path.name for path in complete(run / "checkpoints")] == [tag(20)]
     nothing = hourglass("checkpoint", "list", tmp_path)

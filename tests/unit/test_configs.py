@@ -1,4 +1,4 @@
-"""Each file in configs/ loads, survives a round trip, can be dealt to its ranks, and builds."""
+"""Each file in configs/ loads, survives a round trip, fits its ranks, and builds."""
 
 from __future__ import annotations
 

@@ -88,7 +88,7 @@ def test_the_command_forecasts_at_a_given_price() -> None:
     assert f"${hours * 10:,.0f} at $10.00 an hour" in done.stdout
 
 
-def test_unknown_names_and_batches_that_cannot_be_dealt_are_refused() -> None:
+def test_unknown_names_and_batches_that_cannot_be_divided_are_refused() -> None:
     with pytest.raises(ValueError, match=f"--gpu: expected one of {', '.join(KNOWN)}, given"):
         cluster("h1000", 1, 8)
     with pytest.raises(ValueError, match="world sizes that can: 1, 2, 4, 8"):

@@ -371,7 +371,7 @@ def test_a_change_that_would_cut_a_row_names_steps_that_do_not() -> None:
 def test_bad_plans_and_worlds() -> None:
     message = refusal(lambda: ranks_cut(0, 12, 5, 0))
     assert message.endswith(
-        "12 rows cannot be dealt equally to 5 ranks; these can: 1, 2, 3, 4, 6, 12"
+        "12 rows cannot be divided equally among 5 ranks; these can: 1, 2, 3, 4, 6, 12"
     )
     assert "lanes" in refusal(lambda: simple(lanes=0))
     assert "seed" in refusal(lambda: simple(seed=-1))

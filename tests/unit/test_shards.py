@@ -130,7 +130,7 @@ def test_shards_are_cuts_of_the_sorted_documents(
     runs: int,
     few_keys: bool,
 ) -> None:
-    """However documents are dealt to runs; each shard made on its own, the last one first."""
+    """However documents are divided among runs; each shard made on its own, the last one first."""
     folder = tmp_path_factory.mktemp("runs")
     tokenizer = ByteTokenizer()
     random = np.random.default_rng(len(lengths) + block)
