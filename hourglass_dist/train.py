@@ -103,8 +103,7 @@ def run_all_steps(run: TrainingRun) -> None:
 
 
 def prepare(config: Config, history: History) -> TrainingRun | None:
-    """Open the data and the run folder, make the engine, load the newest checkpoint; None when all
-    steps are done."""
+    """Open data and run folder, make the engine, load the state; None when all steps are done."""
     record_collectives(Path(config.run.dir))
     # longer than the watchdog waits, which writes down what hangs
     world = ranks.init(ranks.TIMEOUT + timedelta(minutes=config.run.hang_minutes))
@@ -129,12 +128,7 @@ def prepare(config: Config, history: History) -> TrainingRun | None:
         folder.close()
         return None
 
-    def begin() -> None:
-        if world.is_main:
-            require_progress(folder.path, step, config.run.max_fruitless_starts)
-            folder.record(config, tokenizer)
-
-    ranks.raise_on_all_ranks(begin, world.device)
+    ranks.raise_on_all_ranks(lambda: begin(folder, config, tokenizer, step, world), world.device)
     history.start(step, world)
     watchdog = Watchdog(folder.path, config.run.hang_minutes, world, step)
     try:
@@ -147,16 +141,16 @@ def prepare(config: Config, history: History) -> TrainingRun | None:
             engine.load(path)
         announce(config, world, step)
         return TrainingRun(
-            config=config,
-            world=world,
-            folder=folder,
-            tokenizer=tokenizer,
-            stream=stream,
-            engine=engine,
-            checkpoints=checkpoints,
-            requests=requests,
-            watchdog=watchdog,
-            step=step,
+            config,
+            world,
+            folder,
+            tokenizer,
+            stream,
+            engine,
+            checkpoints,
+            requests,
+            watchdog,
+            step,
             evaluations=Evaluations(config, datasets, tokenizer, engine, world, watchdog.watching),
             metrics=Metrics(history, config, tokenizer.byte_lengths(), engine, world),
             profiler=Profiler(folder.path, config.metrics.profiled, engine, world),
@@ -166,6 +160,15 @@ def prepare(config: Config, history: History) -> TrainingRun | None:
     except BaseException:
         watchdog.close()
         raise
+
+
+def begin(
+    folder: RunFolder, config: Config, tokenizer: Tokenizer, step: int, world: ranks.World
+) -> None:
+    """Write the settings, on the main rank. Raises ValueError when earlier starts got nowhere."""
+    if world.is_main:
+        require_progress(folder.path, step, config.run.max_fruitless_starts)
+        folder.record(config, tokenizer)
 
 
 def run_steps(run: TrainingRun) -> None:

@@ -17,8 +17,8 @@ lanes has empty segments), rows of different lanes come from far apart, and rows
 neighbours in a file.
 
 A batch is divided among the ranks in contiguous cuts, so every world size that divides it reads
-the same batches. All of it is closed form: a permutation over the shards per source and epoch, one over the
-slots of a block, then a binary search per row.
+the same batches. All of it is closed form: a permutation over the shards per source and epoch, one
+over the slots of a block, then a binary search per row.
 
 Letters: S sources, D lanes, K slots of a block.
 """

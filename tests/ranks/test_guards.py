@@ -177,7 +177,7 @@ def test_a_stopped_rank_leaves_all_stacks_and_is_started_again(
 def test_where_stacks_cannot_be_read_a_rank_writes_its_own(
     tiny_config: Path, dataset: Path, tmp_path: Path
 ) -> None:
-    """py-spy is not there: the watcher asks a stopped rank itself, which wakes up and goes on."""
+    """py-spy is not there: the watcher asks a stopped rank itself, which wakes up and continues."""
     run, bare = tmp_path / "run", tmp_path / "bare"
     bare.mkdir()
     (bare / "python").write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
@@ -185,8 +185,8 @@ def test_where_stacks_cannot_be_read_a_rank_writes_its_own(
     script = (
         "import runpy, sys\n"
         f"sys.executable = '{bare / 'python'}'\n"
-        "sys.argv = sys.argv[1:]\n"
-        "runpy.run_path(sys.argv[0], run_name='__main__')\n"
+        "sys.argv = sys.argv[2:]\n"
+        "runpy.run_module(sys.argv[0], run_name='__main__', alter_sys=True)\n"
     )
     arguments = settings(tiny_config, dataset, run, 1, steps=10**6)
     command = torchrun_command(2, "-m", "hourglass_dist.train", *arguments, "run.hang_minutes=0.2")
