@@ -21,7 +21,7 @@ import sentencepiece
 
 from data_tools.live_line import Show, silent
 from data_tools.sources.text_files import find_inputs, read_documents
-from hourglass_dist.core.files import new_folder
+from hourglass_dist.core.files import new_folder, require_new
 from hourglass_dist.data.tokenizer import SentencePieceTokenizer, Tokenizer
 
 Kind = Literal["unigram", "bpe"]
@@ -50,8 +50,7 @@ def train_tokenizer(
     ``out`` exists, the inputs are damaged or have no text, or sentencepiece cannot make
     ``vocab_size`` pieces of them.
     """
-    if out.exists():
-        raise ValueError(f"{out}: already exists; choose another folder or remove it first")
+    require_new(out)
     files = find_inputs(inputs)
     documents = (text for file in files for text in read_documents(file, separator, text_field))
     with new_folder(out) as folder:

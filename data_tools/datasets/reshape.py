@@ -23,7 +23,7 @@ from data_tools.datasets.inspect import document_ids, documents
 from data_tools.datasets.write import SPLITS, Piece, write_dataset
 from data_tools.live_line import Show, silent
 from hourglass_dist.config.loader import differences
-from hourglass_dist.core.files import sync
+from hourglass_dist.core.files import require_new, sync
 from hourglass_dist.data.manifest import Manifest, Split
 from hourglass_dist.data.tokenizer import load_tokenizer, require_same
 
@@ -47,17 +47,12 @@ def _load(folder: Path) -> Manifest:
     return manifest
 
 
-def _require_new(out: Path) -> None:
-    if out.exists():
-        raise ValueError(f"{out}: already exists; choose another folder or remove it first")
-
-
 def merge(folders: Sequence[Path], out: Path, seed: int = 0, show: Show = silent) -> Manifest:
     """One dataset of all documents of several, shuffled.
 
     Raises ValueError when their tokenizers differ or one is damaged.
     """
-    _require_new(out)
+    require_new(out)
     manifests = [_load(folder) for folder in folders]
     for other in manifests[1:]:
         names = str(manifests[0].folder), str(other.folder)
@@ -91,8 +86,8 @@ def split(
     """
     if not 0 < fraction < 1:
         raise ValueError(f"--fraction: expected a number between 0 and 1, given {fraction}")
-    _require_new(first)
-    _require_new(second)
+    require_new(first)
+    require_new(second)
     manifest, tokenizer = _load(folder), load_tokenizer(folder)
 
     def is_first(ids: Any) -> bool:
@@ -125,7 +120,7 @@ def reshard(
     folder: Path, out: Path, block_tokens: int, shard_blocks: int, show: Show = silent
 ) -> Manifest:
     """The same documents in the same order, in blocks and shards of other sizes."""
-    _require_new(out)
+    require_new(out)
     manifest = _load(folder)
     update = {"block_tokens": block_tokens, "shard_blocks": shard_blocks}
     recipe = manifest.recipe.model_copy(update=update)
@@ -171,7 +166,7 @@ def _hashes(manifest: Manifest, split: Split, as_text: bool) -> npt.NDArray[np.u
 def export_text(folder: Path, out: Path, split: Split, show: Show = silent) -> int:
     """Write the documents of a split as JSON lines, compressed for a name that ends in .zst;
     returns how many. Raises ValueError when ``out`` exists."""
-    _require_new(out)
+    require_new(out)
     manifest, tokenizer = Manifest.load(folder), load_tokenizer(folder)
     manifest.verify(split)
     unfinished = out.with_name(f".{out.name}.unfinished")

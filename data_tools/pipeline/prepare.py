@@ -12,7 +12,6 @@ settings or inputs it is refused: what would differ is named.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import shutil
@@ -34,7 +33,7 @@ from data_tools.pipeline.settings import Prepare
 from data_tools.pipeline.steps import STAGES, Stage, recipe_of, tokenizer_of
 from data_tools.pipeline.workspace import Counts, Spec, Work, identity_of
 from hourglass_dist.config.loader import differences, parse, to_yaml
-from hourglass_dist.core.files import new_folder, replace
+from hourglass_dist.core.files import file_lock, new_folder, replace
 from hourglass_dist.data.manifest import Shard
 
 ATTEMPTS = 3
@@ -54,7 +53,8 @@ def prepare(
     out = Path(settings.out)
     inputs = find(settings)
     Cleaner(settings)  # whatever it needs is missing now, not in an hour
-    with _locked(out):
+    out.mkdir(parents=True, exist_ok=True)
+    with file_lock(out, busy=f"{out}: another process is preparing this folder"):
         _open(out, settings, inputs)
         if (out / REPORT_FILE).exists():
             say(f"{out}: already there")
@@ -79,21 +79,6 @@ def dry_run(settings: Prepare) -> list[str]:
     if out.exists():
         _require_the_same(out, settings, inputs)
     return plan(settings, inputs)
-
-
-@contextmanager
-def _locked(out: Path) -> Iterator[None]:
-    """Only one pipeline in a folder. Raises ValueError for the second one."""
-    out.mkdir(parents=True, exist_ok=True)
-    lock = os.open(out, os.O_RDONLY)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise ValueError(f"{out}: another process is preparing this folder") from None
-    else:
-        yield
-    finally:
-        os.close(lock)
 
 
 def _open(out: Path, settings: Prepare, inputs: Inputs) -> None:
