@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import signal
 import sys
 from collections.abc import Iterator, Sequence
@@ -37,7 +36,11 @@ from hourglass_dist.data.tokenizer import Tokenizer, require_same
 from hourglass_dist.engine.deepspeed_config import deepspeed_settings
 from hourglass_dist.engine.engine import Engine, making_weights
 from hourglass_dist.health.history import History, about_this_code
-from hourglass_dist.health.rank_checks import require_good_folder, require_same_start
+from hourglass_dist.health.rank_checks import (
+    require_compiler,
+    require_good_folder,
+    require_same_start,
+)
 from hourglass_dist.health.watchdog import Watchdog, record_collectives
 from hourglass_dist.inference.export import WarmStart
 from hourglass_dist.inference.score import Score
@@ -305,16 +308,6 @@ def make_model(config: Config, world: ranks.World, warm: WarmStart | None = None
     if config.train.compile:
         model.compile_layers()
     return model
-
-
-def require_compiler(config: Config, device: torch.device) -> None:
-    """Raise ValueError when layers are to be compiled and there is no compiler."""
-    compiler = os.environ.get("CXX", "g++")
-    if config.train.compile and device.type == "cpu" and not shutil.which(compiler):
-        raise ValueError(
-            f"train.compile: needs a C++ compiler on a CPU, {compiler} is not there "
-            "(Debian, Ubuntu: apt-get install g++)"
-        )
 
 
 def warm_start(config: Config, tokenizer: Tokenizer) -> WarmStart | None:

@@ -7,7 +7,7 @@
 
 A checkpoint is written under a temporary name, synced, renamed, and only then named by ``latest``:
 a process killed at any instant leaves the previous one in place and unharmed. So does a full disk:
-the failed save is reported and training goes on.
+the failed save is reported and training continues.
 """
 
 from __future__ import annotations

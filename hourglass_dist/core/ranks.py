@@ -71,7 +71,7 @@ def init(timeout: timedelta = TIMEOUT, on_cpu: bool = False) -> World:
 
 
 def _end_with_parent() -> None:
-    """Let Linux kill this process when torchrun dies: ranks that go on alone would hold the run
+    """Let Linux kill this process when torchrun dies: ranks that continue alone would hold the run
     folder and train beside those that are started next."""
     with suppress(OSError, AttributeError):  # not Linux
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

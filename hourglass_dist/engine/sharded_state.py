@@ -80,7 +80,7 @@ def file_name(rank: int) -> str:
 
 class Snapshot(NamedTuple):
     """One rank's state as it was at one moment, on the CPU: another thread may write it while
-    training goes on."""
+    training continues."""
 
     tensors: dict[str, Tensor]
     metadata: dict[str, str]

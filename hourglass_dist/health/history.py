@@ -45,7 +45,7 @@ class History:
         """When the run was started for the first time, in seconds since 1970."""
 
     def start(self, step: int, world: ranks.World) -> None:
-        """This process goes on after ``step`` steps."""
+        """Note that this process continues after ``step`` steps."""
         self.step = step
         if not world.is_main:
             return

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import platform
 import secrets
 import shutil
@@ -18,6 +19,8 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
+
+import torch
 
 from hourglass_dist.config.loader import differences, parse
 from hourglass_dist.config.schema import Config
@@ -43,6 +46,16 @@ def require_good_folder(config: Config, world: ranks.World) -> None:
     if world.size > 1:
         _refuse(not_shared(Path(config.run.dir), world, hosts_of(world)))
         _refuse(no_room(config, world, checkpoints=1))
+
+
+def require_compiler(config: Config, device: torch.device) -> None:
+    """Raise ValueError when layers are to be compiled and there is no compiler."""
+    compiler = os.environ.get("CXX", "g++")
+    if config.train.compile and device.type == "cpu" and not shutil.which(compiler):
+        raise ValueError(
+            f"train.compile: needs a C++ compiler on a CPU, {compiler} is not there "
+            "(Debian, Ubuntu: apt-get install g++)"
+        )
 
 
 def _refuse(lines: Sequence[str]) -> None:

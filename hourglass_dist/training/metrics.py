@@ -57,7 +57,7 @@ class Metrics:
         engine: Engine,
         world: ranks.World,
     ) -> None:
-        """Goes on after the steps that ``history`` says are done."""
+        """Continue after the steps that ``history`` says are done."""
         self._config, self._world, self._history = config, world, history
         self._byte_lengths_V = byte_lengths_V
         self._level_stats = LevelStats(engine)
@@ -251,7 +251,7 @@ class Metrics:
             self._losing = False
         except Exception as error:  # of whichever library
             if not self._losing:
-                self.say(f"numbers of step {record['step']} are lost, training goes on: {error}")
+                self.say(f"numbers of step {record['step']} are lost, training continues: {error}")
             self._losing = True
 
     def close(self) -> None:

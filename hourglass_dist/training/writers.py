@@ -2,7 +2,7 @@
 
 The last two are not installed with this package. Project, server and keys are taken from their own
 environment variables (``WANDB_PROJECT``, ``MLFLOW_TRACKING_URI``, ...), so none is in a settings
-file. A resumed run goes on in the same place.
+file. A resumed run continues in the same place.
 """
 
 from __future__ import annotations
@@ -134,6 +134,6 @@ def require_writers(names: Sequence[str]) -> None:
 
 
 def open_writers(names: Sequence[str], run: Path, name: str, step: int) -> list[Writer]:
-    """The writers of a run folder that go on after ``step`` steps; ``name`` is the run's own,
+    """The writers of a run folder that continue after ``step`` steps; ``name`` is the run's own,
     always the same."""
     return [WRITERS[each](run, name, step) for each in dict.fromkeys(names)]

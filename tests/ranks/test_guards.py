@@ -267,7 +267,7 @@ def test_a_full_disk_costs_records_and_checkpoints_but_not_the_run(
     )
     assert done.returncode == 2, done.stderr[-3000:]
     assert "step 5: could not be saved: rank 0: " in done.stdout
-    assert done.stdout.count("are lost, training goes on: ") == 1
+    assert done.stdout.count("are lost, training continues: ") == 1
     assert "step 20/20" in done.stdout
     [line] = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert "rank_00000.safetensors: cannot be written" in line
