@@ -1,7 +1,7 @@
 """How fast one core prepares text, beside what sentencepiece alone needs to encode it.
 
 The same documents, in turn, round after round: sentencepiece's own ``encode`` of each, and all
-stages of a pipeline without filters, from JSON lines to shards. Times are processor seconds of this
+steps of a pipeline without filters, from JSON lines to shards. Times are processor seconds of this
 process, so what else runs on the machine matters little; a ratio is the median of those of the
 rounds, and the round before the first does not count.
 """
@@ -21,7 +21,7 @@ import sentencepiece
 from data_tools.live_line import Show, silent
 from data_tools.pipeline.inputs import find
 from data_tools.pipeline.settings import Prepare
-from data_tools.pipeline.steps import STAGES
+from data_tools.pipeline.steps import STEPS
 from data_tools.pipeline.workspace import Work, do_task
 from data_tools.sources.text_files import find_inputs, read_documents
 from data_tools.train_tokenizer import lines_of, train_on
@@ -41,7 +41,7 @@ def bench_prepare(
     lines = [
         f"{len(documents):,} documents, {size:,.1f} MB, {rounds} rounds, one core; "
         "MB of text per processor second",
-        f"{'tokenizer':<10} {'raw':>8} {'prepare':>8} {'ratio':>6}   stages",
+        f"{'tokenizer':<10} {'raw':>8} {'prepare':>8} {'ratio':>6}   steps",
     ]
     with tempfile.TemporaryDirectory() as scratch:
         corpus = Path(scratch) / "corpus.jsonl"
@@ -53,7 +53,7 @@ def bench_prepare(
             for number in range(rounds + 1):
                 show(f"{kind}: round {number} of {rounds}")
                 raw = _raw_seconds(model, documents) if model else 0.0
-                found.append((raw, _stage_seconds(kind, corpus, Path(scratch))))
+                found.append((raw, _step_seconds(kind, corpus, Path(scratch))))
             lines.append(_line(kind, size, found[1:]))
     return lines
 
@@ -91,8 +91,8 @@ def _raw_seconds(model: bytes, documents: Sequence[str]) -> float:
     return time.process_time() - begun
 
 
-def _stage_seconds(kind: str, corpus: Path, scratch: Path) -> dict[str, float]:
-    """Processor seconds of every stage of a pipeline that is run in this process."""
+def _step_seconds(kind: str, corpus: Path, scratch: Path) -> dict[str, float]:
+    """Processor seconds of every step of a pipeline that is run in this process."""
     with tempfile.TemporaryDirectory(dir=scratch) as out:
         wanted = {"kind": "bytes"}
         if kind != "bytes":
@@ -109,24 +109,24 @@ def _stage_seconds(kind: str, corpus: Path, scratch: Path) -> dict[str, float]:
         )
         (Path(out) / "settings.yaml").write_text(to_yaml(settings))
         work, inputs, seconds = Work(Path(out) / "work"), find(settings), {}
-        for stage in STAGES:
+        for step in STEPS:
             begun = time.process_time()
-            work.begin(stage.name, stage.specs(work, inputs), "")
-            for index in range(len(work.tasks(stage.name))):
-                done = do_task(work, stage.name, index, stage.run)
-                assert done, work.errors(stage.name)
-            seconds[stage.name] = time.process_time() - begun
+            work.begin(step.name, step.specs(work, inputs), "")
+            for index in range(len(work.tasks(step.name))):
+                done = do_task(work, step.name, index, step.run)
+                assert done, work.errors(step.name)
+            seconds[step.name] = time.process_time() - begun
         return seconds
 
 
 def _line(kind: str, size: float, found: Sequence[tuple[float, dict[str, float]]]) -> str:
-    totals = [sum(stages.values()) for _, stages in found]
+    totals = [sum(steps.values()) for _, steps in found]
     raw = statistics.median(seconds for seconds, _ in found)
     ratio = statistics.median(r / t for (r, _), t in zip(found, totals, strict=True))
-    stages = ", ".join(
-        f"{name} {statistics.median(stages[name] for _, stages in found) * 1e3 / size:.2f}"
+    steps = ", ".join(
+        f"{name} {statistics.median(steps[name] for _, steps in found) * 1e3 / size:.2f}"
         for name in ("read", "tokens", "shards")
     )
     raw_speed, share = (f"{size / raw:,.1f}", f"{ratio:.2f}") if raw else ("", "")
     speed = size / statistics.median(totals)
-    return f"{kind:<10} {raw_speed:>8} {speed:>8,.1f} {share:>6}   {stages} ms/MB"
+    return f"{kind:<10} {raw_speed:>8} {speed:>8,.1f} {share:>6}   {steps} ms/MB"

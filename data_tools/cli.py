@@ -38,7 +38,7 @@ Separator = Annotated[
 TextField = Annotated[str, typer.Option(help="The field of the text in .jsonl files.")]
 
 
-StageName = Literal["read", "exact", "bands", "clusters", "tokenizer", "tokens", "shards"]
+StepName = Literal["read", "exact", "bands", "clusters", "tokenizer", "tokens", "shards"]
 Dataset = Annotated[Path, typer.Argument(help="A folder made by 'hourglass data shard'.")]
 
 
@@ -180,9 +180,9 @@ def prepare(
         list[str] | None,
         typer.Argument(help="Settings to change, such as out=data/mine executor.workers=4."),
     ] = None,
-    stage: Annotated[
-        StageName | None,
-        typer.Option(help="Do this stage only; those before it must be done."),
+    step: Annotated[
+        StepName | None,
+        typer.Option("--step", "--stage", help="Do this step only; those before it must be done."),
     ] = None,
     dry_run: Annotated[
         bool, typer.Option(help="Say what would be read and made, and how long it might take.")
@@ -213,7 +213,7 @@ def prepare(
         print("\n".join(preparing.dry_run(settings)))
         return
     with live_line() as show:
-        report = preparing.prepare(settings, only=stage, show=show, say=print)
+        report = preparing.prepare(settings, only=step, show=show, say=print)
     if report:
         print("\n".join([*report.lines(), f"report    {settings.out}/report.html"]))
 

@@ -119,15 +119,15 @@ def find_clusters(work: Work, spec: Spec, folder: Path, tick: Tick) -> Counts:
     return {"duplicates": int((group != np.arange(len(group))).sum()), "groups": _sizes(group)}
 
 
-def _outputs(work: Work, stage: str, name: str) -> Iterator[Path]:
-    for task in range(len(work.tasks(stage))):
-        yield work.folder(stage, task) / name
+def _outputs(work: Work, step: str, name: str) -> Iterator[Path]:
+    for task in range(len(work.tasks(step))):
+        yield work.folder(step, task) / name
 
 
-def _duplicates(work: Work, stage: str, task: int, size: int) -> npt.NDArray[np.bool_]:
-    """Which documents of a task a stage found to be duplicates."""
+def _duplicates(work: Work, step: str, task: int, size: int) -> npt.NDArray[np.bool_]:
+    """Which documents of a task a step found to be duplicates."""
     found = np.zeros(size, bool)
-    for path in _outputs(work, stage, "duplicates.npy"):
+    for path in _outputs(work, step, "duplicates.npy"):
         numbers: Any = np.load(path, mmap_mode="r")
         low, high = np.searchsorted(numbers, [task << _ROW_BITS, (task + 1) << _ROW_BITS])
         found[np.asarray(numbers[low:high]) - (task << _ROW_BITS)] = True

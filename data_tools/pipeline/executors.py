@@ -1,4 +1,4 @@
-"""Who does the tasks of a stage: processes here, a Ray cluster, or an array job of Slurm.
+"""Who does the tasks of a step: processes here, a Ray cluster, or an array job of Slurm.
 
 An executor promises one thing: after ``run``, every task has been tried once. Which of them are
 done stands in the folder, and so does why others failed; a task without either was killed. The
@@ -31,7 +31,7 @@ PAUSE_S = 0.2
 class Executor(Protocol):
     """Tries tasks."""
 
-    def run(self, stage: str, indices: Sequence[int], tick: Tick) -> None:
+    def run(self, step: str, indices: Sequence[int], tick: Tick) -> None:
         """Try every task once."""
 
 
@@ -57,7 +57,7 @@ class _Local:
         self._idle: list[subprocess.Popen[str]] = []
         self._busy: list[subprocess.Popen[str]] = []
 
-    def run(self, stage: str, indices: Sequence[int], tick: Tick) -> None:
+    def run(self, step: str, indices: Sequence[int], tick: Tick) -> None:
         waiting = list(indices)
         with selectors.DefaultSelector() as selector:
             while waiting or self._busy:
@@ -66,7 +66,7 @@ class _Local:
                     self._busy.append(worker)
                     selector.register(worker.stdout, selectors.EVENT_READ, worker)  # type: ignore[arg-type]
                     with suppress(BrokenPipeError):  # it is dead: its stdout says so, too
-                        print(stage, waiting.pop(0), file=worker.stdin, flush=True)
+                        print(step, waiting.pop(0), file=worker.stdin, flush=True)
                 for key, _ in selector.select(PAUSE_S):
                     worker = key.data
                     selector.unregister(key.fileobj)
@@ -110,14 +110,14 @@ class _Ray:
         self._ray, self._root, self._workers = ray, root, workers
         self._task = ray.remote(num_cpus=1, max_retries=0)(work_on)
 
-    def run(self, stage: str, indices: Sequence[int], tick: Tick) -> None:
+    def run(self, step: str, indices: Sequence[int], tick: Tick) -> None:
         waiting = list(indices)
         running: list[Any] = []
         most = self._workers or max(1, int(self._ray.cluster_resources().get("CPU", 1)))
         try:
             while waiting or running:
                 while waiting and len(running) < most:
-                    running.append(self._task.remote(self._root, stage, waiting.pop(0)))
+                    running.append(self._task.remote(self._root, step, waiting.pop(0)))
                 ended, running = self._ray.wait(running, timeout=PAUSE_S)
                 for task in ended:
                     with suppress(self._ray.exceptions.RayError):  # killed: its folder is not there
@@ -170,8 +170,8 @@ class _Slurm:
     def __init__(self, root: Path, workers: int, options: Sequence[str]) -> None:
         self._root, self._workers, self._options = root, workers, options
 
-    def run(self, stage: str, indices: Sequence[int], tick: Tick) -> None:
-        listed = self._root / stage / "slurm.json"
+    def run(self, step: str, indices: Sequence[int], tick: Tick) -> None:
+        listed = self._root / step / "slurm.json"
         listed.write_text(json.dumps(list(indices)))
         workers = min(self._workers, len(indices))
         words = [
@@ -179,13 +179,13 @@ class _Slurm:
             "-m",
             "data_tools.pipeline.worker",
             str(self._root),
-            stage,
+            step,
             str(listed),
         ]
         script = f'#!/bin/sh\nexec {shlex.join(words)} "$SLURM_ARRAY_TASK_ID" {workers}\n'
         job = self._call(
-            ["sbatch", "--parsable", f"--array=0-{workers - 1}", f"--job-name=prepare-{stage}",
-             "--ntasks=1", f"--output={self._root / stage / 'slurm-%a.log'}",
+            ["sbatch", "--parsable", f"--array=0-{workers - 1}", f"--job-name=prepare-{step}",
+             "--ntasks=1", f"--output={self._root / step / 'slurm-%a.log'}",
              f"--chdir={Path.cwd()}", *self._options],
             script,
         ).partition(";")[0].strip()  # fmt: skip

@@ -1,4 +1,4 @@
-"""The story of ``hourglass data prepare``: settings -> stages -> datasets and a report.
+"""The story of ``hourglass data prepare``: settings -> steps -> datasets and a report.
 
     OUT/settings.yaml inputs.json     what was begun
     OUT/work/                         while it is made (workspace.py)
@@ -30,7 +30,7 @@ from data_tools.pipeline.progress import Progress
 from data_tools.pipeline.read_step import QUARANTINE_FILE
 from data_tools.pipeline.report import REPORT_FILE, Report, collect, write
 from data_tools.pipeline.settings import Prepare
-from data_tools.pipeline.steps import STAGES, Stage, recipe_of, tokenizer_of
+from data_tools.pipeline.steps import STEPS, Step, recipe_of, tokenizer_of
 from data_tools.pipeline.workspace import Counts, Spec, Work, identity_of
 from hourglass_dist.config.loader import differences, parse, to_yaml
 from hourglass_dist.core.files import file_lock, new_folder, replace
@@ -44,7 +44,7 @@ _SETTINGS, _INPUTS = "settings.yaml", "inputs.json"
 def prepare(
     settings: Prepare, *, only: str | None = None, show: Show = silent, say: Show = silent
 ) -> Report | None:
-    """Run all stages, or ``only`` one of them (then there is no report yet).
+    """Run all steps, or ``only`` one of them (then there is no report yet).
 
     Raises ValueError, leaving what is finished for the next run, when an input is damaged, too many
     records are no text, nothing is left, a worker is killed again and again, or the folder was
@@ -61,9 +61,9 @@ def prepare(
             return Report.load(out)
         with ExitStack() as stack:
             pipeline = _Pipeline(out, settings, inputs, stack, show, say)
-            for stage in STAGES:
-                pipeline.run(stage, may_work=only in (None, stage.name))
-                if stage.name == only:
+            for step in STEPS:
+                pipeline.run(step, may_work=only in (None, step.name))
+                if step.name == only:
                     return None
             pipeline.publish()
         report = collect(pipeline.work, pipeline.seconds)
@@ -109,7 +109,7 @@ def _require_the_same(out: Path, settings: Prepare, inputs: Inputs) -> None:
 
 
 class _Pipeline:
-    """The stages, one after another."""
+    """The steps, one after another."""
 
     def __init__(
         self, out: Path, settings: Prepare, inputs: Inputs, stack: ExitStack, show: Show, say: Show
@@ -121,18 +121,18 @@ class _Pipeline:
         self._executor: Executor | None = None
         self._identity = ""
 
-    def run(self, stage: Stage, may_work: bool) -> None:
-        """Do what is left of a stage. Raises ValueError when something is and it may not."""
-        work, name = self.work, stage.name
-        work.begin(name, stage.specs(work, self._inputs), self._identity)
+    def run(self, step: Step, may_work: bool) -> None:
+        """Do what is left of a step. Raises ValueError when something is and it may not."""
+        work, name = self.work, step.name
+        work.begin(name, step.specs(work, self._inputs), self._identity)
         tasks = work.tasks(name)
         left = [i for i, task in enumerate(tasks) if work.done(name, i, task["key"]) is None]
         if left and not may_work:
             raise ValueError(
-                f"--stage: {name!r} has to be done first ({len(left)} of {len(tasks)} tasks left)"
+                f"--step: {name!r} has to be done first ({len(left)} of {len(tasks)} tasks left)"
             )
         begun = time.monotonic()
-        progress = Progress(work, stage.name, stage.unit, tasks, len(left), self._show)
+        progress = Progress(work, step.name, step.unit, tasks, len(left), self._show)
         for _ in range(ATTEMPTS):
             if left:
                 self._workers().run(name, left, lambda: self._look(name, tasks, progress))
@@ -237,10 +237,10 @@ class _Pipeline:
         self._write_quarantine(self.out / QUARANTINE_FILE)
 
 
-def describe(stage: str, spec: Spec) -> str:
+def describe(step: str, spec: Spec) -> str:
     """A task as it is named in messages."""
-    if stage == "read":
+    if step == "read":
         paths = [part[1]["path"] for part in spec["parts"]]
         return f"{paths[0]}" + (f" to {paths[-1]}" if len(paths) > 1 else "")
     details = [str(value) for name, value in spec.items() if name not in ("key", "of")]
-    return f"stage {' '.join([stage, *details])}".strip()
+    return f"step {' '.join([step, *details])}".strip()

@@ -1,4 +1,4 @@
-"""How far a stage is, as one line: tasks, documents, MB, MB/s, what was kept, time left."""
+"""How far a step is, as one line: tasks, documents, MB, MB/s, what was kept, time left."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from data_tools.pipeline.workspace import DONE_FILE, Counts, Spec, Work
 
 
 class Progress:
-    """Of one stage."""
+    """Of one step."""
 
     def __init__(
-        self, work: Work, stage: str, unit: str, tasks: Sequence[Spec], left: int, show: Show
+        self, work: Work, step: str, unit: str, tasks: Sequence[Spec], left: int, show: Show
     ) -> None:
         """``left`` of the tasks are still to be done; the others are from an earlier run."""
-        self._work, self._stage, self._unit, self._show = work, stage, unit, show
+        self._work, self._step, self._unit, self._show = work, step, unit, show
         self._tasks, self._left = len(tasks), left
         self._begun = time.monotonic()
         self._finished: dict[str, Counts] = {}
@@ -29,14 +29,14 @@ class Progress:
 
     def line(self) -> str:
         """The line."""
-        folder = self._work.root / self._stage
+        folder = self._work.root / self._step
         for path in folder.iterdir():
             if path.name.isdigit() and path.name not in self._finished:
                 about = json.loads((path / DONE_FILE).read_bytes())
                 self._finished[path.name] = _in_short(about["counts"])
         done = len(self._finished)
-        running = [*self._work.running(self._stage), *self._finished.values()]
-        words = [f"{self._stage}: {done:,} of {self._tasks:,} tasks"]
+        running = [*self._work.running(self._step), *self._finished.values()]
+        words = [f"{self._step}: {done:,} of {self._tasks:,} tasks"]
         for name in ("documents", "bytes", "kept", "dropped", "quarantined"):
             total = sum(counts.get(name, 0) for counts in running)
             if total:
@@ -49,24 +49,24 @@ class Progress:
         return ", ".join(words)
 
     def summary(self, counts: Sequence[Counts], seconds: float) -> str:
-        """The line for a finished stage."""
-        words = [f"{self._stage:<9} {self._tasks:,} tasks"]
-        if self._stage == "read":
+        """The line for a finished step."""
+        words = [f"{self._step:<9} {self._tasks:,} tasks"]
+        if self._step == "read":
             records, kept, aside, size = (
                 sum(c[name] for c in counts) for name in ("records", "kept", "quarantined", "bytes")
             )
             dropped = sum(sum(c["dropped"].values()) for c in counts)
             words += [f"{records:,} documents, {size / 1e6:,.1f} MB"]
             words += [f"kept {kept:,}, dropped {dropped:,}, quarantined {aside:,}"]
-        elif self._stage in ("exact", "clusters"):
+        elif self._step in ("exact", "clusters"):
             words.append(f"{sum(c['duplicates'] for c in counts):,} duplicates")
-        elif self._stage == "tokens":
+        elif self._step == "tokens":
             size = sum(c[split]["text_bytes"] for c in counts for split in ("train", "heldout"))
             tokens = sum(c[split]["tokens"] for c in counts for split in ("train", "heldout"))
             words.append(f"{size / 1e6:,.1f} MB, {tokens:,} tokens")
         if self._left < self._tasks:
             words.append(f"{self._tasks - self._left:,} of them done before")
-        if self._stage in ("read", "tokens") and self._left == self._tasks:
+        if self._step in ("read", "tokens") and self._left == self._tasks:
             words.append(f"{size / 1e6 / max(seconds, 1e-3):,.1f} MB/s")
         return f"{', '.join(words)}, {seconds:.1f} s"
 

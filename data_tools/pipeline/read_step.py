@@ -1,4 +1,4 @@
-"""The first stage: inputs -> records -> documents that are kept, each seen on its own.
+"""The first step: inputs -> records -> documents that are kept, each seen on its own.
 
 What is no text is quarantined: a line of quarantine.jsonl with file, position and reason. What a
 filter drops is counted by reason. Everything that came in is in one of the three numbers.

@@ -1,4 +1,4 @@
-"""The stages of a pipeline: what each is made of, and what one task of it does.
+"""The steps of a pipeline: what each is made of, and what one task of it does.
 
     read       inputs -> records -> cleaned, filtered, masked documents; the quarantine
     exact      documents with the same hash: all but the first
@@ -44,14 +44,14 @@ SAMPLE_CHARACTERS = 100_000
 
 
 @dataclass(frozen=True)
-class Stage:
+class Step:
     """One step of a pipeline: tasks that may run in any order, at the same time, anywhere."""
 
     name: str
     unit: str
     """What its tasks count while they run."""
     specs: Callable[[Work, Inputs], list[Spec]]
-    """What its tasks are to do; called when the stages before it are done."""
+    """What its tasks are to do; called when the steps before it are done."""
     run: RunTask
     """Does one of them."""
 
@@ -234,13 +234,13 @@ def _read_specs(work: Work, inputs: Inputs) -> list[Spec]:
     return read_tasks(work.settings, inputs)
 
 
-STAGES = (
-    Stage("read", "bytes", _read_specs, read_step.read),
-    Stage("exact", "documents", dedup.exact_specs, dedup.find_exact),
-    Stage("bands", "documents", dedup.band_specs, dedup.find_pairs),
-    Stage("clusters", "pairs", dedup.cluster_specs, dedup.find_clusters),
-    Stage("tokenizer", "tasks", _tokenizer_specs, _make_tokenizer),
-    Stage("tokens", "bytes", _token_specs, _make_tokens),
-    Stage("shards", "shards", _shard_specs, _make_shard),
+STEPS = (
+    Step("read", "bytes", _read_specs, read_step.read),
+    Step("exact", "documents", dedup.exact_specs, dedup.find_exact),
+    Step("bands", "documents", dedup.band_specs, dedup.find_pairs),
+    Step("clusters", "pairs", dedup.cluster_specs, dedup.find_clusters),
+    Step("tokenizer", "tasks", _tokenizer_specs, _make_tokenizer),
+    Step("tokens", "bytes", _token_specs, _make_tokens),
+    Step("shards", "shards", _shard_specs, _make_shard),
 )
-BY_NAME = {stage.name: stage for stage in STAGES}
+BY_NAME = {step.name: step for step in STEPS}

@@ -1,7 +1,7 @@
 """A worker: does the tasks that it is told to, one after another, and writes down what fails.
 
-    worker OUT/work                          "STAGE INDEX" lines on stdin; a line answers each
-    worker OUT/work STAGE LIST FIRST STEP    every STEP-th index of a file
+    worker OUT/work                          "STEP INDEX" lines on stdin; a line answers each
+    worker OUT/work STEP LIST FIRST EVERY   every EVERY-th index of a file
 
 It ends when its stdin does, so none is left behind when the pipeline is killed.
 """
@@ -18,32 +18,32 @@ from data_tools.pipeline.steps import BY_NAME
 from data_tools.pipeline.workspace import Work, do_task
 
 
-def work_on(root: Path, stage: str, index: int) -> None:
+def work_on(root: Path, step: str, index: int) -> None:
     """Do one task. What goes wrong is in the folder afterwards; nothing is raised."""
     try:
-        do_task(Work(root), stage, index, BY_NAME[stage].run)
+        do_task(Work(root), step, index, BY_NAME[step].run)
     except (
         Exception
     ) as error:  # a mistake of ours: all of it into a file, its last line to the user
-        log = root / stage / "error" / f"traceback-{index}.txt"
+        log = root / step / "error" / f"traceback-{index}.txt"
         log.write_text(traceback.format_exc())
         short = " ".join(f"{type(error).__name__}: {error}".split())
-        (root / stage / "error" / str(index)).write_text(f"{short} (all of it: {log})")
+        (root / step / "error" / str(index)).write_text(f"{short} (all of it: {log})")
 
 
 def main(arguments: list[str]) -> None:
     """The entry point."""
     root = Path(arguments[0])
     if len(arguments) > 1:
-        stage, listed, first, step = arguments[1:]
-        for index in json.loads(Path(listed).read_bytes())[int(first) :: int(step)]:
-            work_on(root, stage, index)
+        step, listed, first, every = arguments[1:]
+        for index in json.loads(Path(listed).read_bytes())[int(first) :: int(every)]:
+            work_on(root, step, index)
         return
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # whatever a library prints goes to the log
     for line in sys.stdin:
-        stage, index = line.split()
-        work_on(root, stage, int(index))
+        step, index = line.split()
+        work_on(root, step, int(index))
         print("done", file=answers)
 
 

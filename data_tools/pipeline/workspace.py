@@ -1,11 +1,11 @@
 """The folder of a pipeline while it is made, and the tasks in it.
 
     OUT/work/
-        STAGE/tasks.json               what every task of a stage is to do
-        STAGE/000000/                  the outputs of a task and done.json: all there or nothing
-        STAGE/progress/0 error/0       how far a running task is; why one failed
+        STEP/tasks.json               what every task of a step is to do
+        STEP/000000/                  the outputs of a task and done.json: all there or nothing
+        STEP/progress/0 error/0       how far a running task is; why one failed
 
-A task is a pure function of its entry in tasks.json and of the outputs of earlier stages. It writes
+A task is a pure function of its entry in tasks.json and of the outputs of earlier steps. It writes
 into a folder of its own that gets its name when everything is on the disk, so it may be killed, or
 run twice at once, anywhere: a worker needs nothing but this folder.
 """
@@ -48,32 +48,32 @@ class Work:
         """The settings that the folder was begun with."""
         return load_settings(self.root.parent / "settings.yaml")
 
-    def tasks(self, stage: str) -> list[Spec]:
-        """The tasks of a stage. Raises FileNotFoundError before it was begun."""
-        path = self.root / stage / "tasks.json"
+    def tasks(self, step: str) -> list[Spec]:
+        """The tasks of a step. Raises FileNotFoundError before it was begun."""
+        path = self.root / step / "tasks.json"
         return _read_tasks(path, path.stat().st_mtime_ns)
 
-    def folder(self, stage: str, index: int) -> Path:
+    def folder(self, step: str, index: int) -> Path:
         """Where a task's outputs are, once it is done."""
-        return self.root / stage / f"{index:06d}"
+        return self.root / step / f"{index:06d}"
 
-    def begin(self, stage: str, specs: list[Spec], before: str) -> None:
-        """Write down the tasks of a stage; ``before`` identifies all that they build on."""
-        folder = self.root / stage
+    def begin(self, step: str, specs: list[Spec], before: str) -> None:
+        """Write down the tasks of a step; ``before`` identifies all that they build on."""
+        folder = self.root / step
         for name in ("progress", "error"):
             shutil.rmtree(folder / name, ignore_errors=True)
             (folder / name).mkdir(parents=True)
-        keyed = [spec | {"key": _hash([WORK_FORMAT, before, stage, spec])} for spec in specs]
+        keyed = [spec | {"key": _hash([WORK_FORMAT, before, step, spec])} for spec in specs]
         replace(folder / "tasks.json", json.dumps(keyed))
         for left in folder.glob(".*.unfinished"):  # of killed workers
             shutil.rmtree(left, ignore_errors=True)
 
-    def done(self, stage: str, index: int, key: str) -> Counts | None:
+    def done(self, step: str, index: int, key: str) -> Counts | None:
         """What a finished task counted; None when it is not done, or was done for something else.
 
         Outputs of something else are removed.
         """
-        folder = self.folder(stage, index)
+        folder = self.folder(step, index)
         try:
             about = json.loads((folder / DONE_FILE).read_bytes())
         except FileNotFoundError:
@@ -86,20 +86,20 @@ class Work:
         counts: Counts = about["counts"]
         return counts
 
-    def counts(self, stage: str) -> list[Counts]:
-        """What the tasks of a finished stage counted."""
-        paths = (self.folder(stage, i) / DONE_FILE for i in range(len(self.tasks(stage))))
+    def counts(self, step: str) -> list[Counts]:
+        """What the tasks of a finished step counted."""
+        paths = (self.folder(step, i) / DONE_FILE for i in range(len(self.tasks(step))))
         return [json.loads(path.read_bytes())["counts"] for path in paths]
 
-    def errors(self, stage: str) -> dict[int, str]:
+    def errors(self, step: str) -> dict[int, str]:
         """Why tasks failed."""
-        found = sorted((self.root / stage / "error").glob("[0-9]*"))
+        found = sorted((self.root / step / "error").glob("[0-9]*"))
         return {int(path.name): path.read_text() for path in found}
 
-    def running(self, stage: str) -> list[Counts]:
+    def running(self, step: str) -> list[Counts]:
         """What the tasks that run now have counted so far."""
         found = []
-        for path in (self.root / stage / "progress").glob("[0-9]*"):
+        for path in (self.root / step / "progress").glob("[0-9]*"):
             with suppress(OSError, ValueError):  # it is just being written
                 found.append(json.loads(path.read_bytes()))
         return found
@@ -113,7 +113,7 @@ def _read_tasks(path: Path, version: int) -> list[Spec]:
 
 
 def identity_of(specs: list[Spec], counts: list[Counts]) -> str:
-    """Identifies what a finished stage has made."""
+    """Identifies what a finished step has made."""
     return _hash([[spec["key"] for spec in specs], counts])
 
 
@@ -144,16 +144,16 @@ Run = Callable[[Work, Spec, Path, Tick], Counts]
 """Does a task: (work, its entry, the folder to write into, how to tell progress) -> counts."""
 
 
-def do_task(work: Work, stage: str, index: int, run: Run) -> bool:
+def do_task(work: Work, step: str, index: int, run: Run) -> bool:
     """Do a task unless it is done. A failure is written down; returns whether it is done."""
     gc.set_threshold(200_000, 50, 50)  # lists of a million arrays are searched for cycles else
-    spec = work.tasks(stage)[index]
-    if work.done(stage, index, spec["key"]) is not None:
+    spec = work.tasks(step)[index]
+    if work.done(step, index, spec["key"]) is not None:
         return True
-    progress = work.root / stage / "progress" / str(index)
-    error_file = work.root / stage / "error" / str(index)
+    progress = work.root / step / "progress" / str(index)
+    error_file = work.root / step / "error" / str(index)
     try:
-        with _task_folder(work.folder(stage, index)) as folder:
+        with _task_folder(work.folder(step, index)) as folder:
             counts = run(work, spec, folder, Ticker(progress))
             files = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
             about = {"key": spec["key"], "files": files, "counts": counts}

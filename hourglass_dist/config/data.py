@@ -1,8 +1,9 @@
-"""The ``data`` section of a run's settings: which tokens are read, and in what portions."""
+"""The ``data`` section of a run's settings: which tokens are read, and in what phases."""
 
 from __future__ import annotations
 
-from typing import Annotated, NamedTuple
+from dataclasses import dataclass
+from typing import Annotated
 
 from pydantic import Field, model_validator
 
@@ -52,17 +53,22 @@ class CacheConfig(Section):
     10 minutes."""
 
 
-class Portion(NamedTuple):
-    """What a step of some part of a run takes from the data."""
+@dataclass(frozen=True)
+class Phase:
+    """A part of a run with one batch size, sequence length and mixture."""
 
     first_step: int
+    """The optimizer step (0 is the first) with which it begins."""
     batch_size: int
+    """Rows in a step, over all ranks."""
     seq_len: int
+    """Tokens in a row."""
     weights: tuple[float, ...]
+    """Share of each source; any positive scale."""
 
 
 class DataConfig(Section):
-    """Which tokens are read, and in what portions."""
+    """Which tokens are read, and in what phases."""
 
     dataset: str | None = None
     """Folder of shards made by ``hourglass data`` (the folder that holds index.json), or its
@@ -117,32 +123,27 @@ class DataConfig(Section):
         return self.sources
 
     @property
-    def portions(self) -> list[Portion]:
+    def all_phases(self) -> list[Phase]:
         """The phases and what comes after them, from step 0 on."""
         usual = {source.name: source.weight for source in self.all_sources}
-        portions, first = [], 0
-        for phase in self.phases:
-            portions.append(
-                Portion(
-                    first,
-                    phase.batch_size or self.batch_size,
-                    phase.seq_len or self.seq_len,
-                    tuple((usual | phase.weights).values()),
-                )
-            )
-            first = phase.until_step
-        return [*portions, Portion(first, self.batch_size, self.seq_len, tuple(usual.values()))]
+        phases, first = [], 0
+        for early in self.phases:
+            batch_size, seq_len = early.batch_size or self.batch_size, early.seq_len or self.seq_len
+            weights = tuple((usual | early.weights).values())
+            phases.append(Phase(first, batch_size, seq_len, weights))
+            first = early.until_step
+        return [*phases, Phase(first, self.batch_size, self.seq_len, tuple(usual.values()))]
 
     @property
     def longest(self) -> int:
         """Tokens in the longest row of the run."""
-        return max(portion.seq_len for portion in self.portions)
+        return max(phase.seq_len for phase in self.all_phases)
 
     def tokens(self, step: int) -> int:
         """Tokens that the steps before ``step`` take, padding included."""
-        portions = self.portions
-        ends = [*(portion.first_step for portion in portions[1:]), step]
+        phases = self.all_phases
+        ends = [*(phase.first_step for phase in phases[1:]), step]
         return sum(
-            max(0, min(end, step) - p.first_step) * p.batch_size * p.seq_len
-            for p, end in zip(portions, ends, strict=True)
+            max(0, min(end, step) - phase.first_step) * phase.batch_size * phase.seq_len
+            for phase, end in zip(phases, ends, strict=True)
         )

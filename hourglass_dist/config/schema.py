@@ -253,16 +253,16 @@ class Config(Section):
     @model_validator(mode="after")
     def _sections_fit_together(self) -> Config:
         longest = self.model.max_seq_len
-        for portion in self.data.portions:
-            if longest is not None and portion.seq_len > longest:
+        for phase in self.data.all_phases:
+            if longest is not None and phase.seq_len > longest:
                 raise ValueError(
-                    f"data.seq_len: {portion.seq_len} is longer than the position table, "
+                    f"data.seq_len: {phase.seq_len} is longer than the position table, "
                     f"model.max_seq_len={longest}"
                 )
-            if portion.batch_size % self.train.micro_batch_size:
+            if phase.batch_size % self.train.micro_batch_size:
                 raise ValueError(
                     f"train.micro_batch_size: {self.train.micro_batch_size} does not divide "
-                    f"data.batch_size={portion.batch_size}"
+                    f"data.batch_size={phase.batch_size}"
                 )
         auto = any(level.activation_checkpointing == "auto" for level in self.model.levels)
         if auto and self.train.activation_memory is None:
@@ -344,7 +344,7 @@ class Config(Section):
         divide the batch of any phase.
         """
         micro = self.train.micro_batch_size
-        for rows in dict.fromkeys(portion.batch_size for portion in self.data.portions):
+        for rows in dict.fromkeys(phase.batch_size for phase in self.data.all_phases):
             micro_batches, rest = divmod(rows, micro)
             assert rest == 0
             if micro_batches % world_size:

@@ -1,4 +1,4 @@
-"""What the order of training depends on: sources, stages of the run, seed, lanes.
+"""What the order of training depends on: sources, phases of the run, seed, lanes.
 
 ``order.py`` says which row is read when; this file holds what was asked for, and refuses what
 cannot be. Everything here stands in the plan's hash.
@@ -14,6 +14,8 @@ from dataclasses import asdict, dataclass
 from fractions import Fraction
 from functools import cached_property
 from itertools import pairwise
+
+from hourglass_dist.config.data import Phase
 
 RULE = 2
 """The version of the rule above; part of every plan's hash."""
@@ -37,25 +39,25 @@ class Source:
 
 
 @dataclass(frozen=True)
-class Stage:
-    """A part of the run with one batch size, sequence length and mixture."""
+class Order:
+    """Where rows of one length in one mixture begin. A chunk is a row of the longest length."""
 
-    first_step: int
-    """The optimizer step (0 is the first) with which it begins."""
-    batch_size: int
-    """Rows in a step, over all ranks."""
-    seq_len: int
-    """Tokens in a row."""
+    row: int
+    """The first row."""
+    chunk: int
+    """The chunk that it belongs to."""
+    pieces: int
+    """Rows of a chunk."""
     weights: tuple[float, ...]
-    """Share of each source; any positive scale."""
+    """Share of each source."""
 
 
 @dataclass(frozen=True)
-class Plan:
+class DataPlan:
     """Everything that the order depends on."""
 
     sources: tuple[Source, ...]
-    stages: tuple[Stage, ...]
+    phases: tuple[Phase, ...]
     seed: int
     lanes: int
     """How many places of a source are read side by side; the largest batch by default."""
@@ -64,8 +66,8 @@ class Plan:
 
     def __post_init__(self) -> None:
         """Raise ValueError, one line, for a plan that cannot be."""
-        if not self.sources or not self.stages or self.stages[0].first_step != 0:
-            raise ValueError("plan: expected a source, and a stage from step 0 on")
+        if not self.sources or not self.phases or self.phases[0].first_step != 0:
+            raise ValueError("plan: expected a source, and a phase from step 0 on")
         for source in self.sources:
             if source.rows < 1 or min(source.rows_per_shard) < 0:
                 raise ValueError(f"{source.name}: rows: expected at least 1, given {source.rows}")
@@ -73,32 +75,34 @@ class Plan:
             raise ValueError(f"lanes: expected at least 1, given {self.lanes}")
         if not 0 <= self.seed < 2**64:
             raise ValueError(f"seed: expected 0 to 2**64 - 1, given {self.seed}")
-        for before, after in pairwise(self.stages):
+        for before, after in pairwise(self.phases):
             if after.first_step <= before.first_step:
                 raise ValueError(
                     f"phases: expected growing steps, given {before.first_step} and then "
                     f"{after.first_step}"
                 )
-        for stage in self.stages:
-            if min(stage.batch_size, stage.seq_len) < 1 or self.chunk % stage.seq_len:
+        for phase in self.phases:
+            if min(phase.batch_size, phase.seq_len) < 1 or self.chunk % phase.seq_len:
                 raise ValueError(
-                    f"sequence length: {stage.seq_len} does not divide the longest, {self.chunk}"
+                    f"sequence length: {phase.seq_len} does not divide the longest, {self.chunk}"
                 )
-            if len(stage.weights) != len(self.sources):
-                raise ValueError(f"weights: expected {len(self.sources)}, given {stage.weights}")
-        assert self.segments, "refuses stages that do not fit"
+            if len(phase.weights) != len(self.sources):
+                raise ValueError(f"weights: expected {len(self.sources)}, given {phase.weights}")
+        assert self.orders, "refuses phases that do not fit"
         assert self.quotas, "refuses weights that are none"
 
     @cached_property
     def chunk(self) -> int:
         """Tokens of the longest row."""
-        return max(stage.seq_len for stage in self.stages)
+        return max(phase.seq_len for phase in self.phases)
 
     @cached_property
     def hash(self) -> str:
-        """sha256 (hex) of the rule and of every field."""
+        """sha256 (hex) of the rule and of every field. Checkpoints hold it."""
+        fields = asdict(self)
+        fields["stages"] = fields.pop("phases")  # as it was called when the hash was first taken
         return hashlib.sha256(
-            json.dumps({"rule": RULE} | asdict(self), sort_keys=True).encode()
+            json.dumps({"rule": RULE} | fields, sort_keys=True).encode()
         ).hexdigest()
 
     def __hash__(self) -> int:
@@ -106,9 +110,9 @@ class Plan:
 
     # Steps and rows
 
-    def stage(self, step: int) -> Stage:
-        """The stage that a step (0 is the first) belongs to."""
-        return [stage for stage in self.stages if stage.first_step <= max(step, 0)][-1]
+    def phase(self, step: int) -> Phase:
+        """The phase that a step (0 is the first) belongs to."""
+        return [phase for phase in self.phases if phase.first_step <= max(step, 0)][-1]
 
     def first_row(self, step: int) -> int:
         """The number of the first row of a step: the rows of all steps before it.
@@ -117,33 +121,33 @@ class Plan:
         """
         if step < 0:
             raise ValueError(f"step: expected at least 0, given {step}")
-        ends = [*(stage.first_step for stage in self.stages[1:]), step]
+        ends = [*(phase.first_step for phase in self.phases[1:]), step]
         return sum(
-            max(0, min(end, step) - stage.first_step) * stage.batch_size
-            for stage, end in zip(self.stages, ends, strict=True)
+            max(0, min(end, step) - phase.first_step) * phase.batch_size
+            for phase, end in zip(self.phases, ends, strict=True)
         )
 
     @cached_property
-    def segments(self) -> tuple[Segment, ...]:
-        """The stages, those left out that only change the batch size."""
-        segments: list[Segment] = []
-        for stage in self.stages:
-            pieces = self.chunk // stage.seq_len
-            row, chunk = self.first_row(stage.first_step), 0
-            if segments:
-                last = segments[-1]
-                if (pieces, stage.weights) == (last.pieces, last.weights):
+    def orders(self) -> tuple[Order, ...]:
+        """The orders of the run: phases that only change the batch size go on with the last."""
+        orders: list[Order] = []
+        for phase in self.phases:
+            pieces = self.chunk // phase.seq_len
+            row, chunk = self.first_row(phase.first_step), 0
+            if orders:
+                last = orders[-1]
+                if (pieces, phase.weights) == (last.pieces, last.weights):
                     continue
                 rows, group = row - last.row, self.lanes * last.pieces
                 if last.pieces > 1 and rows % group:
-                    raise ValueError(self._uneven(stage.first_step, last, group))
+                    raise ValueError(self._uneven(phase.first_step, last, group))
                 chunk = last.chunk + rows // last.pieces
-            segments.append(Segment(row, chunk, pieces, stage.weights))
-        return tuple(segments)
+            orders.append(Order(row, chunk, pieces, phase.weights))
+        return tuple(orders)
 
-    def _uneven(self, step: int, segment: Segment, group: int) -> str:
-        batch = self.stage(step - 1).batch_size
-        rows = self.first_row(step) - segment.row
+    def _uneven(self, step: int, order: Order, group: int) -> str:
+        batch = self.phase(step - 1).batch_size
+        rows = self.first_row(step) - order.row
         near = [
             s
             for s in range(max(1, step - group), step + group + 1)
@@ -152,7 +156,7 @@ class Plan:
         near = sorted(sorted(near, key=lambda s: abs(s - step))[:2])
         return (
             f"phases: a change at step {step} would leave rows of {self.chunk} tokens half read "
-            f"by rows of {self.chunk // segment.pieces}; steps near it that do not: "
+            f"by rows of {self.chunk // order.pieces}; steps near it that do not: "
             f"{', '.join(map(str, near)) or 'none'}"
         )
 
@@ -160,19 +164,8 @@ class Plan:
     def quotas(self) -> tuple[tuple[int, ...], ...]:
         names = [source.name for source in self.sources]
         return tuple(
-            largest_remainders(segment.weights, self.mix_block, names) for segment in self.segments
+            largest_remainders(order.weights, self.mix_block, names) for order in self.orders
         )
-
-
-@dataclass(frozen=True)
-class Segment:
-    row: int
-    """The first row."""
-    chunk: int
-    """The chunk that it belongs to."""
-    pieces: int
-    """Rows of a chunk."""
-    weights: tuple[float, ...]
 
 
 def largest_remainders(

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from hourglass_dist.config.data import CacheConfig, DataConfig
 from hourglass_dist.core.remote import is_remote
-from hourglass_dist.data.data_plan import Plan, Source, Stage
+from hourglass_dist.data.data_plan import DataPlan, Source
 from hourglass_dist.data.manifest import Manifest
 from hourglass_dist.data.order import require_enough
 from hourglass_dist.data.remote import Cache, Remote, RemoteStore, fetch_index
@@ -61,15 +61,15 @@ def open_mixture(data: DataConfig) -> tuple[list[Dataset], Tokenizer]:
     return datasets, tokenizer
 
 
-def make_plan(datasets: Sequence[Dataset], data: DataConfig, seed: int, steps: int) -> Plan:
+def make_plan(datasets: Sequence[Dataset], data: DataConfig, seed: int, steps: int) -> DataPlan:
     """The order of ``steps`` steps.
 
     Raises ValueError when sequence lengths, phases or weights do not fit the datasets or each
     other, or a source would be read more often than it may be.
     """
-    stages = [Stage(*portion) for portion in data.portions if portion.first_step < steps]
-    longest = max(stage.seq_len for stage in stages)
-    plan = Plan(
+    phases = [phase for phase in data.all_phases if phase.first_step < steps]
+    longest = max(phase.seq_len for phase in phases)
+    plan = DataPlan(
         sources=tuple(
             Source(
                 dataset.name,
@@ -79,15 +79,15 @@ def make_plan(datasets: Sequence[Dataset], data: DataConfig, seed: int, steps: i
             )
             for dataset, source in zip(datasets, data.all_sources, strict=True)
         ),
-        stages=tuple(stages),
+        phases=tuple(phases),
         seed=seed,
-        lanes=max(stage.batch_size for stage in stages),
+        lanes=max(phase.batch_size for phase in phases),
     )
     require_enough(plan, steps)
     return plan
 
 
-def simple_plan(dataset: Dataset, seq_len: int, batch_size: int, seed: int) -> Plan:
+def simple_plan(dataset: Dataset, seq_len: int, batch_size: int, seed: int) -> DataPlan:
     """The order of one dataset, for ever the same."""
     data = DataConfig(dataset=dataset.where, seq_len=seq_len, batch_size=batch_size)
     return make_plan([dataset], data, seed, steps=1)

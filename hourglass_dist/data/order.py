@@ -1,6 +1,6 @@
 """The order of training as a pure function: which row of which source is the n-th one ever read.
 
-    step              ->  stage (batch size, sequence length, weights)  ->  its rows n ... n + B - 1
+    step              ->  phase (batch size, sequence length, weights)  ->  its rows n ... n + B - 1
     n                 ->  chunk g, piece      a chunk is a row of the longest sequence length; where
                                               rows are shorter, it is read piece by piece
     g                 ->  lane d = g mod D, slot g // D of that lane
@@ -8,7 +8,7 @@
     s, i = c * D + d  ->  epoch, shard, row   of the i-th chunk of the source
 
 Mixing: the slots of a lane come in blocks of 1000. Each block has exactly the quota of every source
-that the weights ask for, in an order drawn from (seed, stage, block, lane).
+that the weights ask for, in an order drawn from (seed, phase, block, lane).
 
 A source: epoch e is exactly i = eR ... (e + 1)R - 1 for R chunks. Its shards, permuted anew, are
 laid end to end and cut into D equal segments, which are read side by side from their starts. No row
@@ -31,7 +31,7 @@ from functools import lru_cache
 import numpy as np
 import numpy.typing as npt
 
-from hourglass_dist.data.data_plan import Plan
+from hourglass_dist.data.data_plan import DataPlan
 
 Int64s = npt.NDArray[np.int64]
 
@@ -57,7 +57,7 @@ class Locations:
     rows: Int64s
 
 
-def locate_many(plan: Plan, ns: Int64s) -> Locations:
+def locate_many(plan: DataPlan, ns: Int64s) -> Locations:
     """Where the rows numbered ``ns`` (each >= 0, in any order) are."""
     ns = np.asarray(ns, dtype=np.int64)
     chunks, pieces, per_chunk = _chunks(plan, ns)
@@ -69,7 +69,7 @@ def locate_many(plan: Plan, ns: Int64s) -> Locations:
     return Locations(sources, epochs, shards, rows * per_chunk + pieces)
 
 
-def locate(plan: Plan, n: int) -> Location:
+def locate(plan: DataPlan, n: int) -> Location:
     """Where the n-th row ever read (n >= 0) is. Raises ValueError for a negative n."""
     if n < 0:
         raise ValueError(f"row number: expected at least 0, given {n}")
@@ -77,12 +77,12 @@ def locate(plan: Plan, n: int) -> Location:
     return Location(*(int(a[0]) for a in (found.sources, found.epochs, found.shards, found.rows)))
 
 
-def _chunks(plan: Plan, ns: Int64s) -> tuple[Int64s, Int64s, Int64s]:
+def _chunks(plan: DataPlan, ns: Int64s) -> tuple[Int64s, Int64s, Int64s]:
     """(chunk, piece of it, pieces of a chunk) of every row."""
-    segments = plan.segments
-    at = np.searchsorted([segment.row for segment in segments], ns, side="right") - 1
+    orders = plan.orders
+    at = np.searchsorted([order.row for order in orders], ns, side="right") - 1
     row, chunk, pieces = (
-        np.array([getattr(segment, name) for segment in segments], np.int64)[at]
+        np.array([getattr(order, name) for order in orders], np.int64)[at]
         for name in ("row", "chunk", "pieces")
     )
     group, rest = np.divmod(ns - row, plan.lanes * pieces)
@@ -106,7 +106,7 @@ class _Layout:
 
 
 @lru_cache(maxsize=256)
-def _layout(plan: Plan, source: int, epoch: int) -> _Layout:
+def _layout(plan: DataPlan, source: int, epoch: int) -> _Layout:
     rows = np.asarray(plan.sources[source].rows_per_shard, dtype=np.int64)
     shards = np.argsort(_random(plan.seed, epoch, 0, source, len(rows)), kind="stable")
     ends = np.cumsum(rows[shards])
@@ -120,7 +120,7 @@ def _random(seed: int, a: int, b: int, c: int, count: int) -> npt.NDArray[np.uin
     return np.random.Philox(key=key, counter=counter).random_raw(count)
 
 
-def _locate_in(plan: Plan, source: int, indices: Int64s) -> tuple[Int64s, Int64s, Int64s]:
+def _locate_in(plan: DataPlan, source: int, indices: Int64s) -> tuple[Int64s, Int64s, Int64s]:
     """(epoch, shard, row) of chunks number ``indices`` of a source."""
     total = plan.sources[source].rows
     epochs, in_epoch = np.divmod(indices, total)
@@ -140,15 +140,15 @@ def _locate_in(plan: Plan, source: int, indices: Int64s) -> tuple[Int64s, Int64s
 # --- mixing --------------------------------------------------------------------------------------
 
 
-def _mix(plan: Plan, chunks: Int64s) -> tuple[Int64s, Int64s]:
+def _mix(plan: DataPlan, chunks: Int64s) -> tuple[Int64s, Int64s]:
     """(source, number within the source) of every chunk."""
     if len(plan.sources) == 1:
         return np.zeros_like(chunks), chunks
-    segments = np.searchsorted([s.chunk for s in plan.segments], chunks, side="right") - 1
+    orders = np.searchsorted([s.chunk for s in plan.orders], chunks, side="right") - 1
     slots, lanes = np.divmod(chunks, plan.lanes)
     sources, passed = np.empty_like(chunks), np.empty_like(chunks)
-    for index in np.unique(segments).tolist():
-        inside = segments == index
+    for index in np.unique(orders).tolist():
+        inside = orders == index
         blocks, at = np.divmod(slots - _first_slot(plan, index)[lanes], plan.mix_block)
         for block in np.unique(blocks[inside]).tolist():
             here = inside & (blocks == block)
@@ -161,17 +161,17 @@ def _mix(plan: Plan, chunks: Int64s) -> tuple[Int64s, Int64s]:
     return sources, passed * plan.lanes + lanes
 
 
-def _first_slot(plan: Plan, segment: int) -> Int64s:
-    """The first slot of every lane that belongs to a segment."""
+def _first_slot(plan: DataPlan, order: int) -> Int64s:
+    """The first slot of every lane that belongs to a order."""
     lanes_D = np.arange(plan.lanes, dtype=np.int64)
-    return (plan.segments[segment].chunk - lanes_D + plan.lanes - 1) // plan.lanes
+    return (plan.orders[order].chunk - lanes_D + plan.lanes - 1) // plan.lanes
 
 
 @lru_cache(maxsize=8)
-def _passed(plan: Plan) -> tuple[Int64s, ...]:
-    """For every segment, the slots of each source that each lane has passed before it (SD)."""
+def _passed(plan: DataPlan) -> tuple[Int64s, ...]:
+    """For every order, the slots of each source that each lane has passed before it (SD)."""
     totals = [np.zeros((len(plan.sources), plan.lanes), np.int64)]
-    for index in range(len(plan.segments) - 1):
+    for index in range(len(plan.orders) - 1):
         slots_D = _first_slot(plan, index + 1) - _first_slot(plan, index)
         totals.append(totals[-1] + _counts(plan, index, slots_D))
     return tuple(totals)
@@ -179,12 +179,12 @@ def _passed(plan: Plan) -> tuple[Int64s, ...]:
 
 @lru_cache(maxsize=8)
 def _block(
-    plan: Plan, segment: int, block: int
+    plan: DataPlan, order: int, block: int
 ) -> tuple[npt.NDArray[np.uint16], npt.NDArray[np.uint32]]:
     """Of every lane and slot of a block: the source, and how often it came before in the block."""
-    counts = plan.quotas[segment]
+    counts = plan.quotas[order]
     in_order_K = np.repeat(np.arange(len(counts), dtype=np.uint16), counts)
-    keys = _random(plan.seed, block, 1 + segment, 0, plan.lanes * plan.mix_block)
+    keys = _random(plan.seed, block, 1 + order, 0, plan.lanes * plan.mix_block)
     order_DK = np.argsort(keys.reshape(plan.lanes, plan.mix_block), axis=1, kind="stable")
     source_DK = in_order_K[order_DK]
     before_DK = np.zeros(source_DK.shape, np.uint32)
@@ -194,14 +194,14 @@ def _block(
     return source_DK, before_DK
 
 
-def _counts(plan: Plan, segment: int, slots_D: Int64s) -> Int64s:
-    """How often each source comes in the first ``slots_D`` slots of each lane of a segment (SD)."""
+def _counts(plan: DataPlan, order: int, slots_D: Int64s) -> Int64s:
+    """How often each source comes in the first ``slots_D`` slots of each lane of a order (SD)."""
     if len(plan.sources) == 1:
         return slots_D[None]
     blocks_D, rest_D = np.divmod(slots_D, plan.mix_block)
-    counts_SD = np.asarray(plan.quotas[segment], np.int64)[:, None] * blocks_D
+    counts_SD = np.asarray(plan.quotas[order], np.int64)[:, None] * blocks_D
     for block in np.unique(blocks_D[rest_D > 0]).tolist():
-        source_DK, _ = _block(plan, segment, block)
+        source_DK, _ = _block(plan, order, block)
         counted_DK = (np.arange(plan.mix_block) < rest_D[:, None]) & (blocks_D == block)[:, None]
         for s in range(len(plan.sources)):
             counts_SD[s] += ((source_DK == s) & counted_DK).sum(axis=1)
@@ -211,21 +211,21 @@ def _counts(plan: Plan, segment: int, slots_D: Int64s) -> Int64s:
 # --- how much of each source ---------------------------------------------------------------------
 
 
-def _taken(plan: Plan, n: int) -> Int64s:
+def _taken(plan: DataPlan, n: int) -> Int64s:
     """Chunks of each source that each lane has begun in the first ``n`` rows (SD)."""
     if n == 0:
         return np.zeros((len(plan.sources), plan.lanes), np.int64)
-    segment = [index for index, s in enumerate(plan.segments) if s.row < n][-1]
-    at = plan.segments[segment]
+    order = [index for index, s in enumerate(plan.orders) if s.row < n][-1]
+    at = plan.orders[order]
     group, rest = divmod(n - at.row, plan.lanes * at.pieces)
     chunks = at.chunk + group * plan.lanes + min(rest, plan.lanes)
     lanes_D = np.arange(plan.lanes, dtype=np.int64)
     slots_D = (chunks - lanes_D + plan.lanes - 1) // plan.lanes
-    counts = _counts(plan, segment, slots_D - _first_slot(plan, segment))
-    return _passed(plan)[segment] + counts
+    counts = _counts(plan, order, slots_D - _first_slot(plan, order))
+    return _passed(plan)[order] + counts
 
 
-def epochs_read(plan: Plan, step: int) -> dict[str, float]:
+def epochs_read(plan: DataPlan, step: int) -> dict[str, float]:
     """How often each source has been read by the steps before ``step``."""
     taken = _taken(plan, plan.first_row(step)).sum(axis=1).tolist()
     return {
@@ -233,7 +233,7 @@ def epochs_read(plan: Plan, step: int) -> dict[str, float]:
     }
 
 
-def require_enough(plan: Plan, steps: int) -> None:
+def require_enough(plan: DataPlan, steps: int) -> None:
     """Raise ValueError when ``steps`` steps would read a source more often than it may be, saying
     which, and the step with which it runs out."""
 

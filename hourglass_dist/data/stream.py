@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from hourglass_dist.data.batch import Batch, Buffers, number_documents
-from hourglass_dist.data.data_plan import Plan
+from hourglass_dist.data.data_plan import DataPlan
 from hourglass_dist.data.mixture import Dataset
 from hourglass_dist.data.order import Int64s, Locations, epochs_read, locate_many, ranks_cut
 from hourglass_dist.data.shards import ShardReader, split_rows
@@ -39,7 +39,7 @@ class Stream:
     def __init__(
         self,
         datasets: Sequence[Dataset],
-        plan: Plan,
+        plan: DataPlan,
         rank: int = 0,
         world_size: int = 1,
         *,
@@ -53,8 +53,8 @@ class Stream:
         say which document each target belongs to; ``pin`` is for GPUs. Raises ValueError when a
         shard is not as its manifest says, or ``world_size`` does not divide a batch of the plan.
         """
-        for stage in plan.stages:
-            ranks_cut(0, stage.batch_size, world_size, rank)
+        for phase in plan.phases:
+            ranks_cut(0, phase.batch_size, world_size, rank)
         self.plan, self.skip = plan, sorted(set(skip))
         self._datasets = datasets
         self._rank, self._world_size = rank, world_size
@@ -84,11 +84,11 @@ class Stream:
             ahead = _Ahead(self._datasets, self.plan, self._rows, self.skip)
             for now, ns, found in self._located(step):
                 ahead.now_at(now)
-                stage = self.plan.stage(now)
-                if not readers or readers[0].seq_len != stage.seq_len:
+                phase = self.plan.phase(now)
+                if not readers or readers[0].seq_len != phase.seq_len:
                     stack.close()
                     readers = [
-                        stack.enter_context(closing(r)) for r in self._readers(stage.seq_len)
+                        stack.enter_context(closing(r)) for r in self._readers(phase.seq_len)
                     ]
                 batch = _batch(
                     readers,
@@ -116,7 +116,7 @@ class Stream:
 
     def _rows(self, step: int) -> Int64s:
         """The numbers of this rank's rows of a step."""
-        n, batch_size = self.plan.first_row(step), self.plan.stage(step).batch_size
+        n, batch_size = self.plan.first_row(step), self.plan.phase(step).batch_size
         cut = ranks_cut(n, batch_size, self._world_size, self._rank)
         return np.arange(cut.start, cut.stop, dtype=np.int64)
 
@@ -188,14 +188,14 @@ class _Ahead:
     def __init__(
         self,
         datasets: Sequence[Dataset],
-        plan: Plan,
+        plan: DataPlan,
         rows: Callable[[int], Int64s],
         skip: Collection[str],
     ) -> None:
         self._shards = [dataset.manifest.split("train") for dataset in datasets]
         self._datasets, self._plan, self._rows, self._skip = datasets, plan, rows, skip
         largest = max(max(source.rows_per_shard) for source in plan.sources)
-        self._horizon = min(LOOK_AHEAD, largest * plan.chunk // plan.stages[0].seq_len)
+        self._horizon = min(LOOK_AHEAD, largest * plan.chunk // plan.phases[0].seq_len)
         self._until: dict[tuple[int, int], int] = {}
 
     def now_at(self, step: int) -> None:

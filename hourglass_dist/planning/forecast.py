@@ -255,7 +255,7 @@ def forecast(config: Config, machines: Cluster) -> Forecast:
 def candidates(config: Config, machines: Cluster) -> Iterator[Forecast]:
     """ZeRO stages x micro batches x checkpointing at all levels, also that of the settings; all of
     it on the device."""
-    rows = min(portion.batch_size for portion in config.data.portions) // machines.gpus
+    rows = min(phase.batch_size for phase in config.data.all_phases) // machines.gpus
     sizes = [n for n in range(1, rows + 1) if rows % n == 0][:MOST_MICRO_BATCHES]
     models = [] if "auto" in config.model.checkpointing else [config.model]
     models += [config.model.with_checkpointing(policy) for policy in POLICIES]

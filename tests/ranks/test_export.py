@@ -16,7 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tiny_run import losses
 
 from hourglass_dist.config.schema import load
-from hourglass_dist.data.data_plan import Plan
+from hourglass_dist.data.data_plan import DataPlan
 from hourglass_dist.data.mixture import make_plan, open_dataset
 from hourglass_dist.data.stream import Stream
 from hourglass_dist.inference.export import export, load_export
@@ -120,7 +120,7 @@ def test_a_run_begins_with_the_weights_of_an_export(
     assert first[0] == pytest.approx(float(nats / count), abs=1e-5)
 
 
-def make_plan_of(config: Path, dataset: Path) -> Plan:
+def make_plan_of(config: Path, dataset: Path) -> DataPlan:
     settings = load(config, [f"data.dataset={dataset}"])
     return make_plan([open_dataset(str(dataset))], settings.data, settings.run.seed, 1)
 

@@ -20,7 +20,8 @@ from datasets import refusal
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hourglass_dist.data.data_plan import Plan, Source, Stage, largest_remainders
+from hourglass_dist.config.data import Phase
+from hourglass_dist.data.data_plan import DataPlan, Source, largest_remainders
 from hourglass_dist.data.order import (
     Location,
     epochs_read,
@@ -31,9 +32,11 @@ from hourglass_dist.data.order import (
 )
 
 
-def simple(rows: tuple[int, ...] = (3, 4), lanes: int = 2, seed: int = 0, seq_len: int = 8) -> Plan:
-    """One source, one stage, a batch of as many rows as there are lanes."""
-    return Plan((Source("a", "id", rows),), (Stage(0, lanes, seq_len, (1.0,)),), seed, lanes)
+def simple(
+    rows: tuple[int, ...] = (3, 4), lanes: int = 2, seed: int = 0, seq_len: int = 8
+) -> DataPlan:
+    """One source, one phase, a batch of as many rows as there are lanes."""
+    return DataPlan((Source("a", "id", rows),), (Phase(0, lanes, seq_len, (1.0,)),), seed, lanes)
 
 
 # --- the reference -------------------------------------------------------------------------------
@@ -46,7 +49,7 @@ def draws(seed: int, a: int, b: int, c: int, count: int) -> list[int]:
     return [int(x) for x in bits.random_raw(count)]
 
 
-def slow_source(plan: Plan, s: int) -> Iterator[Location]:
+def slow_source(plan: DataPlan, s: int) -> Iterator[Location]:
     """Permute the shards, lay them end to end, cut into lanes, deal one row of each; for ever."""
     source, epoch = plan.sources[s], 0
     while True:
@@ -66,7 +69,9 @@ def slow_source(plan: Plan, s: int) -> Iterator[Location]:
         epoch += 1
 
 
-def slow_slots(plan: Plan, weights: tuple[float, ...], segment: int, lane: int) -> Iterator[int]:
+def slow_slots(
+    plan: DataPlan, weights: tuple[float, ...], segment: int, lane: int
+) -> Iterator[int]:
     """The sources of a lane, block by block: every quota, then a shuffle; for ever."""
     block = 0
     while True:
@@ -89,7 +94,7 @@ def slow_quotas(weights: tuple[float, ...], slots: int) -> list[int]:
 class SlowSource:
     """A source's rows by number, from one pass over it."""
 
-    def __init__(self, plan: Plan, s: int) -> None:
+    def __init__(self, plan: DataPlan, s: int) -> None:
         self._rows, self._seen = slow_source(plan, s), list[Location]()
 
     def __getitem__(self, i: int) -> Location:
@@ -98,7 +103,7 @@ class SlowSource:
         return self._seen[i]
 
 
-def slow_order(plan: Plan, steps: int) -> Iterator[list[Location]]:
+def slow_order(plan: DataPlan, steps: int) -> Iterator[list[Location]]:
     """The batches of a run, told as a story: lanes take turns, each hands out its next chunk."""
     sources = [SlowSource(plan, s) for s in range(len(plan.sources))]
     passed = Counter[tuple[int, int]]()  # (source, lane) -> chunks handed out
@@ -106,13 +111,13 @@ def slow_order(plan: Plan, steps: int) -> Iterator[list[Location]]:
     waiting: list[Location] = []  # rows whose chunks were handed out
     turn = 0
     for step in range(steps):
-        stage = [stage for stage in plan.stages if stage.first_step <= step][-1]
-        pieces = plan.chunk // stage.seq_len
-        if (pieces, stage.weights) != before:
+        phase = [phase for phase in plan.phases if phase.first_step <= step][-1]
+        pieces = plan.chunk // phase.seq_len
+        if (pieces, phase.weights) != before:
             assert not waiting, "a change never cuts a chunk"
-            segment, before = segment + 1, (pieces, stage.weights)
-            lanes = [slow_slots(plan, stage.weights, segment, d) for d in range(plan.lanes)]
-        while len(waiting) < stage.batch_size:
+            segment, before = segment + 1, (pieces, phase.weights)
+            lanes = [slow_slots(plan, phase.weights, segment, d) for d in range(plan.lanes)]
+        while len(waiting) < phase.batch_size:
             round_of_chunks = []
             for _ in range(plan.lanes if pieces > 1 else 1):
                 d = turn % plan.lanes
@@ -125,12 +130,12 @@ def slow_order(plan: Plan, steps: int) -> Iterator[list[Location]]:
                 for piece in range(pieces)
                 for chunk in round_of_chunks
             ]
-        yield waiting[: stage.batch_size]
-        waiting = waiting[stage.batch_size :]
+        yield waiting[: phase.batch_size]
+        waiting = waiting[phase.batch_size :]
 
 
 @st.composite
-def plans(draw: st.DrawFn) -> tuple[Plan, int]:
+def plans(draw: st.DrawFn) -> tuple[DataPlan, int]:
     """A plan and a number of steps that goes past its last change."""
     rows = st.lists(st.integers(0, 12), min_size=1, max_size=6).filter(any).map(tuple)
     sources = tuple(
@@ -138,17 +143,17 @@ def plans(draw: st.DrawFn) -> tuple[Plan, int]:
         for s, counts in enumerate(draw(st.lists(rows, min_size=1, max_size=4)))
     )
     lanes = draw(st.integers(1, 12))
-    stages, step = [], 0
+    phases, step = [], 0
     for _ in range(draw(st.integers(1, 4))):
         batch, pieces = draw(st.integers(1, 12)), draw(st.sampled_from([1, 1, 2, 4]))
         weights = tuple(float(draw(st.integers(1, 4))) for _ in sources)
-        stages.append(Stage(step, batch, 16 // pieces, weights))
+        phases.append(Phase(step, batch, 16 // pieces, weights))
         group = lanes * pieces
         even = group // math.gcd(group, batch) if pieces > 1 else 1
         step += even * draw(st.integers(1, max(1, 12 // even)))
-    longest = max(stage.seq_len for stage in stages)  # fewer pieces when no stage has 16 tokens
-    assert all(longest % stage.seq_len == 0 for stage in stages)
-    plan = Plan(sources, tuple(stages), draw(st.integers(0, 2**64 - 1)), lanes, mix_block=20)
+    longest = max(phase.seq_len for phase in phases)  # fewer pieces when no phase has 16 tokens
+    assert all(longest % phase.seq_len == 0 for phase in phases)
+    plan = DataPlan(sources, tuple(phases), draw(st.integers(0, 2**64 - 1)), lanes, mix_block=20)
     return plan, step + draw(st.integers(0, 8))
 
 
@@ -157,12 +162,12 @@ def plans(draw: st.DrawFn) -> tuple[Plan, int]:
 
 @settings(deadline=None)
 @given(plans())
-def test_locate_agrees_with_the_slow_reference(given: tuple[Plan, int]) -> None:
+def test_locate_agrees_with_the_slow_reference(given: tuple[DataPlan, int]) -> None:
     plan, steps = given
     n = 0
     for step, expected in enumerate(slow_order(plan, steps)):
         assert plan.first_row(step) == n
-        assert plan.stage(step).batch_size == len(expected)
+        assert plan.phase(step).batch_size == len(expected)
         found = locate_many(plan, np.arange(n, n + len(expected)))
         columns = (found.sources, found.epochs, found.shards, found.rows)
         rows = zip(*(column.tolist() for column in columns), strict=True)
@@ -173,7 +178,7 @@ def test_locate_agrees_with_the_slow_reference(given: tuple[Plan, int]) -> None:
 
 @settings(deadline=None)
 @given(plans(), st.lists(st.integers(0, 10**9), max_size=20))
-def test_locate_many_agrees_with_locate(given: tuple[Plan, int], ns: list[int]) -> None:
+def test_locate_many_agrees_with_locate(given: tuple[DataPlan, int], ns: list[int]) -> None:
     plan, _ = given
     found = locate_many(plan, np.array(ns, dtype=np.int64))
     columns = (found.sources, found.epochs, found.shards, found.rows)
@@ -183,12 +188,12 @@ def test_locate_many_agrees_with_locate(given: tuple[Plan, int], ns: list[int]) 
 
 @settings(deadline=None)
 @given(plans())
-def test_what_was_read_of_each_source(given: tuple[Plan, int]) -> None:
+def test_what_was_read_of_each_source(given: tuple[DataPlan, int]) -> None:
     """Counted against the chunks that the rows belong to, at every step."""
     plan, steps = given
     seen: list[set[tuple[int, int, int]]] = [set() for _ in plan.sources]
     for step, batch in enumerate(slow_order(plan, steps)):
-        pieces = plan.chunk // plan.stage(step).seq_len
+        pieces = plan.chunk // plan.phase(step).seq_len
         for at in batch:
             seen[at.source].add((at.epoch, at.shard, at.row // pieces))
         read = epochs_read(plan, step + 1)
@@ -198,7 +203,9 @@ def test_what_was_read_of_each_source(given: tuple[Plan, int]) -> None:
 
 @settings(deadline=None)
 @given(plans(), st.data())
-def test_a_source_runs_out_when_it_is_said_to(given: tuple[Plan, int], data: st.DataObject) -> None:
+def test_a_source_runs_out_when_it_is_said_to(
+    given: tuple[DataPlan, int], data: st.DataObject
+) -> None:
     plan, steps = given
     if steps == 0:
         return
@@ -249,7 +256,7 @@ def test_the_mixture_is_exact_to_the_row(lanes: int, seed: int, blocks: int) -> 
     """After every 1000 slots of all lanes the counts are the quotas, and each source has been read
     from its beginning on, nothing left out and nothing twice."""
     sources = tuple(Source(name, "id", (40, 7, 90)) for name in "abc")
-    plan = Plan(sources, (Stage(0, lanes, 8, (0.7, 0.25, 0.05)),), seed, lanes)
+    plan = DataPlan(sources, (Phase(0, lanes, 8, (0.7, 0.25, 0.05)),), seed, lanes)
     found = locate_many(plan, np.arange(blocks * 1000 * lanes))
     assert np.bincount(found.sources).tolist() == [blocks * lanes * q for q in (700, 250, 50)]
     for s in range(3):
@@ -268,9 +275,9 @@ def test_the_order_is_the_one_it_always_was() -> None:
     data = np.stack([found.epochs, found.shards, found.rows]).astype("<i8").tobytes()
     assert hashlib.sha256(data).hexdigest()[:16] == "86b964828f8e3d4a"
     assert plan.hash[:16] == "bcff3af5b3ba07d9"
-    mixed = Plan(
+    mixed = DataPlan(
         (Source("a", "1", (100, 7)), Source("b", "2", (5, 0, 30), 9)),
-        (Stage(0, 8, 64, (2, 1)), Stage(24, 16, 128, (2, 1)), Stage(50, 16, 128, (0, 1))),
+        (Phase(0, 8, 64, (2, 1)), Phase(24, 16, 128, (2, 1)), Phase(50, 16, 128, (0, 1))),
         1234,
         16,
     )
@@ -283,8 +290,8 @@ def test_the_order_is_the_one_it_always_was() -> None:
 
 def test_epochs_sources_and_seeds_give_other_orders() -> None:
     plan = simple((1,) * 100, 1)
-    twins = Plan(
-        (plan.sources[0], replace(plan.sources[0], name="b")), (Stage(0, 1, 8, (1, 1)),), 0, 1
+    twins = DataPlan(
+        (plan.sources[0], replace(plan.sources[0], name="b")), (Phase(0, 1, 8, (1, 1)),), 0, 1
     )
     mixed = locate_many(twins, np.arange(200))
     orders = {
@@ -302,9 +309,9 @@ def test_epochs_sources_and_seeds_give_other_orders() -> None:
         {"sources": (Source("b", "id", (3, 4)),)},
         {"sources": (Source("a", "id", (4, 3)),)},
         {"sources": (Source("a", "id", (3, 4), 5),)},
-        {"stages": (Stage(0, 4, 8, (1.0,)),)},
-        {"stages": (Stage(0, 2, 16, (1.0,)),)},
-        {"stages": (Stage(0, 2, 8, (1.0,)), Stage(9, 3, 8, (1.0,)))},
+        {"phases": (Phase(0, 4, 8, (1.0,)),)},
+        {"phases": (Phase(0, 2, 16, (1.0,)),)},
+        {"phases": (Phase(0, 2, 8, (1.0,)), Phase(9, 3, 8, (1.0,)))},
         {"lanes": 3},
         {"seed": 1},
         {"mix_block": 10},
@@ -350,21 +357,21 @@ def test_quotas(weights: tuple[float, ...], expected: list[int]) -> None:
 )
 def test_weights_that_are_none(weights: tuple[float, ...], expected: str) -> None:
     sources = (Source("a", "id", (1,)), Source("b", "id", (1,)))
-    assert refusal(lambda: Plan(sources, (Stage(0, 1, 8, weights),), 0, 1)).startswith(expected)
+    assert refusal(lambda: DataPlan(sources, (Phase(0, 1, 8, weights),), 0, 1)).startswith(expected)
 
 
 def test_a_change_that_would_cut_a_row_names_steps_that_do_not() -> None:
     source = (Source("a", "id", (50,)),)
-    stages = (Stage(0, 4, 8, (1.0,)), Stage(9, 8, 32, (1.0,)))
-    message = refusal(lambda: Plan(source, stages, 0, 8))
+    phases = (Phase(0, 4, 8, (1.0,)), Phase(9, 8, 32, (1.0,)))
+    message = refusal(lambda: DataPlan(source, phases, 0, 8))
     assert "a change at step 9 would leave rows of 32 tokens half read" in message
     assert message.endswith("steps near it that do not: 8, 16")
     for step in (8, 16):
-        Plan(source, (stages[0], replace(stages[1], first_step=step)), 0, 8)
-    ramp = (stages[0], Stage(3, 8, 8, (1.0,)))  # the batch alone may change at any step
-    Plan(source, ramp, 0, 8)
+        DataPlan(source, (phases[0], replace(phases[1], first_step=step)), 0, 8)
+    ramp = (phases[0], Phase(3, 8, 8, (1.0,)))  # the batch alone may change at any step
+    DataPlan(source, ramp, 0, 8)
     assert "does not divide the longest, 32" in refusal(
-        lambda: Plan(source, (replace(stages[0], seq_len=12), stages[1]), 0, 8)
+        lambda: DataPlan(source, (replace(phases[0], seq_len=12), phases[1]), 0, 8)
     )
 
 
@@ -379,5 +386,5 @@ def test_bad_plans_and_worlds() -> None:
     assert "given -1" in refusal(lambda: locate(simple(), -1))
     assert "given -1" in refusal(lambda: simple().first_row(-1))
     assert "growing steps, given 5 and then 5" in refusal(
-        lambda: replace(simple(), stages=tuple(Stage(s, 1, 8, (1.0,)) for s in (0, 5, 5)))
+        lambda: replace(simple(), phases=tuple(Phase(s, 1, 8, (1.0,)) for s in (0, 5, 5)))
     )

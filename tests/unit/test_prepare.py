@@ -155,7 +155,7 @@ def test_without_filters_it_makes_the_dataset_of_shard(tmp_path: Path, task_byte
 def test_what_is_there_is_not_done_again(tmp_path: Path, corpus: list[Path]) -> None:
     said: list[str] = []
     wanted = settings(tmp_path, *corpus)
-    assert "--stage: 'read' has to be done first" in refusal(
+    assert "--step: 'read' has to be done first" in refusal(
         lambda: prepare(wanted, only="tokens", say=said.append)
     )
     assert prepare(wanted, only="read", say=said.append) is None

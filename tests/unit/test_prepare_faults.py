@@ -22,7 +22,7 @@ from ranks import environment
 
 from data_tools.pipeline import executors
 from data_tools.pipeline.prepare import prepare
-from data_tools.pipeline.steps import STAGES
+from data_tools.pipeline.steps import STEPS
 from hourglass_dist.config.loader import to_yaml
 
 COMMAND = [str(Path(sys.executable).with_name("hourglass")), "data", "prepare"]
@@ -263,6 +263,6 @@ def test_a_full_disk(tmp_path: Path, expected: dict[str, str], corpus: Path) -> 
 
 
 def test_every_stage_has_its_kill() -> None:
-    assert [stage.name for stage in STAGES] == [
+    assert [stage.name for stage in STEPS] == [
         "read", "exact", "bands", "clusters", "tokenizer", "tokens", "shards",
     ]  # fmt: skip
