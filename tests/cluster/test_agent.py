@@ -14,6 +14,7 @@ import hosts
 import pytest
 from hosts import Hosts
 from paths import ROOT
+from rank_hosts import free_port
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.rendezvous.dynamic_rendezvous import DynamicRendezvousHandler
 from torch.distributed.launcher import api
@@ -82,9 +83,10 @@ def test_a_port_that_is_taken_is_named() -> None:
 
 
 def test_two_nodes_of_a_job_on_one_machine_share_the_port() -> None:
-    first, second, other = (Meeting("localhost:29777", (2, 2), 60) for _ in range(3))
+    port = free_port()
+    first, second, other = (Meeting(f"localhost:{port}", (2, 2), 60) for _ in range(3))
     first.find("job")
-    with socket.create_server(("", 29777)):
+    with socket.create_server(("", port)):
         second.find("job")
         with pytest.raises(ValueError, match="MASTER_PORT"):
             other.find("another")

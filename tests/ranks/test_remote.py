@@ -48,7 +48,7 @@ def server(manifest: Manifest) -> Iterator[WebServer]:
 
 @pytest.fixture
 def cache(tmp_path: Path) -> CacheConfig:
-    return CacheConfig(dir=str(tmp_path / "cache"), timeout_s=2.0, deadline_s=6.0)
+    return CacheConfig(dir=str(tmp_path / "cache"), timeout_s=2.0, deadline_s=120.0)
 
 
 def batches(dataset: Dataset, steps: int = STEPS, start: int = 0) -> list[Batch]:
@@ -193,11 +193,11 @@ def test_faults_that_stay_are_one_line(
 ) -> None:
     lost = manifest.split("train")[1].path
     server.faults = {lost: [fault] * 1000}
-    begun = time.monotonic()
-    message = refusal(lambda: batches(open_dataset(server.url, cache=cache)))
+    quick = cache.model_copy(update={"deadline_s": 6.0})
+    message = refusal(lambda: batches(open_dataset(server.url, cache=quick)))
     assert message.startswith(f"{server.url}/{lost}")
     assert expected in message
-    assert (time.monotonic() - begun < 5.0) or not at_once
+    assert ("tries in" in message) != at_once, message
     wait_for_fetchers()
     assert not [name for name in cached(cache) if name.endswith(".part")], "nothing half-written"
 

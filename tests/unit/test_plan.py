@@ -168,4 +168,4 @@ def test_a_plan_needs_neither_deepspeed_nor_a_model_in_memory() -> None:
         f"plan(load({str(LARGE)!r}), 64);"
         "assert 'deepspeed' not in sys.modules"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=300)
