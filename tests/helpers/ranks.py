@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -113,3 +114,22 @@ def hourglass(*arguments: object, stdin: bytes = b"") -> subprocess.CompletedPro
     return subprocess.CompletedProcess(
         done.args, done.returncode, done.stdout.decode(), done.stderr.decode()
     )
+
+
+def commands(*given: Sequence[object]) -> list[subprocess.CompletedProcess[str]]:
+    """What these ``hourglass`` commands do, run in one process after one another: only the first
+    waits for PyTorch."""
+    done = subprocess.run(
+        [sys.executable, str(HELPERS / "commands_worker.py")],
+        input=json.dumps([list(map(str, arguments)) for arguments in given]),
+        capture_output=True,
+        text=True,
+        env=environment(),
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [
+        subprocess.CompletedProcess(["hourglass", *map(str, arguments)], *result)
+        for arguments, result in zip(given, json.loads(done.stdout), strict=True)
+    ]

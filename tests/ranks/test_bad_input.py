@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from ranks import environment, hourglass, kill_tree, torchrun, torchrun_command
+from ranks import commands, environment, hourglass, kill_tree, torchrun, torchrun_command
 
 from hourglass_dist import train
 from hourglass_dist.inference.export import export, load_export
@@ -238,7 +238,7 @@ def test_damage_in_the_middle_of_a_run_ends_all_ranks_with_one_line(
 
 
 def test_the_command_line_ends_with_2_and_no_traceback(exported: Path, tmp_path: Path) -> None:
-    for arguments in (
+    given = (
         ("config", "configs/none.yaml"),
         ("train", tmp_path / "none.yaml"),
         ("export", tmp_path, tmp_path / "out"),
@@ -246,9 +246,9 @@ def test_the_command_line_ends_with_2_and_no_traceback(exported: Path, tmp_path:
         ("generate", tmp_path, "--prompt", "x"),
         ("generate", exported, "--prompt", "x", "--temperature", "-1"),
         ("nonsense",),
-    ):
-        done = hourglass(*arguments)
-        assert done.returncode == 2, arguments
-        assert "Traceback" not in done.stderr, arguments
-        assert done.stdout == "", arguments
-        assert done.stderr.strip(), arguments
+    )
+    for done in commands(*given):
+        assert done.returncode == 2, done
+        assert "Traceback" not in done.stderr, done
+        assert done.stdout == "", done
+        assert done.stderr.strip(), done

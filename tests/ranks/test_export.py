@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from hourglass_transformer_pytorch import HourglassTransformerLM
-from ranks import hourglass, torchrun
+from ranks import commands, hourglass, torchrun
 from safetensors import safe_open
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -81,18 +81,15 @@ def test_an_older_step_can_be_exported(run_folder: Path, tmp_path: Path) -> None
 
 
 def test_generation_streams_and_repeats(exported: Path) -> None:
-    once = hourglass(
-        "generate", exported, "--prompt", "ROMEO:", "--max-new-tokens", 90, "--seed", 4
-    )
+    common = ("generate", exported, "--prompt", "ROMEO:", "--max-new-tokens", 90)
+    once, other = commands((*common, "--seed", 4), (*common, "--seed", 5))
     again = hourglass("generate", exported, "--max-new-tokens", 90, "--seed", 4, stdin=b"ROMEO:")
     assert once.returncode == 0, once.stderr
     assert once.stdout == again.stdout
-    other = hourglass(
-        "generate", exported, "--prompt", "ROMEO:", "--max-new-tokens", 90, "--seed", 5
-    )
     assert other.stdout != once.stdout
 
 
+@pytest.mark.slow
 def test_any_bytes_are_a_prompt_for_a_byte_model(exported: Path) -> None:
     done = hourglass("generate", exported, "--max-new-tokens", 5, stdin=b"\xc3\x28\xf0")
     assert done.returncode == 0, done.stderr

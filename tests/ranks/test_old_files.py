@@ -11,15 +11,14 @@ import hashlib
 import json
 import re
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 from golden_runs import processor
-from paths import HELPERS, TESTS
-from ranks import environment, hourglass
+from paths import TESTS
+from ranks import commands, hourglass
 
 OLD = TESTS / "old_files" / "088aa9c"
 RECORDED: dict[str, Any] = json.loads((OLD / "recorded.json").read_text())
@@ -27,21 +26,11 @@ SAVED, LAST = 3, 6
 COMPARED = ("train/loss", "train/grad_norm", "train/lr", "heldout/loss")
 
 
-def commands(*given: list[object]) -> list[str]:
-    """What these ``hourglass`` commands print, run in one process; all must end well."""
-    done = subprocess.run(
-        [sys.executable, str(HELPERS / "commands_worker.py")],
-        input=json.dumps([[str(word) for word in arguments] for arguments in given]),
-        capture_output=True,
-        text=True,
-        env=environment(),
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    found = json.loads(done.stdout)
-    assert [code for code, _ in found] == [0] * len(given), done.stderr[-3000:]
-    return [text for _, text in found]
+def said_by(*given: list[object]) -> list[str]:
+    """What these ``hourglass`` commands print, which all must end well."""
+    done = commands(*given)
+    assert [each.returncode for each in done] == [0] * len(given), [each.stderr for each in done]
+    return [each.stdout for each in done]
 
 
 def numbers(run: Path) -> dict[str, float]:
@@ -72,7 +61,7 @@ def continued(name: str, folder: Path, *start: object) -> tuple[dict[str, float]
 def test_datasets_are_whole_and_have_their_text(tmp_path: Path) -> None:
     names = list(RECORDED["data"])
     outs = {name: tmp_path / f"{name}.jsonl" for name in names}
-    commands(
+    said_by(
         *(["data", "verify", OLD / "data" / name] for name in names),
         *(["data", "export-text", OLD / "data" / n, "--out", out] for n, out in outs.items()),
     )
@@ -108,7 +97,7 @@ def test_one_rank_goes_on_with_a_run_of_two(tmp_path: Path) -> None:
 
 def test_exports_write_and_score_as_they_did() -> None:
     exports = {name: OLD / "exports" / name for name in RECORDED["exports"]}
-    found = commands(
+    found = said_by(
         *(["generate", export, *RECORDED["asked"]] for export in exports.values()),
         *(["evaluate", export, "--data", OLD / "data/bytes"] for export in exports.values()),
     )
