@@ -1,6 +1,6 @@
 """Checks every node before a run is started on it, in under a minute; trains nothing.
 
-    torchrun --nproc-per-node 2 -m hourglass_dist.preflight configs/quickstart.yaml
+    torchrun --nproc-per-node 2 -m hourglass_dist.preflight quickstart
 
     code, settings    the same on all ranks: versions, commit, files, every setting
     devices           as many on every node, and of one kind

@@ -138,7 +138,7 @@ class Manifest(Section):
         """
         path = folder / INDEX_FILE
         if not folder.is_dir():
-            found = "a file" if folder.exists() else "none"
+            found = "a file" if folder.exists() else "none; hourglass data shard makes one"
             raise ValueError(f"{folder}: expected a dataset folder, found {found}")
         if not path.is_file():
             raise ValueError(f"{folder}: no dataset here: expected {INDEX_FILE}, found none")
