@@ -58,7 +58,7 @@ class Shape(NamedTuple):
 README = {"depth": (4, 2, 4), "shorten_factor": 2, "max_seq_len": 1024}
 NESTED = {"depth": (4, (2, 1, 2), 3), "shorten_factor": (2, 4), "max_seq_len": 2048}
 RECOMPUTE = ("selective", "full")
-USUAL = ("upsample", "attention", "linear", "loss", "queries", *RECOMPUTE)
+USUAL = ("upsample", "attention", "loss", "queries", *RECOMPUTE)
 SHAPES = {
     "readme": Shape(README, (1, 4), USUAL),
     "nested": Shape(NESTED, (1, 4), USUAL),
@@ -194,7 +194,6 @@ CHANGES: dict[str, tuple[str, Any, str, Any]] = {
         _upsample_with_queries,
     ),
     "attention": ("without fused attention", layers, "attend", _attend_spelled_out),
-    "linear": ("without linear.py (nn.Linear)", linear.Linear, "forward", nn.Linear.forward),
     "loss": ("without the chunked loss", head.Output, "forward", _loss_of_all_logits),
     "queries": ("bucket attention through queries", resample, "MANY_KEYS", 1),
     "keys": ("bucket attention through keys", resample, "MANY_KEYS", 10**9),

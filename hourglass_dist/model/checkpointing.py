@@ -33,7 +33,6 @@ KEPT = {
     "aten::addmm",
     "aten::linear",
     "aten::bmm",
-    "mkldnn::_linear_pointwise",
     "aten::_scaled_dot_product_flash_attention",
     "aten::_scaled_dot_product_flash_attention_for_cpu",
     "aten::_scaled_dot_product_efficient_attention",

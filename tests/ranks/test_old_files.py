@@ -1,8 +1,8 @@
 """What older commits wrote is read for good: settings, datasets, checkpoints, exports.
 
 The files are in ``tests/old_files/COMMIT``; the README.md there says what made them. They are
-used as a user does, through the command line, and must give what they gave then: exactly on the
-kind of processor that wrote them, and up to rounding elsewhere or on another number of ranks.
+used as a user does, through the command line, and must give what they gave then, up to rounding:
+since 088aa9c matrix products in fp32 on CPUs went from oneDNN to MKL, torch's choice.
 """
 
 from __future__ import annotations
@@ -83,9 +83,8 @@ def test_two_ranks_go_on_with_a_run(
     assert "2 x cpu" in said
     expected = numbers(OLD / "runs" / name)
     assert len(expected) == 3 * (LAST - SAVED) + 1
-    if RECORDED["processor"] == processor():
-        assert found == expected
-    assert found == pytest.approx(expected, abs=1e-4)
+    tolerance = 2e-6 if RECORDED["processor"] == processor() else 1e-4
+    assert found == pytest.approx(expected, abs=tolerance)
 
 
 def test_one_rank_goes_on_with_a_run_of_two(tmp_path: Path) -> None:

@@ -16,13 +16,13 @@ from hourglass_dist.model.norms import EPS, RMSNorm
 
 @pytest.mark.parametrize(("wide_in", "wide_out"), [(16, 40), (40, 16)])
 @pytest.mark.parametrize("bias", [True, False])
-def test_the_fast_linear_layer_is_a_linear_layer(wide_in: int, wide_out: int, bias: bool) -> None:
+def test_the_linear_layer_is_that_of_torch(wide_in: int, wide_out: int, bias: bool) -> None:
     torch.manual_seed(0)
-    fast, plain = Linear(wide_in, wide_out, bias), nn.Linear(wide_in, wide_out, bias)
-    plain.load_state_dict(fast.state_dict())
+    ours, plain = Linear(wide_in, wide_out, bias), nn.Linear(wide_in, wide_out, bias)
+    plain.load_state_dict(ours.state_dict())
     x = torch.randn(wide_in, 7, 3).permute(2, 1, 0)
     gradients = []
-    for layer in (fast, plain):
+    for layer in (ours, plain):
         given = x.clone().requires_grad_()
         out = layer(given)
         assert out.shape == (3, 7, wide_out)
@@ -48,7 +48,7 @@ def test_the_linear_layer_does_not_hold_a_weight_that_is_taken_away(dtype: torch
     torch.testing.assert_close(x.grad, weight.sum(0).expand(5, -1), rtol=0.02, atol=0.05)
 
 
-def test_the_fast_linear_layer_keeps_frozen_weights_and_follows_autocast() -> None:
+def test_the_linear_layer_keeps_frozen_weights_and_follows_autocast() -> None:
     layer = Linear(8, 8).requires_grad_(False)
     x = torch.randn(5, 8, requires_grad=True)
     layer(x).sum().backward()
