@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from data_tools.datasets.document_tables import content_hash
 from data_tools.datasets.write import (
     SPLITS,
     Piece,
@@ -157,14 +158,15 @@ def make_dataset(spec: DatasetSpec, out: Path, show: Show = silent) -> Manifest:
 
 
 def _encoded(spec: DatasetSpec, counts: ReadCounts, show: Show) -> Iterator[Piece]:
-    """(split, shuffle key, ids) of every part of every document."""
+    """(split, shuffle key, ids, content hash) of every part of every document."""
     number = 0
     for path in spec.inputs:
         for document in read_documents(path, spec.recipe.separator, spec.recipe.text_field):
             for split, part in spec.rule.parts(document.encode(), path):
                 ids = spec.tokenizer.encode_utf8(part)
                 counts.splits[split].add(len(ids) + 1, len(part))
-                yield split, shuffle_key(spec.recipe.seed, number), ids
+                key = shuffle_key(spec.recipe.seed, number)
+                yield split, key, ids, content_hash(part)
             counts.empty_documents += not document
             number += 1
             if number % 100 == 0:

@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 import zstandard
 
+from data_tools.datasets.document_tables import check_tables, content_hashes
 from data_tools.datasets.inspect import document_ids, documents
 from data_tools.datasets.write import SPLITS, Piece, write_dataset
 from data_tools.live_line import Show, silent
@@ -36,14 +37,16 @@ def splits_of(manifest: Manifest) -> list[Split]:
 def _pieces(manifest: Manifest, key: Callable[[int, Any], int | None]) -> Iterator[Piece]:
     """All documents with their keys; none for a key of None."""
     for split in splits_of(manifest):
-        for number, ids in enumerate(document_ids(manifest, split)):
-            if (found := key(number, ids)) is not None:
-                yield split, found, ids
+        documents = zip(document_ids(manifest, split), content_hashes(manifest, split), strict=True)
+        for number, (ids, content) in enumerate(documents):
+            if (place := key(number, ids)) is not None:
+                yield split, place, ids, content
 
 
 def _load(folder: Path) -> Manifest:
     manifest = Manifest.load(folder)
     manifest.verify()
+    check_tables(manifest)
     return manifest
 
 
@@ -142,7 +145,7 @@ def compare(a: Path, b: Path) -> list[str]:
     same = manifests[0].tokenizer == manifests[1].tokenizer
     lines += [] if same else ["tokenizer differs: documents are compared as text"]
     for name in SPLITS:
-        hashes = [_hashes(m, name, as_text=not same) for m in manifests]
+        hashes = [_hashes(m, name) for m in manifests]
         common = len(np.intersect1d(hashes[0], hashes[1]))
         only = [len(np.unique(found)) - common for found in hashes]
         tokens = [sum(s.tokens for s in m.shards if s.split == name) for m in manifests]
@@ -154,13 +157,10 @@ def compare(a: Path, b: Path) -> list[str]:
     return lines
 
 
-def _hashes(manifest: Manifest, split: Split, as_text: bool) -> npt.NDArray[np.uint64]:
+def _hashes(manifest: Manifest, split: Split) -> npt.NDArray[np.uint64]:
     if split not in splits_of(manifest):
         return np.zeros(0, np.uint64)
-    if as_text:
-        texts = documents(manifest, split, load_tokenizer(manifest.folder))
-        return np.fromiter((_hash(text.encode()) for text in texts), np.uint64)
-    return np.fromiter((_hash(i.tobytes()) for i in document_ids(manifest, split)), np.uint64)
+    return np.fromiter(content_hashes(manifest, split), np.uint64)
 
 
 def export_text(folder: Path, out: Path, split: Split, show: Show = silent) -> int:

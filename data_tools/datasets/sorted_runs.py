@@ -1,6 +1,6 @@
 """The global shuffle: documents in sorted runs on disk, and the shards cut out of their merge.
 
-    write_run     documents of one task, sorted by their shuffle keys: KEYS, STARTS, IDS
+    write_run     documents of one task, sorted by their shuffle keys: KEYS, HASHES, STARTS, IDS
     plan_runs     how many tokens have keys below each of 4096 edges, over all runs
     gather        the tokens [begin, end) of the merge of all runs: one shard, on its own
 
@@ -34,9 +34,14 @@ _EDGES = np.arange(2**_EDGE_BITS, dtype=np.uint64) << np.uint64(64 - _EDGE_BITS)
 
 
 def write_run(
-    base: Path, keys: UInt64s, documents: Sequence[npt.NDArray[Any]], tokenizer: Tokenizer
+    base: Path,
+    keys: UInt64s,
+    documents: Sequence[npt.NDArray[Any]],
+    hashes: UInt64s,
+    tokenizer: Tokenizer,
 ) -> None:
-    """Write BASE.keys.npy, BASE.starts.npy and BASE.ids.
+    """Write BASE.keys.npy, BASE.hashes.npy, BASE.starts.npy and BASE.ids; ``hashes`` are those of
+    the documents' content.
 
     Raises ValueError for ids that the tokenizer does not know and for end-of-text ids.
     """
@@ -45,6 +50,7 @@ def write_run(
     require_ids(ids, tokenizer)
     lengths = np.fromiter((len(documents[i]) for i in order), np.int64, len(order))
     np.save(f"{base}.keys.npy", keys[order])
+    np.save(f"{base}.hashes.npy", hashes[order])
     np.save(f"{base}.starts.npy", np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)]))
     data = ids.astype(dtype_of(dtype_name(tokenizer.vocab_size)), copy=False).view(np.uint8).data
     with Path(f"{base}.ids").open("wb") as file:
@@ -62,6 +68,11 @@ class Run:
     def keys(self) -> UInt64s:
         """The shuffle keys of its documents, sorted."""
         return _load(Path(f"{self.base}.keys.npy"))
+
+    @cached_property
+    def hashes(self) -> UInt64s:
+        """The hashes of its documents' content."""
+        return _load(Path(f"{self.base}.hashes.npy"))
 
     @cached_property
     def starts(self) -> Int64s:
@@ -128,6 +139,8 @@ class Stretch:
     tokens: npt.NDArray[Any]
     ends: Int64s
     """The positions after every eos."""
+    hashes: UInt64s
+    """Of the content of the documents that end there."""
     first_document: int
     """The number of the document that the first token is of."""
 
@@ -156,9 +169,11 @@ def gather(
         here = slice(place, place + b - a)
         _copy(run, a, inside[here], first[here] - begin, last[here] - begin, tokens)
         place = here.stop
-    ends = np.sort(last[inside & (last <= end)]) - begin
+    hashes = np.concatenate([run.hashes[a:b] for run, (a, b) in zip(runs, ranges, strict=True)])
+    ending = np.flatnonzero(inside & (last <= end))
+    ending = ending[np.argsort(last[ending])]
     before = int(np.count_nonzero(last <= begin))
-    return Stretch(tokens, ends, int(plan.documents[low]) + before)
+    return Stretch(tokens, last[ending] - begin, hashes[ending], int(plan.documents[low]) + before)
 
 
 def _copy(

@@ -13,8 +13,15 @@ from pathlib import Path
 
 import google_crc32c
 import numpy as np
+import numpy.typing as npt
 
 from data_tools.datasets.blocks import Sample, read_samples
+from data_tools.datasets.document_tables import (
+    check_tables,
+    content_hashes,
+    counted_hashes,
+    read_table,
+)
 from data_tools.live_line import Show, silent
 from hourglass_dist.data.manifest import Manifest, Shard, check_sha256
 from hourglass_dist.data.tokenizer import Tokenizer, load_tokenizer, require_same
@@ -34,6 +41,7 @@ def verify(folder: Path, show: Show = silent) -> Manifest:
             f"{folder}: end-of-text id: expected {tokenizer.eos_id}, found {manifest.eos_id}"
         )
     manifest.verify(full=False)
+    check_tables(manifest)
     begun, size = time.monotonic(), 0
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:  # hashing needs no lock
         checks = [pool.submit(_check_shard, manifest, s, tokenizer) for s in manifest.shards]
@@ -47,12 +55,27 @@ def verify(folder: Path, show: Show = silent) -> Manifest:
                 )
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
+    if manifest.documents_sha256:
+        _check_documents(manifest, show)
     return manifest
+
+
+def _check_documents(manifest: Manifest, show: Show) -> None:
+    """Compare the content of every document with the tables."""
+    for split in dict.fromkeys(shard.split for shard in manifest.shards):
+        counted = counted_hashes(manifest, split)
+        for number, expected in enumerate(content_hashes(manifest, split)):
+            if (content := next(counted)) != expected:
+                where = f"{manifest.folder}: {split} document {number}"
+                raise ValueError(f"{where}: content hash: expected {expected}, found {content}")
+            if number % 1000 == 0:
+                show(f"{number:,} documents of {split}")
 
 
 def _check_shard(manifest: Manifest, shard: Shard, tokenizer: Tokenizer) -> None:
     path = manifest.folder / shard.path
     check_sha256(path, shard)
+    ends: list[npt.NDArray[np.int64]] = []
     offsets: list[int] = []
     sums: list[int] = []
     tokens, documents, size = 0, 0, 0
@@ -61,13 +84,19 @@ def _check_shard(manifest: Manifest, shard: Shard, tokenizer: Tokenizer) -> None
         where = f"{path}: {sample.key}"
         may_be_padded = last and len(offsets) == shard.blocks - 1
         size += _check_block(sample, where, manifest, tokenizer, may_be_padded)
+        ends.append(sample.ends.astype(np.int64) + len(offsets) * manifest.block_tokens)
         offsets.append(sample.offset)
         sums.append(google_crc32c.value(sample.members[f"tokens.{manifest.dtype}"]))
         tokens += sample.tokens
         documents += len(sample.ends)
-    found = {"tokens": tokens, "documents": documents, "text_bytes": size}
-    for name, value in found.items():
+    sums_found = {"tokens": tokens, "documents": documents, "text_bytes": size}
+    for name, value in sums_found.items():
         _require(value == getattr(shard, name), str(path), name, getattr(shard, name), value)
+    if manifest.documents_sha256:
+        table = manifest.folder / shard.table
+        expected, found = read_table(table, shard)[:, 0].astype(np.int64), np.concatenate(ends)
+        same = np.array_equal(expected, found)
+        _require(same, str(table), "document ends", expected[:5], found[:5])
     _require(tuple(offsets) == shard.offsets, str(path), "offsets", shard.offsets, offsets)
     _require(tuple(sums) == shard.crc32c, str(path), "crc32c of blocks", shard.crc32c, sums)
 

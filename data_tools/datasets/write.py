@@ -17,6 +17,7 @@ from typing import Any, get_args
 import numpy as np
 import numpy.typing as npt
 
+from data_tools.datasets.document_tables import hash_of_held_out, write_table
 from data_tools.datasets.sorted_runs import Run, RunPlan, gather, plan_runs, write_run
 from data_tools.live_line import Show, silent
 from hourglass_dist.core.files import new_folder, sha256_of
@@ -25,8 +26,8 @@ from hourglass_dist.data.tokenizer import Tokenizer
 from hourglass_dist.data.write import cut_blocks, write_shard
 
 SPLITS: tuple[Split, ...] = get_args(Split)
-Piece = tuple[Split, int, npt.NDArray[Any]]
-"""(split, shuffle key, ids) of a document or a part of one."""
+Piece = tuple[Split, int, npt.NDArray[Any], int]
+"""(split, shuffle key, ids, hash of the content) of a document or a part of one."""
 RUN_BYTES = 1 << 27
 """About how many bytes of ids are in memory at once, before they are sorted and written."""
 
@@ -86,6 +87,8 @@ def finish_dataset(
         recipe=recipe,
         empty_documents=empty,
         shards=tuple(shards),
+        documents_sha256=tuple(sha256_of(folder / shard.table) for shard in shards),
+        heldout_sha256=hash_of_held_out(folder, shards),
     ).save()
 
 
@@ -96,18 +99,21 @@ def _write_runs(
     runs: dict[Split, list[Run]] = {split: [] for split in SPLITS}
     keys: dict[Split, list[int]] = {split: [] for split in SPLITS}
     documents: dict[Split, list[npt.NDArray[Any]]] = {split: [] for split in SPLITS}
+    hashes: dict[Split, list[int]] = {split: [] for split in SPLITS}
 
     def flush() -> None:
         for split in SPLITS:
             if documents[split]:
                 run = Run(folder / f"{split}-{len(runs[split])}")
-                write_run(run.base, np.array(keys[split], np.uint64), documents[split], tokenizer)
+                key_array, hash_array = (np.array(c[split], np.uint64) for c in (keys, hashes))
+                write_run(run.base, key_array, documents[split], hash_array, tokenizer)
                 runs[split].append(run)
-                keys[split], documents[split] = [], []
+                keys[split], documents[split], hashes[split] = [], [], []
 
     held = 0
-    for split, key, ids in pieces:
+    for split, key, ids, content in pieces:
         keys[split].append(key)
+        hashes[split].append(content)
         documents[split].append(ids)
         held += ids.nbytes
         if held >= RUN_BYTES:
@@ -134,4 +140,6 @@ def make_shard(
     blocks = cut_blocks(
         stretch.tokens, stretch.ends, stretch.first_document, recipe.block_tokens, tokenizer.eos_id
     )
-    return write_shard(folder, number, split, blocks, recipe.source, tokenizer)
+    shard = write_shard(folder, number, split, blocks, recipe.source, tokenizer)
+    write_table(folder / shard.table, stretch.ends, stretch.hashes)
+    return shard

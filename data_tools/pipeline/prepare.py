@@ -228,7 +228,8 @@ class _Pipeline:
                 for split in SPLITS:
                     for index, (spec, shard) in enumerate(made):
                         if (spec["source"], spec["split"]) == (source, split):
-                            os.link(work.folder("shards", index) / shard.path, folder / shard.path)
+                            for name in (shard.path, shard.table):
+                                os.link(work.folder("shards", index) / name, folder / name)
                             shards.append(shard)
                 finish_dataset(folder, shards, recipe_of(work, source), tokenizer, empty[source])
         shutil.rmtree(self.out / "tokenizer", ignore_errors=True)

@@ -20,6 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
+from data_tools.datasets.document_tables import content_hash
 from data_tools.datasets.sorted_runs import Run, RunPlan, plan_runs, write_run
 from data_tools.datasets.stats import bins_of
 from data_tools.datasets.write import SPLITS, make_shard, shuffle_key
@@ -138,12 +139,14 @@ def _make_tokens(work: Work, spec: Spec, folder: Path, tick: Tick) -> Counts:
     places: dict[Split, list[int]] = {split: [] for split in SPLITS}
     ids: dict[Split, list[Array]] = {split: [] for split in SPLITS}
     sizes: dict[Split, list[int]] = {split: [] for split in SPLITS}
+    hashes: dict[Split, list[int]] = {split: [] for split in SPLITS}
     done = 0
     for place, data in enumerate(documents.contents(rows)):
         for split, part in rule.parts(data, Path()):
             places[split].append(place)
             ids[split].append(tokenizer.encode_utf8(part))
             sizes[split].append(len(part))
+            hashes[split].append(content_hash(part))
             done += len(part)
         if place % 64 == 0:
             tick(documents=place, bytes=done)
@@ -153,7 +156,8 @@ def _make_tokens(work: Work, spec: Spec, folder: Path, tick: Tick) -> Counts:
         lengths = np.array([len(each) for each in ids[split]], np.int64)
         text_bytes = np.array(sizes[split], np.int64)
         if len(lengths):
-            write_run(folder / split, keys[places[split]], ids[split], tokenizer)
+            contents = np.array(hashes[split], np.uint64)
+            write_run(folder / split, keys[places[split]], ids[split], contents, tokenizer)
         counts[split] = {
             "documents": len(lengths),
             "tokens": int(lengths.sum()) + len(lengths),

@@ -41,12 +41,8 @@ class Batch:
     def pinned(self) -> Batch:
         """The same in page-locked memory, from where a GPU copies while it computes."""
         documents_BL = None if self.documents_BL is None else self.documents_BL.pin_memory()
-        return replace(
-            self,
-            tokens_BL=self.tokens_BL.pin_memory(),
-            targets_BL=self.targets_BL.pin_memory(),
-            documents_BL=documents_BL,
-        )
+        tokens_BL, targets_BL = self.tokens_BL.pin_memory(), self.targets_BL.pin_memory()
+        return replace(self, tokens_BL=tokens_BL, targets_BL=targets_BL, documents_BL=documents_BL)
 
 
 class Buffers:

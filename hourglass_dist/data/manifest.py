@@ -3,6 +3,7 @@
     DATASET/
         index.json              the manifest, written last: without it there is no dataset
         train-000000.tar ...    WebDataset shards: any tool that reads tar reads them
+        train-000000.documents.u64 ...    a row for each document that ends in the shard
         heldout-000000.tar ...
         tokenizer.json ...      the tokenizer of the ids
 
@@ -32,8 +33,8 @@ from hourglass_dist.config.loader import Section, parse
 from hourglass_dist.core.files import replace, sha256_of
 from hourglass_dist.data.tokenizer import Fingerprint
 
-FORMAT = 2
-"""The version of this format. A reader refuses manifests of another one."""
+FORMAT = 3
+"""The version that is written. Readers know format 2, which had no tables of documents, too."""
 INDEX_FILE = "index.json"
 
 Split = Literal["train", "heldout"]
@@ -79,6 +80,11 @@ class Shard(Section):
         """Blocks in the shard."""
         return len(self.offsets)
 
+    @property
+    def table(self) -> str:
+        """File name of its table of documents."""
+        return self.path.removesuffix(".tar") + ".documents.u64"
+
 
 class Recipe(Section):
     """How a dataset was made: the same recipe on the same inputs and tokenizer gives it again."""
@@ -106,10 +112,10 @@ class Manifest(Section):
 
     folder: Path = Field(exclude=True)
     """Where the dataset is; not part of its identity."""
-    format: Literal[2]
+    format: Literal[2, 3]
     """Version of the format."""
     dataset_id: str
-    """sha256 of everything below."""
+    """sha256 of everything below, as far as format 2 had it: a dataset has one id in both."""
     tokenizer: Fingerprint
     """Which tokenizer made the ids."""
     eos_id: NonNegativeInt
@@ -122,11 +128,15 @@ class Manifest(Section):
     """Input documents without any text, left out."""
     shards: tuple[Shard, ...] = Field(min_length=1)
     """All shards, of both splits, in the order in which they were written."""
+    documents_sha256: tuple[str, ...] = ()
+    """Of the table of documents of every shard; none in format 2."""
+    heldout_sha256: str | None = None
+    """Of the sorted content hashes of the held-out documents; unknown in format 2."""
 
     @classmethod
     def make(cls, folder: Path, **fields: Any) -> Manifest:
         """A manifest of the given fields, with its id."""
-        blank = cls(folder=folder, format=2, dataset_id="", **fields)
+        blank = cls(folder=folder, format=3, dataset_id="", **fields)
         return blank.model_copy(update={"dataset_id": blank._identity()})
 
     @classmethod
@@ -149,10 +159,10 @@ class Manifest(Section):
         if not isinstance(settings, dict):
             raise ValueError(f"{path}: damaged: expected a mapping")
         version = settings.get("format")
-        if isinstance(version, int) and version != FORMAT:
+        if isinstance(version, int) and not 2 <= version <= FORMAT:
             age = "a newer" if version > FORMAT else "an older"
             raise ValueError(
-                f"{path}: written by {age} version: format {version}, this one reads {FORMAT}"
+                f"{path}: written by {age} version: format {version}, this one reads 2 to {FORMAT}"
             )
         manifest = parse(cls, settings | {"folder": str(folder)}, source=str(path))
         if manifest.dataset_id != manifest._identity():
@@ -168,7 +178,8 @@ class Manifest(Section):
         replace(self.folder / INDEX_FILE, text)
 
     def _identity(self) -> str:
-        content = self.model_dump(mode="json", exclude={"dataset_id"})
+        new = {"dataset_id", "documents_sha256", "heldout_sha256"}
+        content = self.model_dump(mode="json", exclude=new) | {"format": 2}
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     # What a split has

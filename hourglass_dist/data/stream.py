@@ -90,15 +90,8 @@ class Stream:
                     readers = [
                         stack.enter_context(closing(r)) for r in self._readers(phase.seq_len)
                     ]
-                batch = _batch(
-                    readers,
-                    found.sources,
-                    found.shards,
-                    found.rows,
-                    ns,
-                    self._isolate_documents,
-                    buffers,
-                )
+                rows = found.sources, found.shards, found.rows
+                batch = _batch(readers, *rows, ns, self._isolate_documents, buffers)
                 yield batch.pinned() if self._pin else batch
 
     def _located(self, step: int) -> Iterator[tuple[int, Int64s, Locations]]:

@@ -159,6 +159,12 @@ class ByteTokenizer(_TableTokenizer):
         """The bytes themselves."""
         return np.frombuffer(data, dtype=np.uint8)
 
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        """The bytes, without end-of-text ids. Raises ValueError for an unknown id."""
+        if isinstance(ids, np.ndarray) and ids.dtype == np.uint8:  # many times as fast
+            return bytes(ids[ids != self.eos_id].data)
+        return super().decode_bytes(ids)
+
     def encode_prompt(self, data: bytes) -> list[int]:
         """Any bytes, as they are."""
         return list(data)

@@ -17,7 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import google_crc32c
+import numpy as np
 import pytest
+import xxhash
 from datasets import make, refusal, words
 from paths import ROOT
 from ranks import environment
@@ -240,6 +242,27 @@ def test_verify_finds_what_hashes_cannot(
     message = refusal(lambda: verify(folder))
     assert expected in message
     assert str(folder / "train-000000.tar") in message
+
+
+def test_verify_compares_documents_with_their_tables(tmp_path: Path) -> None:
+    manifest = make(tmp_path, words(60))
+    shard = manifest.shards[0]
+    path = manifest.folder / shard.table
+    table = np.fromfile(path, "<u8").reshape(-1, 2)
+    texts = documents(manifest, "train", ByteTokenizer())
+    hashes = [xxhash.xxh3_64_intdigest(text.encode()) for text in texts]
+    assert table[:, 1].tolist() == hashes[: shard.documents]
+    for column, expected in ((0, "document ends"), (1, "document 2: content hash: expected")):
+        damaged = table.copy()
+        damaged[2, column] += 1
+        damaged.tofile(path)
+        assert "altered table of documents" in refusal(lambda: verify(manifest.folder))
+        sums = (hashlib.sha256(path.read_bytes()).hexdigest(), *manifest.documents_sha256[1:])
+        manifest.model_copy(update={"documents_sha256": sums}).save()
+        assert expected in refusal(lambda: verify(manifest.folder))
+        manifest.save()
+    path.unlink()
+    assert "expected" in refusal(lambda: verify(manifest.folder))
 
 
 def test_verify_compares_the_tokenizer(tmp_path: Path) -> None:

@@ -140,7 +140,7 @@ def test_shards_are_cuts_of_the_sorted_documents(
     for i, part in enumerate(np.array_split(np.arange(len(texts)), runs)):
         if len(part):
             made.append(Run(folder / str(i)))
-            write_run(made[-1].base, keys[part], [texts[j] for j in part], tokenizer)
+            write_run(made[-1].base, keys[part], [texts[j] for j in part], keys[part], tokenizer)
     plan = plan_runs(made)
     order = np.argsort(keys, kind="stable")
     flat = [token for i in order for token in [*texts[i].tolist(), 255]]
@@ -166,7 +166,8 @@ def test_ids_that_are_no_documents(tmp_path: Path, bad: int) -> None:
     inputs = [tmp_path / "text.txt"]
     tokenizer = train_tokenizer(inputs, tmp_path / "bpe", kind="bpe", vocab_size=300)
     ids = np.array([5, 6, bad or tokenizer.eos_id, 7], np.uint32)
-    message = refusal(lambda: write_run(tmp_path / "run", np.zeros(1, np.uint64), [ids], tokenizer))
+    zero = np.zeros(1, np.uint64)
+    message = refusal(lambda: write_run(tmp_path / "run", zero, [ids], zero, tokenizer))
     assert message.startswith(f"token 2: id {ids[2]}: ")
     assert not list(tmp_path.glob("run*"))
 
@@ -258,12 +259,12 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "half an index": (lambda d: (d / "index.json").write_text("{"), "index.json: damaged"),
     "a list": (lambda d: (d / "index.json").write_text("[]"), "index.json: damaged"),
     "newer": (
-        _edit(lambda index: index.update(format=3, new_field=1)),
-        "written by a newer version: format 3, this one reads 2",
+        _edit(lambda index: index.update(format=4, new_field=1)),
+        "written by a newer version: format 4, this one reads 2 to 3",
     ),
     "older": (
         _edit(lambda index: index.update(format=1)),
-        "written by an older version: format 1, this one reads 2",
+        "written by an older version: format 1, this one reads 2 to 3",
     ),
     "edited": (_edit(lambda index: index.update(eos_id=7)), "index.json: edited or damaged"),
     "missing key": (_edit(lambda index: index.pop("eos_id")), "eos_id: missing"),
