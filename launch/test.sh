@@ -26,6 +26,8 @@ ruff check --quiet
 ruff format --check --quiet
 mypy
 if (($# == 0)); then
-  set -- --numprocesses auto --maxprocesses 4 --dist worksteal # half of the tests wait, for ranks or for time to pass
+  # one more than cores, for many tests wait: for ranks to start, or for time to pass
+  cores=$(getconf _NPROCESSORS_ONLN)
+  set -- --numprocesses $((cores < 3 ? cores + 1 : 4)) --dist worksteal
 fi
 exec python -m pytest "${chosen[@]}" "$@" </dev/null
