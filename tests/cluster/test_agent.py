@@ -140,6 +140,7 @@ class TestTwoHosts:
         }
         return net.start(host, command, log, os.environ | given | more)
 
+    @pytest.mark.slow
     def test_a_node_that_never_comes_is_named(self, net: Hosts, tmp_path: Path) -> None:
         log = tmp_path / "log"
         names = {"NODE_NAMES": " ".join(net.names), "JOIN_TIMEOUT": "14"}
@@ -189,6 +190,7 @@ sys.exit(1)
         said = (tmp_path / "0").read_text().splitlines()
         assert said[-1] == "the run has ended on another node, with exit code 2"
 
+    @pytest.mark.slow
     def test_ranks_that_saved_for_a_new_node_start_again(self, net: Hosts, tmp_path: Path) -> None:
         """The first node's rank ends with 75 because a second one comes, and then with 0."""
         body = """

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from paths import ROOT
 from ranks import hourglass
+from slow_cases import every
 
 from hourglass_dist.config.loader import paths, read_yaml
 from hourglass_dist.launch.cluster import ClusterConfig, load_cluster, seconds_of
@@ -35,16 +36,19 @@ def test_the_example_says_every_setting_and_its_default() -> None:
 
 @pytest.mark.parametrize(
     ("text", "words"),
-    [
-        ("nodse: 2", "nodse: unknown key (given 2); did you mean nodes?"),
-        ("slurm: {partitoin: x}", "did you mean slurm.partition?"),
-        ("nodes: 2\nmin_nodes: 3", "min_nodes: expected at most nodes (2), given 3"),
-        ("port: 80", "port: expected at least 1024, given 80"),
-        ("environment: {A B: c}", "environment: expected names of variables, given 'A B'"),
-        ("slurm: {time: 1h}", "slurm.time: expected such as 23:30:00 or 2-00:00:00, given 1h"),
-        ("slurm: {time: '0:07:00'}", "slurm.time: expected more than 420 seconds"),
-        ("kubernetes: {kind: pod}", "kubernetes.kind: expected"),
-    ],
+    every(
+        4,
+        [
+            ("nodse: 2", "nodse: unknown key (given 2); did you mean nodes?"),
+            ("slurm: {partitoin: x}", "did you mean slurm.partition?"),
+            ("nodes: 2\nmin_nodes: 3", "min_nodes: expected at most nodes (2), given 3"),
+            ("port: 80", "port: expected at least 1024, given 80"),
+            ("environment: {A B: c}", "environment: expected names of variables, given 'A B'"),
+            ("slurm: {time: 1h}", "slurm.time: expected such as 23:30:00 or 2-00:00:00, given 1h"),
+            ("slurm: {time: '0:07:00'}", "slurm.time: expected more than 420 seconds"),
+            ("kubernetes: {kind: pod}", "kubernetes.kind: expected"),
+        ],
+    ),
 )
 def test_a_mistake_in_the_cluster_file_is_one_line(text: str, words: str, tmp_path: Path) -> None:
     path = cluster_file(tmp_path, text)

@@ -25,6 +25,8 @@ from hourglass_dist.training.samples import (
     write_samples,
 )
 
+pytestmark = pytest.mark.slow  # all need two trainings of two ranks
+
 STEPS = 4
 PROMPTS = ["Où? ", "b c"]
 SETTINGS = """

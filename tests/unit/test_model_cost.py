@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from slow_cases import every
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -51,7 +52,7 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ("modern, words", {"bias": True, "norm": "layer", "attention_resampling": "none"}),
 ]
 
-every_variant = pytest.mark.parametrize(("kind", "more"), VARIANTS, ids=str)
+every_variant = pytest.mark.parametrize(("kind", "more"), every(3, VARIANTS), ids=str)
 
 
 MEETINGS = [
@@ -60,7 +61,9 @@ MEETINGS = [
     for turn in range(2)
 ]
 """Every variant with two policies at two depths, in turn: all of them would take minutes."""
-every_meeting = pytest.mark.parametrize(("kind", "more", "policies", "levels"), MEETINGS, ids=str)
+every_meeting = pytest.mark.parametrize(
+    ("kind", "more", "policies", "levels"), every(5, MEETINGS), ids=str
+)
 
 
 def configs(kind: str, more: dict[str, Any], levels: str = "") -> Iterator[ModelConfig]:

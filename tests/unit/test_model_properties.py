@@ -25,6 +25,7 @@ CUTS = [(26,), (1, 1, 5, 19), (13, 13), (4, 9, 1, 12), (2, 3, 5, 7, 9)]
 
 every_kind = pytest.mark.parametrize("kind", zoo.KINDS)
 every_depth = pytest.mark.parametrize("levels", zoo.LEVELS)
+some_depths = pytest.mark.parametrize("levels", every(2, zoo.LEVELS))
 
 
 def random_masks(length: int) -> Tensor:
@@ -61,7 +62,7 @@ def test_no_logit_depends_on_a_later_token(kind: str, levels: str) -> None:
 
 
 @every_kind
-@every_depth
+@some_depths
 @torch.no_grad()
 def test_nor_under_masks_and_in_packed_rows(kind: str, levels: str) -> None:
     model = make_model(kind, levels)
@@ -97,7 +98,7 @@ def test_a_broken_shift_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @every_kind
-@every_depth
+@some_depths
 @torch.no_grad()
 def test_a_packed_document_is_as_if_it_were_alone(kind: str, levels: str) -> None:
     model = make_model(kind, levels)
@@ -110,7 +111,7 @@ def test_a_packed_document_is_as_if_it_were_alone(kind: str, levels: str) -> Non
 
 
 @every_kind
-@every_depth
+@some_depths
 @torch.no_grad()
 def test_padding_is_as_if_it_were_not_there(kind: str, levels: str) -> None:
     """Left, right, in the middle: the real tokens alone give the same logits."""
@@ -155,7 +156,7 @@ def test_an_encoder_does_not_see_padding(kind: str, levels: str) -> None:
 
 @pytest.mark.parametrize("dtype", every(2, [torch.float32, torch.bfloat16]), ids=str)
 @every_kind
-@every_depth
+@some_depths
 @pytest.mark.parametrize("given", ["nothing", "mask", "documents"])
 def test_gradients_are_finite_and_reach_every_trained_weight(
     kind: str, levels: str, given: str, dtype: torch.dtype

@@ -67,7 +67,7 @@ def test_what_is_no_text_is_put_aside_and_counted(tmp_path: Path) -> None:
         at = json.loads(line)["position"]
         assert data[at : at + len(record)] == record
     shutil.rmtree(tmp_path / "out")
-    report = run(tmp_path, *inputs, max_quarantined=0.04, executor={"workers": 5})
+    report = run(tmp_path, *inputs, max_quarantined=0.04, executor={"workers": 2})
     assert report.documents == {"read": 102, "kept": 96, "dropped": 2, "quarantined": 4}
     assert report.dropped == {"empty": 2}
     assert "\u2028 one line" in all_texts(tmp_path / "out")
