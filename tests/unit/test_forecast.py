@@ -7,6 +7,7 @@ import itertools
 import pytest
 from paths import CONFIGS
 from ranks import hourglass
+from slow_cases import every
 
 from hourglass_dist.config.schema import Config, load
 from hourglass_dist.planning.devices import DEVICES, planned_device
@@ -31,7 +32,7 @@ def test_more_nodes_take_less_memory_of_each_and_less_time() -> None:
 
 
 @pytest.mark.parametrize("name", ["base_zero2", "large_zero3", "modern"])
-@pytest.mark.parametrize("gpu", KNOWN)
+@pytest.mark.parametrize("gpu", every(5, KNOWN))
 def test_what_is_suggested_fits_and_nothing_that_fits_is_much_faster(name: str, gpu: str) -> None:
     machines = cluster(gpu, 1, 8)
     config = load(CONFIGS / f"{name}.yaml")
