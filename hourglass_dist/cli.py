@@ -160,20 +160,25 @@ def plan(
     """Say what a run will cost before it is started: parameters, FLOPs, memory and traffic of a
     rank; with --gpu also whether it fits, how long it takes, what it costs, and what is faster.
 
+    Activations are counted for the kernels of GPUs with --gpu, else for those of this machine.
+
     Example: hourglass plan large_zero3 --gpu h100 --nodes 8
     """
+    import torch
+
     from hourglass_dist.planning import forecast
     from hourglass_dist.planning.plan import plan as make_plan
-    from hourglass_dist.planning.plan import render
+    from hourglass_dist.planning.render import render_forecast, render_plan
 
     loaded = settings.load(config, overrides or ())
     if gpu is None:
-        print(render(make_plan(loaded, world_size)), end="")
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        print(render_plan(make_plan(loaded, world_size, device)), end="")
         return
     machines = forecast.cluster(gpu, nodes, gpus_per_node, price)
-    found = forecast.forecast(loaded, machines)
-    print(render(found.plan), end="")
-    print(forecast.render(found, *forecast.suggest(loaded, machines)), end="")
+    made = forecast.forecast(loaded, machines)
+    print(render_plan(made.plan), end="")
+    print(render_forecast(made, *forecast.suggest(loaded, machines)), end="")
 
 
 Run = Annotated[Path, typer.Argument(help="A run folder, such as runs/quickstart.")]

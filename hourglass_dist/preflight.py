@@ -32,12 +32,14 @@ from hourglass_dist.config import schema as settings
 from hourglass_dist.config.loader import print_error
 from hourglass_dist.config.schema import Config
 from hourglass_dist.core import exit_codes, ranks
+from hourglass_dist.core.text import show_bytes
 from hourglass_dist.data.mixture import open_mixture
 from hourglass_dist.engine.deepspeed_config import deepspeed_settings
 from hourglass_dist.health import rank_checks
 from hourglass_dist.health.history import device_name
 from hourglass_dist.health.rank_checks import mismatches, who
-from hourglass_dist.planning.plan import show_bytes
+from hourglass_dist.planning.parameters import parameters_of
+from hourglass_dist.planning.plan import plan
 
 SLOW = 1.5
 """Times the median of the ranks that a matrix product may take: twice the usual difference."""
@@ -123,7 +125,8 @@ def check_code(group: RankGroup, report: Report) -> None:
     other = rank_checks.other_settings(group.config, group.world, group.hosts)
 
     def divide() -> str:
-        deepspeed_settings(group.config, group.world.size)
+        trained = parameters_of(group.config.model).trained
+        deepspeed_settings(group.config, group.world.size, trained)
         return ""
 
     if not other:
@@ -157,10 +160,11 @@ def check_folder(group: RankGroup, report: Report) -> None:
     mistakes = mistakes or rank_checks.not_shared(folder, world, group.hosts)
     there = list(folder.glob("checkpoints/step_*")) if world.is_main else []
     count = max(1, rank_checks.kept(config) - int(sum(group.floats(len(there)))))
-    mistakes += rank_checks.no_room(config, world, count)
+    size = plan(config, world.size).checkpoint_bytes
+    mistakes += rank_checks.no_room(config, world, count, size)
     note = ""
     if world.is_main:
-        free, need = rank_checks.room(config, world, count)
+        free, need = rank_checks.free_bytes(folder), count * size
         note = (
             f"{folder}: seen by all; {show_bytes(free)} are free, {show_bytes(need)} needed for "
             f"{count} checkpoint{'s' if count > 1 else ''}"

@@ -35,7 +35,7 @@ from hourglass_dist.data.stream import Stream
 from hourglass_dist.data.tokenizer import Tokenizer, require_same
 from hourglass_dist.engine.deepspeed_config import deepspeed_settings
 from hourglass_dist.engine.engine import Engine, making_weights
-from hourglass_dist.health.history import History, about_this_code
+from hourglass_dist.health.history import History, about_this_code, device_name
 from hourglass_dist.health.rank_checks import (
     require_compiler,
     require_good_folder,
@@ -45,11 +45,14 @@ from hourglass_dist.health.watchdog import Watchdog, record_collectives
 from hourglass_dist.inference.export import WarmStart
 from hourglass_dist.inference.score import Score
 from hourglass_dist.model.hourglass import HourglassLM
-from hourglass_dist.planning.plan import settle_checkpointing, too_large
+from hourglass_dist.planning.devices import peak_flops
+from hourglass_dist.planning.plan import Plan, plan, settle_checkpointing, too_large
+from hourglass_dist.planning.render import render_plan
 from hourglass_dist.training.evaluation import Evaluations, check_held_out
 from hourglass_dist.training.guards import LossSpikes, SkippedSteps, SpikeFound
 from hourglass_dist.training.metrics import Metrics, due
 from hourglass_dist.training.profiler import Profiler
+from hourglass_dist.training.throughput import Throughput
 from hourglass_dist.training.writers import require_writers
 
 
@@ -111,17 +114,18 @@ def prepare(config: Config, history: History) -> TrainingRun | None:
     # longer than the watchdog waits, which writes down what hangs
     world = ranks.init(ranks.TIMEOUT + timedelta(minutes=config.run.hang_minutes))
     require_same_start(config, world)
-    deepspeed_settings(config, world.size)  # refuses what does not fit, before anything is written
+    given, cost = config, find_cost(config, world)
+    config = cost.config
     require_writers(config.metrics.writers)
     ranks.raise_on_all_ranks(lambda: require_compiler(config, world.device), world.device)
     datasets, tokenizer = ranks.raise_on_all_ranks(lambda: open_data(config), world.device)
     stream = ranks.raise_on_all_ranks(lambda: open_stream(config, datasets, world), world.device)
     ranks.require_same_on_all_ranks(stream.identity(), world.device)
     folder = RunFolder(Path(config.run.dir))
-    ranks.raise_on_all_ranks(lambda: folder.open(config) if world.is_main else None, world.device)
-    require_good_folder(config, world)
+    ranks.raise_on_all_ranks(lambda: folder.open(given) if world.is_main else None, world.device)
+    require_good_folder(config, world, cost.checkpoint_bytes)
     requests = StopRequests(folder.path, config.run.time_limit_hours, world)
-    about = about_this_code() | {"config": to_yaml(config)}
+    about = about_this_code() | {"config": to_yaml(given)}
     checkpoints = Checkpoints(folder.checkpoints, config.checkpoint, world, about)
 
     path, progress = find_state(checkpoints, stream, tokenizer, world) or (None, None)
@@ -131,7 +135,7 @@ def prepare(config: Config, history: History) -> TrainingRun | None:
         folder.close()
         return None
 
-    ranks.raise_on_all_ranks(lambda: begin(folder, config, tokenizer, step, world), world.device)
+    ranks.raise_on_all_ranks(lambda: begin(folder, given, tokenizer, step, world), world.device)
     history.start(step, world)
     watchdog = Watchdog(folder.path, config.run.hang_minutes, world, step)
     try:
@@ -155,7 +159,7 @@ def prepare(config: Config, history: History) -> TrainingRun | None:
             watchdog,
             step,
             evaluations=Evaluations(config, datasets, tokenizer, engine, world, watchdog.watching),
-            metrics=Metrics(history, config, tokenizer.byte_lengths(), engine, world),
+            metrics=make_metrics(cost, history, tokenizer, engine, world),
             profiler=Profiler(folder.path, config.metrics.profiled, engine, world),
             skipped=SkippedSteps(folder.path, config.train.max_skipped_steps, step, world),
             spikes=LossSpikes(config.train.spikes, guard),
@@ -165,6 +169,16 @@ def prepare(config: Config, history: History) -> TrainingRun | None:
         raise
 
 
+def find_cost(config: Config, world: ranks.World) -> Plan:
+    """Settle activation checkpointing, and return what the run costs.
+
+    Raises ValueError, before anything is written, for what does not fit the ranks or their memory.
+    """
+    cost = plan(settle_checkpointing(config, world.device.type), world.size)
+    deepspeed_settings(config, world.size, cost.parameters.trained)
+    return cost
+
+
 def begin(
     folder: RunFolder, config: Config, tokenizer: Tokenizer, step: int, world: ranks.World
 ) -> None:
@@ -172,6 +186,18 @@ def begin(
     if world.is_main:
         require_progress(folder.path, step, config.run.max_fruitless_starts)
         folder.record(config, tokenizer)
+
+
+def make_metrics(
+    cost: Plan, history: History, tokenizer: Tokenizer, engine: Engine, world: ranks.World
+) -> Metrics:
+    """What records the steps of a run of this cost."""
+    precision = cost.config.train.precision
+    # the table has peaks of bf16 only
+    peak = peak_flops(device_name(world.device)) if precision == "bf16" else None
+    throughput = Throughput(world.size, cost.flops_per_token, peak)
+    lengths, text = tokenizer.byte_lengths(), render_plan(cost)
+    return Metrics(history, cost.config, lengths, engine, world, throughput, text)
 
 
 def run_steps(run: TrainingRun) -> None:
@@ -291,9 +317,8 @@ def find_state(
 def make_model(config: Config, world: ranks.World, warm: WarmStart | None = None) -> HourglassLM:
     """The model on this rank's device, with the same weights on every rank; at ZeRO stage 3 only
     this rank's part is ever in memory, but for one module at a time."""
-    settled = settle_checkpointing(config)
     with torch.device("meta"):
-        model = HourglassLM(settled)
+        model = HourglassLM(config.model)
     making = making_weights(config, world)
     names = {module: name for name, module in model.named_modules()}
 
@@ -338,7 +363,7 @@ def dry_run_step(engine: Engine, config: Config, world: ranks.World) -> None:
     except RuntimeError as error:
         if not re.search("out of memory|can't allocate memory", str(error)):
             raise
-        raise ValueError(too_large(config, world.size)) from None
+        raise ValueError(too_large(config, world.size, world.device.type)) from None
 
 
 def announce(config: Config, world: ranks.World, step: int) -> None:

@@ -45,7 +45,8 @@ from hourglass_dist.engine.optim import learning_rate, make_optimizer
 from hourglass_dist.inference.score import Rows, Score, evaluate
 from hourglass_dist.model.hourglass import HourglassLM
 from hourglass_dist.model.settings import ModelConfig
-from hourglass_dist.planning.cost import ModelCost, model_cost
+from hourglass_dist.planning.flops import model_flops
+from hourglass_dist.planning.parameters import parameters_of
 
 TOLERANCE = 0.02
 """How far the training FLOPs of two arms may differ."""
@@ -98,7 +99,9 @@ class Entry(NamedTuple):
 
     name: str
     arm: Arm
-    cost: ModelCost
+    parameters: int
+    flops_per_token: float
+    """Forward and backward pass."""
     steps: int
     budget: Budget
 
@@ -110,7 +113,7 @@ class Entry(NamedTuple):
     @property
     def flops(self) -> float:
         """Of one run."""
-        return self.tokens * self.cost.training_flops_per_token
+        return self.tokens * self.flops_per_token
 
     def job(self, lr: float, seed: int) -> Job:
         """A run of this arm."""
@@ -131,9 +134,10 @@ def read_arms(folder: Path, budget: Budget) -> list[Entry]:
     entries = []
     for file in files:
         arm = parse(Arm, read_yaml(file), source=str(file))
-        cost = model_cost(arm.model, budget.length, rows=budget.rows)
-        step = cost.training_flops_per_token * budget.rows * budget.length
-        entries.append(Entry(file.stem, arm, cost, max(1, round(budget.flops / step)), budget))
+        parameters = parameters_of(arm.model).total
+        per_token = model_flops(arm.model, budget.length).training_per_token
+        steps = max(1, round(budget.flops / (per_token * budget.rows * budget.length)))
+        entries.append(Entry(file.stem, arm, parameters, per_token, steps, budget))
     spent = {entry.name: entry.flops for entry in entries}
     least, most = min(spent, key=spent.__getitem__), max(spent, key=spent.__getitem__)
     if spent[most] > (1 + TOLERANCE) * spent[least]:
@@ -283,8 +287,8 @@ def _show_arms(entries: Sequence[Entry], seeds: int) -> None:
         {
             "arm": entry.name,
             "hierarchy": entry.arm.model.hierarchy,
-            "parameters": entry.cost.parameters,
-            "each": entry.cost.training_flops_per_token / 1e6,
+            "parameters": entry.parameters,
+            "each": entry.flops_per_token / 1e6,
             "steps": entry.steps,
             "tokens": entry.tokens / 1e6,
             "flops": entry.flops / 1e12,
@@ -323,7 +327,7 @@ def _show_scores(
         edge = chosen.optim.lr in (min(rates), max(rates)) and len(rates) > 1
         row = {
             "arm": entry.name,
-            "parameters": entry.cost.parameters,
+            "parameters": entry.parameters,
             "tokens": entry.tokens / 1e6,
             "lr": f"{chosen.optim.lr:g}" + (" (edge)" if edge else ""),
             "mean": statistics.mean(bits),

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from hourglass_dist.checkpoint.save import complete, latest, read_manifest, remove, tag, verify
-from hourglass_dist.planning.plan import show_bytes
+from hourglass_dist.core.text import show_bytes
 
 
 def saved_in(run: Path) -> Path:

@@ -8,19 +8,19 @@ from typing import Any
 import torch
 
 from hourglass_dist.config.schema import Config
-from hourglass_dist.planning.cost import model_cost
-from hourglass_dist.planning.plan import reduce_bucket, settle_checkpointing
+
+REDUCE_BUCKET = 500_000_000
+"""DeepSpeed's default, in elements."""
 
 
-def deepspeed_settings(config: Config, world_size: int) -> dict[str, Any]:
-    """DeepSpeed's configuration for a run.
+def deepspeed_settings(config: Config, world_size: int, trained: int) -> dict[str, Any]:
+    """DeepSpeed's configuration for a run that trains so many parameters.
 
     Raises ConfigError when ``world_size`` ranks cannot share the batch or the weights.
     """
     zero = config.deepspeed.zero_optimization.model_dump(exclude_none=True)
     if config.deepspeed.group_size(world_size) is None:
         zero.pop("zero_hpz_partition_size", None)
-    trained = model_cost(settle_checkpointing(config), config.data.longest).trained_parameters
     zero["reduce_bucket_size"] = reduce_bucket(config, trained)
     folder = zero.pop("offload_folder", None)
     for name in zero.keys() & {"offload_optimizer", "offload_param"}:
@@ -52,3 +52,9 @@ def deepspeed_settings(config: Config, world_size: int) -> dict[str, Any]:
         # DeepSpeed's own bf16 takes a hidden optimizer step at stage 0; autocast is right.
         settings["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
     return settings
+
+
+def reduce_bucket(config: Config, trained: int) -> int:
+    """Elements reduced at a time: not more than are trained, because DeepSpeed makes a buffer of so
+    many, 1 or 2 GB by default, for the smallest model, too."""
+    return min(config.deepspeed.zero_optimization.reduce_bucket_size or REDUCE_BUCKET, trained)

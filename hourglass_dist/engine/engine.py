@@ -72,7 +72,8 @@ class Engine:
         self._config = config
         self._world = world
         self.stage = config.deepspeed.stage
-        settings = deepspeed_settings(config, world.size)
+        numbers = (getattr(p, "ds_numel", p.numel()) for p in model.parameters() if p.requires_grad)
+        settings = deepspeed_settings(config, world.size, sum(numbers))
         if config.deepspeed.zero_optimization.offload_optimizer == "nvme":
             folder = Path(settings["zero_optimization"]["offload_optimizer"]["nvme_path"])
             builder = deepspeed.ops.op_builder.AsyncIOBuilder()

@@ -141,10 +141,3 @@ def process_state(pid: int) -> tuple[str, int] | None:
         return None
     state, parent = text.rpartition(")")[2].split()[:2]
     return None if state in "ZX" else (state, int(parent))
-
-
-def clock_time(seconds: float) -> str:
-    """h:mm:ss, or m:ss below an hour."""
-    minutes, second = divmod(round(seconds), 60)
-    hours, minute = divmod(minutes, 60)
-    return f"{hours}:{minute:02}:{second:02}" if hours else f"{minute}:{second:02}"

@@ -26,8 +26,8 @@ from hourglass_dist.config.loader import differences, parse
 from hourglass_dist.config.schema import Config
 from hourglass_dist.core import ranks
 from hourglass_dist.core.files import replace
+from hourglass_dist.core.text import show_bytes
 from hourglass_dist.health.history import about_this_code
-from hourglass_dist.planning.plan import plan, show_bytes
 
 SHARED_SECONDS = 10.0
 """How long a new file may take to be seen on other hosts; over NFS some seconds are usual."""
@@ -40,12 +40,12 @@ def require_same_start(config: Config, world: ranks.World) -> None:
         _refuse([*other_code(world, hosts), *other_settings(config, world, hosts)])
 
 
-def require_good_folder(config: Config, world: ranks.World) -> None:
+def require_good_folder(config: Config, world: ranks.World, checkpoint_bytes: int) -> None:
     """Raise ValueError, on all ranks, when the run folder is not the same on all hosts, or has no
     room for a single checkpoint."""
     if world.size > 1:
         _refuse(not_shared(Path(config.run.dir), world, hosts_of(world)))
-        _refuse(no_room(config, world, checkpoints=1))
+        _refuse(no_room(config, world, 1, checkpoint_bytes))
 
 
 def require_compiler(config: Config, device: torch.device) -> None:
@@ -171,20 +171,21 @@ def kept(config: Config) -> int:
     return settings.keep + settings.keep_best + for_good + 1
 
 
-def room(config: Config, world: ranks.World, checkpoints: int) -> tuple[int, int]:
-    """Bytes that are free for the run folder, and that so many checkpoints take."""
-    folder = Path(config.run.dir).absolute()
-    there = next(path for path in (folder, *folder.parents) if path.exists())
-    return shutil.disk_usage(there).free, checkpoints * plan(config, world.size).checkpoint_bytes
+def free_bytes(folder: Path) -> int:
+    """Bytes that are free where a folder is, or will be."""
+    folder = folder.absolute()
+    return shutil.disk_usage(next(p for p in (folder, *folder.parents) if p.exists())).free
 
 
-def no_room(config: Config, world: ranks.World, checkpoints: int) -> list[str]:
+def no_room(
+    config: Config, world: ranks.World, checkpoints: int, checkpoint_bytes: int
+) -> list[str]:
     """Whether the run folder has no room for so many more checkpoints."""
 
     def look() -> str:
         if not world.is_main:
             return ""
-        free, need = room(config, world, checkpoints)
+        free, need = free_bytes(Path(config.run.dir)), checkpoints * checkpoint_bytes
         if free >= need:
             return ""
         return (

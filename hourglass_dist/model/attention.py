@@ -15,7 +15,8 @@ Legend: B rows, L positions, Q queries, J keys, H heads, K width of a head, W wi
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -87,9 +88,32 @@ def additive(seen: Tensor, like: Tensor) -> Tensor:
     return like.new_zeros(seen.shape).masked_fill(~seen, float("-inf"))
 
 
+class Stub(NamedTuple):
+    """What stands in for a fused kernel while a model is counted on the meta device."""
+
+    device: str
+    """The type of the device whose kernels are counted."""
+    kernel: Callable[[Tensor, Tensor, Tensor, Tensor | BlockMask | None], Tensor]
+    """Called with queries, keys, values and mask."""
+
+
+_stub: Stub | None = None
+
+
+@contextmanager
+def stubbed(stub: Stub) -> Iterator[None]:
+    """Every fused kernel of attention is ``stub`` inside."""
+    global _stub
+    before, _stub = _stub, stub
+    try:
+        yield
+    finally:
+        _stub = before
+
+
 def takes_flex(x: Tensor, dropout: float) -> bool:
     """FlexAttention runs backward on GPUs only, and cannot drop weights."""
-    return x.device.type == "cuda" and not dropout
+    return (_stub.device if _stub else x.device.type) == "cuda" and not dropout
 
 
 def self_attention_mask(
@@ -155,11 +179,24 @@ def attend(
     dropout: float = 0.0,
 ) -> Tensor:
     """softmax(q.k * scale) v over what each query sees: (B, H, Q, K)."""
+    if mask.window is not None:
+        return _attend_in_blocks(q_BHQK, k_BHJK, v_BHJK, mask, scale, dropout)
+    return _kernel(q_BHQK, k_BHJK, v_BHJK, mask, scale, dropout)
+
+
+def _kernel(
+    q_BHQK: Tensor,
+    k_BHJK: Tensor,
+    v_BHJK: Tensor,
+    mask: AttentionMask,
+    scale: float,
+    dropout: float,
+) -> Tensor:
+    if _stub and not (dropout and _stub.device == "cpu"):  # there it is no fused kernel
+        return _stub.kernel(q_BHQK, k_BHJK, v_BHJK, mask.bias)
     if isinstance(mask.bias, BlockMask):
         out: Tensor = _flex()(q_BHQK, k_BHJK, v_BHJK, block_mask=mask.bias, scale=scale)
         return out
-    if mask.window is not None:
-        return _attend_in_blocks(q_BHQK, k_BHJK, v_BHJK, mask, scale, dropout)
     return F.scaled_dot_product_attention(
         q_BHQK,
         k_BHJK,
@@ -195,14 +232,7 @@ def _attend_in_blocks(
         )
         for t in (k_BHLK, v_BHLK)
     )
-    mixed_NHWK = F.scaled_dot_product_attention(
-        q_NHWK,
-        k_NHJK,
-        v_NHJK,
-        attn_mask=mask.bias,
-        dropout_p=dropout,
-        scale=scale,
-    )
+    mixed_NHWK = _kernel(q_NHWK, k_NHJK, v_NHJK, mask, scale, dropout)
     mixed_BHLK = rearrange(mixed_NHWK, "(b n) h w k -> b h (n w) k", b=rows)
     return mixed_BHLK[:, :, :length]
 

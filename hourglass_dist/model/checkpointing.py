@@ -7,7 +7,7 @@
                 done again (torch's selective policies)
     offload     everything, but in pinned CPU memory until the backward pass; on the CPU as none
 
-``auto`` is settled before a model is built (``cost.choose_checkpointing``).
+``auto`` is settled before a model is built (``planning.plan.choose_checkpointing``).
 
 Compiled, a layer and its recomputation are one graph: what ``full`` and ``selective`` do again is
 fused with the rest of the backward pass.
@@ -52,12 +52,8 @@ class Recompute:
 
         Raises ValueError for ``auto``, which has to be settled first.
         """
-        if policy == "auto":
-            raise ValueError(
-                "model.levels.activation_checkpointing: auto is settled before the model is built"
-            )
+        recomputes(policy, 0)
         self.policy = policy
-        self.every = int(policy.split()[1]) if policy.startswith("every") else 1
         self._run: Callable[..., Any] = _run
         options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": draws}
         if policy == "selective":
@@ -77,9 +73,22 @@ class Recompute:
         if self.policy == "offload":
             with _offloaded(inputs[0].device):
                 return self._run(module, *inputs)
-        if self.policy == "none" or (number + 1) % self.every:
-            return self._run(module, *inputs)
-        return self._run_again(module, *inputs)
+        if recomputes(self.policy, number):
+            return self._run_again(module, *inputs)
+        return self._run(module, *inputs)
+
+
+def recomputes(policy: str, number: int) -> bool:
+    """Whether module ``number`` of a level is run again in the backward pass.
+
+    Raises ValueError for ``auto``, which has to be settled first.
+    """
+    if policy == "auto":
+        raise ValueError(
+            "model.levels.activation_checkpointing: auto is settled before the model is built"
+        )
+    every = int(policy.split()[1]) if policy.startswith("every") else 1
+    return policy not in ("none", "offload") and (number + 1) % every == 0
 
 
 def _run(module: nn.Module, *inputs: Any) -> Any:

@@ -20,35 +20,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache
 from typing import NamedTuple
-
-import torch
 
 from hourglass_dist.config.loader import ConfigError
 from hourglass_dist.config.schema import Config
-from hourglass_dist.model.hourglass import HourglassLM
-from hourglass_dist.model.settings import ModelConfig
+from hourglass_dist.engine.deepspeed_config import reduce_bucket
 from hourglass_dist.planning.collective_times import all_reduce_s, ring_s
 from hourglass_dist.planning.devices import Device, Node, planned_device
-from hourglass_dist.planning.failures import (
-    DAY,
-    RATES,
-    Return,
-    Saving,
-    goodput,
-    longest_interval,
-    mtbf_s,
-)
-from hourglass_dist.planning.plan import (
-    FLAT_COPY,
-    Plan,
-    plan,
-    reduce_bucket,
-    show_bytes,
-    show_count,
-    staying,
-)
+from hourglass_dist.planning.failures import RATES, Saving, mtbf_s
+from hourglass_dist.planning.plan import AUTOMATIC, Plan, plan
+from hourglass_dist.planning.zero import FLAT_COPY, staying
 
 CONTEXT, FRAGMENTS = 2**30, 0.05
 PRODUCTS, LINKS, SELECTIVE = 0.40, 0.70, 1.03
@@ -60,7 +41,6 @@ HOST_LINK = 25e9
 32e9)."""
 GATHER_BUCKET, PREFETCH_BUCKET, PERSISTENCE = 500_000_000, 50_000_000, 100_000
 """DeepSpeed's defaults, in elements."""
-POLICIES = ("none", "selective", "full")
 MOST_MICRO_BATCHES = 12
 """Sizes of a micro batch that are looked at, the largest ones left out."""
 
@@ -124,16 +104,16 @@ class Forecast:
         fp32 = self.plan.config.train.precision == "fp32"
         device, node = self.cluster.device, self.cluster.node
         peak = node.fp32_flops if fp32 else device.bf16_flops
-        again = SELECTIVE if "selective" in self.plan.model.checkpointing else 1.0
-        operations = self.plan.tokens_per_step * self.plan.cost.hardware_flops_per_token
+        again = SELECTIVE if "selective" in self.plan.config.model.checkpointing else 1.0
+        operations = self.plan.tokens_per_step * self.plan.flops.hardware_per_token
         return again * operations / self.cluster.gpus / (PRODUCTS * peak)
 
     @property
     def calls(self) -> list[Calls]:
         """The collectives during the passes of a step."""
         made, zero = self.plan, self.plan.config.deepspeed.zero_optimization
-        trained = made.cost.trained_parameters
-        sent = made.traffic - made.gathered_after - made.gathered_inside
+        trained = made.parameters.trained
+        sent = made.traffic.total - made.traffic.after - made.traffic.inside
         bucket = reduce_bucket(made.config, trained)
         if zero.stage < 3:
             at_once = bucket if zero.stage == 2 else FLAT_COPY
@@ -147,7 +127,7 @@ class Forecast:
         if group := made.config.deepspeed.group_size(made.world_size):
             first = max(1, round(2 * trained / ahead))
             reduced = sent * made.micro_batches / (made.micro_batches + 1)
-            again = Calls("all-gather", max(1, gathers - first), made.gathered_inside, group)
+            again = Calls("all-gather", max(1, gathers - first), made.traffic.inside, group)
             around = Calls("all-gather", first, sent - reduced)
             return [around, again, Calls("reduce-scatter", reduces, reduced)]
         reduced = sent * trained / moved
@@ -162,11 +142,11 @@ class Forecast:
         made, zero = self.plan, self.plan.config.deepspeed.zero_optimization
         if zero.stage in (1, 2):
             at_once = zero.allgather_bucket_size or GATHER_BUCKET
-            count = -(-made.cost.trained_parameters // at_once)
-            return [Calls("all-gather", count, made.gathered_after)]
+            count = -(-made.parameters.trained // at_once)
+            return [Calls("all-gather", count, made.traffic.after)]
         least = zero.stage3_param_persistence_threshold
         small = PERSISTENCE if least is None else least
-        count = small_tensors(made.model, small) if zero.stage == 3 else 0
+        count = made.parameters.small_tensors(small) if zero.stage == 3 else 0
         return [Calls("all-gather", count, 0.0)] if count else []
 
     @property
@@ -238,18 +218,10 @@ class Calls(NamedTuple):
     """Of how many ranks; 0 for all."""
 
 
-@cache
-def small_tensors(model: ModelConfig, elements: int) -> int:
-    """How many weights of a model have no more than so many elements."""
-    with torch.device("meta"):
-        made = HourglassLM(model)
-    return sum(p.numel() <= elements for p in made.parameters())
-
-
 def forecast(config: Config, machines: Cluster) -> Forecast:
     """Raises ConfigError when the batch cannot be dealt to that many accelerators, ValueError when
     activations do not fit ``train.activation_memory``."""
-    return Forecast(plan(config, machines.gpus), machines)
+    return Forecast(plan(config, machines.gpus, "cuda"), machines)
 
 
 def candidates(config: Config, machines: Cluster) -> Iterator[Forecast]:
@@ -258,7 +230,7 @@ def candidates(config: Config, machines: Cluster) -> Iterator[Forecast]:
     rows = min(phase.batch_size for phase in config.data.all_phases) // machines.gpus
     sizes = [n for n in range(1, rows + 1) if rows % n == 0][:MOST_MICRO_BATCHES]
     models = [] if "auto" in config.model.checkpointing else [config.model]
-    models += [config.model.with_checkpointing(policy) for policy in POLICIES]
+    models += [config.model.with_checkpointing(policy) for policy in AUTOMATIC]
     for size in sizes:
         train = config.train.model_copy(update={"micro_batch_size": size})
         for stage in range(4):
@@ -297,100 +269,4 @@ def _order(found: Forecast) -> tuple[int, float, int]:
         config.deepspeed.stage,
         float(f"{found.step_s:.3g}"),
         -config.train.micro_batch_size,
-    )
-
-
-# --- telling -------------------------------------------------------------------------------------
-
-
-def render(found: Forecast, best: Forecast | None, least: Forecast | None) -> str:
-    """The forecast of the settings, and of what would be better, as text."""
-    lines = [_machines(found.cluster), _memory(found), *_time(found), *_assumptions(found)]
-    if best is None and least is not None:
-        needed = show_bytes(round(least.memory))
-        lines.append(f"Nothing fits: the least is {needed} with {_settings(least)}; more nodes?")
-    elif best is not None and _settings(best) == _settings(found):
-        lines.append("Suggested: these settings.")
-    elif best is not None:
-        gain = found.step_s / best.step_s
-        than = f"{gain:.2f} x as fast" if found.fits else f"{best.step_s:.3g} s a step"
-        lines.append(
-            f"Suggested: {_settings(best)}: {show_bytes(round(best.memory))}, {than}.",
-        )
-    return "\n".join(lines) + "\n"
-
-
-def _machines(machines: Cluster) -> str:
-    return f"On {machines.nodes} x {machines.gpus_per_node} {machines.device.name}:"
-
-
-def _memory(found: Forecast) -> str:
-    memory, has = found.plan.memory, show_bytes(round(found.cluster.node.memory))
-    needs = f"{show_bytes(round(found.memory))} of {has}"
-    if found.fits:
-        return f"  fits: {needs} on each"
-    parts = {
-        "weights": memory.weights + memory.gathered,
-        "gradients and their buffers": memory.gradients + memory.buffer,
-        "optimizer": memory.master + memory.moments,
-        "activations": memory.activations,
-    }
-    largest = max(parts, key=parts.__getitem__)
-    return f"  does not fit: {needs} on each, {show_bytes(parts[largest])} of it {largest}"
-
-
-def _time(found: Forecast) -> Iterator[str]:
-    made, join = found.plan, "or" if found.overlaps else "+"
-    yield (
-        f"  a step: {found.step_s:.3g} s (products {found.products_s:.3g} {join} collectives "
-        f"{found.collectives_s:.3g}, then the optimizer {found.optimizer_s:.3g})"
-    )
-    hours = found.gpu_hours / found.cluster.gpus
-    lasts = f"{hours / 24:,.1f} days" if hours > 48 else f"{hours:,.1f} hours"
-    yield (
-        f"  the run: {show_count(found.tokens_per_day)} tokens a day, {lasts}, "
-        f"{found.gpu_hours:,.0f} GPU-hours{_cost(found)}"
-    )
-    seconds = made.checkpoint_bytes / WRITES
-    yield f"  a checkpoint: {show_bytes(made.checkpoint_bytes)}, {seconds:,.1f} s to write"
-    yield _failures(found)
-
-
-def _failures(found: Forecast) -> str:
-    """How many to expect, and how often to save."""
-    saving, back, mtbf = found.saving, Return(), found.mtbf_s
-    most = max(1, round(longest_interval(saving, back, mtbf) / found.step_s))
-    now = found.plan.config.checkpoint.every
-    share = goodput(now * found.step_s, saving, back, mtbf)
-    return (
-        f"  failures: {7 * DAY / mtbf:.2g} a week; checkpoint.every: {now:,} leaves {share:.2%} of "
-        f"the time; up to {most:,} is as good"
-    )
-
-
-def _cost(found: Forecast) -> str:
-    price = found.cluster.price
-    if price is None:
-        return " (no listed price: give --price)"
-    return f", ${found.gpu_hours * price:,.0f} at ${price:.2f} an hour"
-
-
-def _assumptions(found: Forecast) -> Iterator[str]:
-    how = "the longer of both" if found.overlaps else "their sum"
-    yield (
-        f"  assumed: products at {PRODUCTS:.0%} of the peak, links at {LINKS:.0%}, {how}; files at "
-        f"{WRITES / 1e9:.0f} GB/s;"
-    )
-    if found.plan.memory.host:
-        yield "  not counted: what goes to the host's memory and back, and the optimizer there"
-    yield f"  {FRAGMENTS:.0%} of memory and {show_bytes(CONTEXT)} go to fragments and the context"
-
-
-def _settings(found: Forecast) -> str:
-    config = found.plan.config
-    policies = found.plan.model.checkpointing
-    shown = policies[0] if len(set(policies)) == 1 else ", ".join(policies)
-    return (
-        f"ZeRO stage {config.deepspeed.stage}, micro batches of {config.train.micro_batch_size}, "
-        f"checkpointing {shown}"
     )

@@ -20,11 +20,12 @@ from hourglass_dist.config.loader import Section as SettingsSection
 from hourglass_dist.config.model import INHERITED, LevelSection, ModelSection
 from hourglass_dist.config.schema import Config
 from hourglass_dist.core.files import replace
-from hourglass_dist.health.heartbeat import clock_time
+from hourglass_dist.core.text import show_duration
 from hourglass_dist.pages import html, plots
 from hourglass_dist.pages.html import Section
 from hourglass_dist.pages.plots import number
-from hourglass_dist.planning.plan import Plan, describe, plan
+from hourglass_dist.planning.plan import Plan, plan
+from hourglass_dist.planning.render import describe
 from hourglass_dist.report.curves import INSIDE, LEARNING, SPEED, Chart, curves, draw, positions
 from hourglass_dist.report.diagram import label, stacks
 from hourglass_dist.report.run import Run, read_run
@@ -39,7 +40,8 @@ def write_report(run: Path, out: Path) -> None:
 
 def page(run: Run) -> str:
     """Return the report."""
-    made = plan(run.config, int(run.starts[-1]["ranks"]) if run.starts else 1)
+    last: dict[str, Any] = run.starts[-1] if run.starts else {"ranks": 1, "device": "cpu"}
+    made = plan(run.config, int(last["ranks"]), "cpu" if last["device"] == "cpu" else "cuda")
     speed = curves(run, SPEED)
     speed += f"<h3>Where the time goes</h3>{html.preformatted(run.profile)}" * bool(run.profile)
     sections = [
@@ -91,7 +93,7 @@ def headline(run: Run, made: Plan) -> dict[str, str | None]:
     return {
         "steps": f"{step:,} of {config.train.steps:,}",
         "tokens": number(config.data.tokens(step)),
-        "parameters": number(made.cost.parameters),
+        "parameters": number(made.parameters.total),
         "tokens per second": shown("train/tokens_per_second"),
         "share of peak FLOP/s": shown("train/mfu", ".1%"),
         "goodput": shown("train/goodput", ".1%"),
@@ -171,7 +173,7 @@ def starts(run: Run) -> str:
                 begun.strftime("%Y-%m-%d %H:%M:%S"),
                 f"{entry['step']:,}",
                 f"{end['step']:,}" if end else "",
-                clock_time(end["time"] - entry["time"]) if end else "",
+                show_duration(end["time"] - entry["time"]) if end else "",
                 end["reason"] if end else ("killed" if after else "no end noted"),
                 f"{entry['ranks']} x {entry['device']} ({entry['host']})",
                 ", ".join(f"{name} {text}" for name, text in entry["versions"].items()),

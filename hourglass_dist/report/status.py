@@ -28,9 +28,9 @@ from rich.text import Text
 from hourglass_dist.config.schema import Config, load
 from hourglass_dist.core import exit_codes
 from hourglass_dist.core.records import KILLED, Start, read_history, read_jsonl, starts_of
+from hourglass_dist.core.text import show_duration
 from hourglass_dist.health.heartbeat import (
     Heartbeat,
-    clock_time,
     pause_between,
     process_space,
     process_state,
@@ -154,8 +154,8 @@ def find_state(
         return "running", beats[0].doing
     ages = [now - beat.time for beat in beats]
     if min(ages) > 2 * max(beat.limit for beat in beats):  # long enough to have been ended
-        return "crashed", f"no rank has given a sign of life for {clock_time(min(ages))}"
-    return "hanging", f"silent for longer than {clock_time(late[0].limit)}: {_names(late)}"
+        return "crashed", f"no rank has given a sign of life for {show_duration(min(ages))}"
+    return "hanging", f"silent for longer than {show_duration(late[0].limit)}: {_names(late)}"
 
 
 def silent_ranks(beats: Sequence[Heartbeat], now: float) -> list[str]:
@@ -169,7 +169,7 @@ def silent_ranks(beats: Sequence[Heartbeat], now: float) -> list[str]:
         elif state[0] in ("T", "t"):
             lines.append(f"{beat.where}: stopped by a signal")
         elif newest - beat.time > 3 * pause_between(beat.ranks) + 2 * (beat.seconds or 0):
-            lines.append(f"{beat.where}: last sign {clock_time(now - beat.time)} ago")
+            lines.append(f"{beat.where}: last sign {show_duration(now - beat.time)} ago")
     return lines
 
 
@@ -254,7 +254,7 @@ def _rows(status: Status) -> list[tuple[str, str]]:
         sign = status.last_sign_seconds
         some = f" and {len(status.hosts) - 3} more" if len(status.hosts) > 3 else ""
         hosts = f" on {', '.join(status.hosts[:3])}{some}" if status.hosts else ""
-        ago = f"; last sign of life {clock_time(sign)} ago" if sign is not None else ""
+        ago = f"; last sign of life {show_duration(sign)} ago" if sign is not None else ""
         rows.append(("ranks", f"{status.ranks}{hosts}{ago}"))
     rows += [("silent", line) for line in status.silent[:8]]
     if len(status.silent) > 8:
@@ -266,7 +266,9 @@ def _rows(status: Status) -> list[tuple[str, str]]:
     if status.straggler is not None:
         rows.append(("slow", status.straggler))
     age = status.checkpoint_age_seconds
-    saved = f"step {status.checkpoint_step:,}, {clock_time(age)} ago" if age is not None else "none"
+    saved = "none"
+    if age is not None:
+        saved = f"step {status.checkpoint_step:,}, {show_duration(age)} ago"
     rows.append(("checkpoint", saved))
     before = f"; the last one that ended: {status.last_ending}" if status.last_ending else ""
     rows.append(("starts", f"{status.starts}{before}"))
@@ -276,6 +278,6 @@ def _rows(status: Status) -> list[tuple[str, str]]:
 
 
 def _progress(status: Status) -> str:
-    left = f", {clock_time(status.seconds_left)} left" if status.seconds_left is not None else ""
+    left = f", {show_duration(status.seconds_left)} left" if status.seconds_left is not None else ""
     share = status.step / status.steps
     return f"{status.step:,} of {status.steps:,} ({share:.0%}){left}"

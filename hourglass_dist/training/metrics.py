@@ -29,14 +29,13 @@ from hourglass_dist.config.loader import to_yaml
 from hourglass_dist.config.schema import Config
 from hourglass_dist.core import ranks
 from hourglass_dist.core.records import append_jsonl, forget_after
+from hourglass_dist.core.text import show_duration
 from hourglass_dist.data.batch import Batch
 from hourglass_dist.engine.engine import Engine, StepResult
-from hourglass_dist.health.heartbeat import clock_time
 from hourglass_dist.health.history import History
 from hourglass_dist.health.stragglers import Stragglers, spread
 from hourglass_dist.inference.score import Evaluation, count_bytes
 from hourglass_dist.model.layout import missed_buckets
-from hourglass_dist.planning.plan import plan, render
 from hourglass_dist.report.diagram import as_text
 from hourglass_dist.training.level_stats import LevelStats
 from hourglass_dist.training.samples import Sample
@@ -56,12 +55,14 @@ class Metrics:
         byte_lengths_V: np.ndarray,
         engine: Engine,
         world: ranks.World,
+        throughput: Throughput,
+        plan: str,
     ) -> None:
-        """Continue after the steps that ``history`` says are done."""
+        """Continue after the steps that ``history`` says are done. ``plan`` is a text to show."""
         self._config, self._world, self._history = config, world, history
         self._byte_lengths_V = byte_lengths_V
         self._level_stats = LevelStats(engine)
-        self._throughput = Throughput(config, world)
+        self._throughput = throughput
         self._folder = Path(config.run.dir)
         self._jsonl = self._folder / "metrics.jsonl"
         self._positions = self._folder / "positions.jsonl"
@@ -71,7 +72,7 @@ class Metrics:
         self._stragglers = Stragglers(ranks.gather_texts(platform.node(), world.device))
         self.go_back(history.step)
         if world.is_main:
-            self._write_settings(history.step)
+            self._write_settings(history.step, plan)
 
     def go_back(self, step: int) -> None:
         """Continue after ``step`` and forget what was recorded past it."""
@@ -89,11 +90,11 @@ class Metrics:
         steps, tokens = self._config.train.steps, self._config.data.tokens
         self._clock = Clock(steps, tokens, step, useful)
 
-    def _write_settings(self, step: int) -> None:
+    def _write_settings(self, step: int, plan: str) -> None:
         """The first page of TensorBoard."""
         texts = {
             "model": as_text(self._config.model),
-            "plan": render(plan(self._config, self._world.size)),
+            "plan": plan,
             "config": to_yaml(self._config),
         }
         for writer in self._writers:
@@ -171,7 +172,7 @@ class Metrics:
             f"bits/byte {values['train/bits_per_byte']:.4f}  lr {values['train/lr']:.1e}  "
             f"grad {values['train/grad_norm']:.2f}  "
             f"{values['train/tokens_per_second']:,.0f} tokens/s  {mfu}"
-            f"{clock_time(self._clock.seconds_left)} left"
+            f"{show_duration(self._clock.seconds_left)} left"
         )
 
     @contextmanager

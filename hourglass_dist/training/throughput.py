@@ -3,34 +3,24 @@
 from __future__ import annotations
 
 import resource
-from functools import lru_cache
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
-
-from hourglass_dist.config.schema import Config
-from hourglass_dist.core import ranks
-from hourglass_dist.health.history import device_name
-from hourglass_dist.planning.cost import ModelCost, model_cost
-from hourglass_dist.planning.devices import peak_flops
-from hourglass_dist.planning.plan import settle_checkpointing
 
 
 class Throughput:
     """Operations of a run's tokens, and what its ranks could do at most."""
 
-    def __init__(self, config: Config, world: ranks.World) -> None:
-        self._ranks = world.size
-        # the table has peaks of bf16 only
-        known = peak_flops(device_name(world.device)) if config.train.precision == "bf16" else None
-        self._peak = known
-        model = settle_checkpointing(config)
-
-        @lru_cache
-        def cost(length: int) -> ModelCost:
-            return model_cost(model, length)
-
-        self._cost = cost
+    def __init__(
+        self,
+        ranks: int,
+        flops_per_token: Callable[[int], tuple[float, float]],
+        peak: float | None,
+    ) -> None:
+        """``flops_per_token(length)`` is what a token costs in rows of that length, forward and
+        backward, without and with recomputation; ``peak`` is what a rank could do in a second."""
+        self._ranks, self._flops_per_token, self._peak = ranks, flops_per_token, peak
 
     def metrics(self, tokens: float, bytes_per_token: float, length: int) -> dict[str, float]:
         """Metrics of ``tokens`` per second over all ranks, in rows of ``length`` tokens.
@@ -38,16 +28,16 @@ class Throughput:
         MFU is the share of the peak that the model's operations take (PaLM, arXiv 2204.02311), HFU
         that of all operations, those of recomputation too.
         """
-        cost = self._cost(length)
+        training, hardware = self._flops_per_token(length)
         rate = tokens / self._ranks
         values = {
             "train/tokens_per_second": tokens,
             "train/bytes_per_second": tokens * bytes_per_token,
-            "train/tflops_per_second_per_rank": rate * cost.training_flops_per_token / 1e12,
+            "train/tflops_per_second_per_rank": rate * training / 1e12,
         }
         if self._peak:
-            values["train/mfu"] = rate * cost.training_flops_per_token / self._peak
-            values["train/hfu"] = rate * cost.hardware_flops_per_token / self._peak
+            values["train/mfu"] = rate * training / self._peak
+            values["train/hfu"] = rate * hardware / self._peak
         return values
 
 

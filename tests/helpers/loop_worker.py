@@ -27,6 +27,7 @@ from hourglass_dist.core.files import replace
 from hourglass_dist.core.stop import StopRequests
 from hourglass_dist.engine.engine import Engine
 from hourglass_dist.engine.optim import make_optimizer
+from hourglass_dist.planning.plan import settle_checkpointing
 
 NEVER = 10**9
 
@@ -78,7 +79,7 @@ def main() -> None:
     world = ranks.init()
     changes = [f"run.dir={Path(out).parent / 'run'}", f"train.steps={steps}"]
     changes += [f"eval.every={NEVER}", f"checkpoint.every={NEVER}"]
-    config = load(file, [*overrides, *changes])
+    config = settle_checkpointing(load(file, [*overrides, *changes]), world.device.type)
     micro_batches = bare_batch(config, world)
     bare = Engine(train.make_model(config, world), config, world)._engine
     others: dict[str, Callable[[], object]] = {"bare engine": engine_loop(bare, micro_batches)}

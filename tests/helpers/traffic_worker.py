@@ -22,9 +22,10 @@ from hourglass_dist.config.schema import Config, load
 from hourglass_dist.core import ranks
 from hourglass_dist.core.files import replace
 from hourglass_dist.engine import engine
-from hourglass_dist.engine.deepspeed_config import deepspeed_settings
+from hourglass_dist.engine.deepspeed_config import REDUCE_BUCKET, deepspeed_settings
 from hourglass_dist.model.hourglass import HourglassLM
-from hourglass_dist.planning import forecast, plan
+from hourglass_dist.planning import forecast
+from hourglass_dist.planning import zero as formulas
 
 NARROWER, LENGTH = 64, 256
 SMALLER = NARROWER**2
@@ -50,11 +51,12 @@ def twin(file: str, overrides: Sequence[str], ranks: int, stage: int, passes: in
         if level.window is not None:
             changes.append(f"model.levels.{index}.window={min(level.window, LENGTH // 16)}")
     block = "deepspeed.zero_optimization"
+    live = zero.stage3_max_live_parameters or formulas.MAX_LIVE_PARAMETERS
     sizes = {
-        "reduce_bucket_size": zero.reduce_bucket_size or plan.REDUCE_BUCKET,
+        "reduce_bucket_size": zero.reduce_bucket_size or REDUCE_BUCKET,
         "allgather_bucket_size": zero.allgather_bucket_size or forecast.GATHER_BUCKET,
         "stage3_prefetch_bucket_size": zero.stage3_prefetch_bucket_size or forecast.PREFETCH_BUCKET,
-        "stage3_max_live_parameters": zero.stage3_max_live_parameters or plan.MAX_LIVE_PARAMETERS,
+        "stage3_max_live_parameters": live,
     }
     changes += [f"{block}.{name}={size // SMALLER}" for name, size in sizes.items()]
     changes += [f"{block}.stage={stage}"]
@@ -72,12 +74,12 @@ def _narrow(width: int) -> int:
 
 def shrink_the_rest() -> None:
     """What no setting of ours says."""
-    plan.REUSE_DISTANCE //= SMALLER
-    plan.FLAT_COPY //= SMALLER
-    distance = plan.REUSE_DISTANCE
+    formulas.REUSE_DISTANCE //= SMALLER
+    formulas.FLAT_COPY //= SMALLER
+    distance = formulas.REUSE_DISTANCE
 
-    def settings(config: Config, world_size: int) -> dict[str, Any]:
-        made = deepspeed_settings(config, world_size)
+    def settings(config: Config, world_size: int, trained: int) -> dict[str, Any]:
+        made = deepspeed_settings(config, world_size, trained)
         if config.deepspeed.stage == 3:
             made["zero_optimization"]["stage3_max_reuse_distance"] = distance
         return made
@@ -106,9 +108,9 @@ def count(config: Config, world: ranks.World) -> dict[str, Any]:
         "ranks": world.size,
         "stage": config.deepspeed.stage,
         "passes": passes,
-        "parameters": planned.plan.cost.parameters,
+        "parameters": planned.plan.parameters.total,
         "sent": collectives.sent,
-        "planned": planned.plan.traffic,
+        "planned": planned.plan.traffic.total,
         "calls": collectives.calls,
         "calls_planned": sum(c.number for c in [*planned.calls, *planned.calls_after]),
     }

@@ -177,11 +177,11 @@ def measure(case: dict[str, Any], world: ranks.World) -> dict[str, Any]:
     kept = planned[micro_batches].memory
     return case | {
         "ranks": world.size,
-        "parameters": planned[micro_batches].cost.parameters,
+        "parameters": planned[micro_batches].parameters.total,
         "measured": dict(zip(found, map(max, zip(*everyone, strict=True)), strict=True)),
         "planned": {kind: getattr(kept, kind) for kind in KINDS}
         | {"moment": kept.buffer + kept.gathered}
-        | {f"sent {n}": made.traffic for n, made in planned.items()},
+        | {f"sent {n}": made.traffic.total for n, made in planned.items()},
     }
 
 

@@ -32,8 +32,8 @@ def bench_loop(
     open_mixture(load(config, overrides).data)
     rows = []
     for count in ranks:
-        flops = plan(load(config, overrides), count)
-        operations = flops.tokens_per_step * flops.cost.hardware_flops_per_token
+        made = plan(load(config, overrides), count, "cpu")
+        operations = made.tokens_per_step * made.flops.hardware_per_token
         found = on_ranks(count, "loop_worker.py", steps + WARM_UP + 1, config, *overrides)
         seconds = {name: taken[WARM_UP:] for name, taken in found["seconds"].items()}
         for name, taken in seconds.items():

@@ -25,6 +25,7 @@ from ranks import numbers, on_ranks
 
 from hourglass_dist.bench.shared import show
 from hourglass_dist.config.schema import Config, load
+from hourglass_dist.core.text import show_bytes
 from hourglass_dist.model.hourglass import HourglassLM
 from hourglass_dist.model.settings import ModelConfig
 from hourglass_dist.planning.failures import (
@@ -40,7 +41,6 @@ from hourglass_dist.planning.failures import (
     young,
 )
 from hourglass_dist.planning.forecast import WRITES, Forecast, cluster, forecast
-from hourglass_dist.planning.plan import show_bytes
 
 GPUS_PER_NODE = 8
 OPENS = 50_000.0
@@ -163,7 +163,7 @@ def _steps(sizes: Sequence[Size]) -> Report:
     for size in sizes:
         for stage, made in size.stages.items():
             speed = made.tokens_per_day / size.gpus
-            ideal = made.plan.traffic / made.cluster.bandwidth
+            ideal = made.plan.traffic.total / made.cluster.bandwidth
             wires = made.collectives_s + made.optimizer_s
             rows.append(
                 {
@@ -171,7 +171,7 @@ def _steps(sizes: Sequence[Size]) -> Report:
                     "stage": stage,
                     "rows": size.rows,
                     "each": size.rows // size.gpus,
-                    "sent": made.plan.traffic / 1e9,
+                    "sent": made.plan.traffic.total / 1e9,
                     "calls": sum(c.number for c in [*made.calls, *made.calls_after]),
                     "products": made.products_s,
                     "ideal": ideal,
@@ -185,7 +185,7 @@ def _steps(sizes: Sequence[Size]) -> Report:
     columns |= {"bytes s": "{ideal:.2f}", "+ latency s": "{wires:.2f}", "step s": "{step:.2f}"}
     columns |= {"of a GPU": "{speed:.0%}"}
     made = sizes[0].chosen
-    title = f"A step of {made.plan.cost.parameters:,} parameters on {made.cluster.device.name}"
+    title = f"A step of {made.plan.parameters.total:,} parameters on {made.cluster.device.name}"
     return title, rows, columns
 
 
@@ -205,7 +205,7 @@ def index_of(model: ModelConfig) -> tuple[int, int]:
 def restart(made: Forecast) -> Restart:
     """Reading the newest checkpoint of a run with the same number of ranks."""
     gpus, nodes = made.cluster.gpus, made.cluster.nodes
-    pieces, length = index_of(made.plan.model)
+    pieces, length = index_of(made.plan.config.model)
     opens, headers = gpus * gpus, nodes * gpus * length
     reads = 2 * made.plan.checkpoint_bytes + headers
     looking = gpus * pieces * PIECE_S

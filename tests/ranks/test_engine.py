@@ -10,13 +10,13 @@ import pytest
 import torch
 from engine_cases import run_cases, whole_state
 from ranks import run_worker
-from toy import LENGTH, make_config, plain_pytorch
+from toy import make_config, plain_pytorch
 
 from hourglass_dist.config.loader import ConfigError, parse
 from hourglass_dist.config.schema import Config
 from hourglass_dist.engine.deepspeed_config import deepspeed_settings
 from hourglass_dist.model.hourglass import HourglassLM
-from hourglass_dist.planning.cost import model_cost
+from hourglass_dist.planning.parameters import parameters_of
 
 
 def test_stages_agree_with_plain_pytorch_and_read_one_another(tmp_path: Path) -> None:
@@ -50,7 +50,7 @@ def test_every_stage_agrees_with_plain_pytorch(tmp_path: Path) -> None:
         print(f"{stage:5}  {worst:.1e}")
         assert worst < 1e-5
     assert all(norm > 0 for result in results for norm in result["norms"])
-    trained = model_cost(make_config(2).model, LENGTH).trained_parameters
+    trained = parameters_of(make_config(2).model).trained
     assert results[3]["buffer"] == trained  # not DeepSpeed's 500 M elements
 
 
@@ -183,7 +183,7 @@ def test_groups_that_cannot_be_are_refused(zero: dict[str, Any], ranks: int, mes
     plain = make_config(0).model_dump()
     plain["deepspeed"]["zero_optimization"] = zero | {"zero_hpz_partition_size": 3}
     with pytest.raises(ConfigError, match=f"zero_hpz_partition_size: {message}"):
-        deepspeed_settings(parse(Config, plain, source="test"), ranks)
+        deepspeed_settings(parse(Config, plain, source="test"), ranks, 1)
 
 
 def test_world_size_that_does_not_divide_the_batch_is_refused() -> None:

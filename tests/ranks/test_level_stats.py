@@ -19,7 +19,7 @@ from zoo import make_model as make_kind
 from hourglass_dist.engine import optim
 from hourglass_dist.model.head import Output
 from hourglass_dist.model.hourglass import Hourglass
-from hourglass_dist.planning.cost import model_cost
+from hourglass_dist.planning.parameters import parameters_of
 from hourglass_dist.training.level_stats import part_of
 
 
@@ -96,10 +96,9 @@ def test_every_parameter_has_the_part_that_its_cost_is_in(kind: str) -> None:
     found: dict[str, int] = defaultdict(int)
     for name, parameter in model.named_parameters():
         found[part_of(name)] += parameter.numel()
-    cost = model_cost(model.config, 24)
-    assert dict(found) == {
-        part.name.replace(" ", "_"): part.parameters for part in cost.parts if part.parameters
-    }
+    parameters = parameters_of(model.config)
+    levels = {f"level_{n}": parameters.of_level(n) for n in range(len(model.config.levels))}
+    assert dict(found) == levels | {"ends": parameters.of_level(None)}
 
 
 @pytest.mark.slow

@@ -43,7 +43,7 @@ def test_what_cannot_be_had_is_one_line(tmp_path: Path) -> None:
 
 def test_two_runs_do_not_share_files() -> None:
     config = make_config(3, zero_more={"offload_optimizer": "nvme", "offload_folder": "/ssd"})
-    zero = deepspeed_settings(config, 1)["zero_optimization"]
+    zero = deepspeed_settings(config, 1, 1000)["zero_optimization"]
     assert zero["offload_optimizer"]["device"] == "nvme"
     assert zero["offload_optimizer"]["nvme_path"] == "/ssd" + os.path.abspath("unused")
     assert "offload_folder" not in zero

@@ -29,11 +29,11 @@ LAYERS = [
 ]
 """A room imports rooms of its own layer and of those before it; a new room is given its place."""
 
-EXCEPTIONS = {("engine", "planning")}
+EXCEPTIONS: set[tuple[str, str]] = set()
 """(room, a room it imports against the rules): to be removed."""
 
 LONGEST_FUNCTION, LONGEST_FILE, FULLEST_FOLDER = 60, 450, 15
-LINES_TO_TRUST_A_RUN, LINES = 9_350, 25_200
+LINES_TO_TRUST_A_RUN, LINES = 9_400, 25_200
 
 HOUSE = Graph(ROOT)
 ROOMS = HOUSE.rooms()

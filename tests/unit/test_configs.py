@@ -9,10 +9,9 @@ import torch
 from paths import CONFIGS
 
 from hourglass_dist.config.loader import to_yaml
-from hourglass_dist.config.schema import Config, load
+from hourglass_dist.config.schema import load
 from hourglass_dist.model.hourglass import HourglassLM
-from hourglass_dist.model.settings import ModelConfig
-from hourglass_dist.planning.cost import choose_checkpointing
+from hourglass_dist.planning.plan import settle_checkpointing
 
 FILES = sorted(CONFIGS.glob("*.yaml"))
 
@@ -44,16 +43,6 @@ def test_it_says_the_same_after_a_round_trip(file: Path, tmp_path: Path) -> None
     assert load(copy) == config
 
 
-def without_auto(config: Config) -> ModelConfig:
-    return choose_checkpointing(
-        config.model,
-        config.data.seq_len,
-        rows=config.train.micro_batch_size,
-        bytes_per_number=2,
-        budget=int((config.train.activation_memory or 0) * 2**30),
-    )
-
-
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
 def test_it_keeps_the_promises_of_its_header(file: Path) -> None:
     config = load(file)
@@ -62,7 +51,7 @@ def test_it_keeps_the_promises_of_its_header(file: Path) -> None:
         assert config.accumulation_steps(world_size) >= 1
     assert config.model.hierarchy == hierarchy
     with torch.device("meta"):
-        model = HourglassLM(without_auto(config))
+        model = HourglassLM(settle_checkpointing(config, "cuda").model)
     millions = sum(parameter.numel() for parameter in model.parameters()) / 1e6
     assert least <= millions <= most
     assert model(torch.zeros(1, config.data.seq_len, dtype=torch.int64, device="meta")).shape == (

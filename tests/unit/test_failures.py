@@ -27,7 +27,8 @@ from hourglass_dist.planning.failures import (
     simulate,
     young,
 )
-from hourglass_dist.planning.forecast import cluster, forecast, render
+from hourglass_dist.planning.forecast import cluster, forecast
+from hourglass_dist.planning.render import render_forecast
 from tests.measure.scale import index_of, reports, restart, size_of
 
 LARGE = ROOT / "configs" / "large_zero3.yaml"
@@ -160,7 +161,7 @@ def test_more_ranks_than_rows_take_a_larger_batch_and_longer_to_start() -> None:
 
 def test_the_plan_says_how_often_to_save() -> None:
     found = forecast(load(LARGE), cluster("h100", 8, 8))
-    text = render(found, None, None)
+    text = render_forecast(found, None, None)
     assert "  failures: 0.21 a week; checkpoint.every: 500 leaves 99.95% of the time; " in text
 
 

@@ -11,7 +11,8 @@ from slow_cases import every
 
 from hourglass_dist.config.schema import Config, load
 from hourglass_dist.planning.devices import DEVICES, planned_device
-from hourglass_dist.planning.forecast import EXACT, candidates, cluster, forecast, render, suggest
+from hourglass_dist.planning.forecast import EXACT, candidates, cluster, forecast, suggest
+from hourglass_dist.planning.render import render_forecast
 
 KNOWN = sorted(key.lower() for key, device in DEVICES.items() if device.node)
 
@@ -54,13 +55,13 @@ def test_what_does_not_fit_is_refused_with_the_reason() -> None:
     found = forecast(stage0, machines)
     assert found.plan.memory.total > machines.node.memory
     assert not found.fits
-    assert "does not fit: " in render(found, *suggest(stage0, machines))
+    assert "does not fit: " in render_forecast(found, *suggest(stage0, machines))
     lone = cluster("h100", 1, 1)
     best, least = suggest(large(), lone)
     assert best is None
     assert least is not None
     assert not least.fits
-    text = render(forecast(large(), lone), best, least)
+    text = render_forecast(forecast(large(), lone), best, least)
     assert "Nothing fits: " in text
     assert max(map(len, text.splitlines())) <= 110
 

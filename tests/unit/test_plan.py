@@ -11,9 +11,10 @@ from paths import CONFIGS
 
 from hourglass_dist.config.loader import ConfigError
 from hourglass_dist.config.schema import Config, load
-from hourglass_dist.planning.cost import model_cost
+from hourglass_dist.core.text import show_bytes, show_count, show_duration
 from hourglass_dist.planning.forecast import cluster, forecast
-from hourglass_dist.planning.plan import plan, render, show_bytes, show_count
+from hourglass_dist.planning.plan import plan
+from hourglass_dist.planning.render import render_plan
 
 LARGE = CONFIGS / "large_zero3.yaml"
 HPZ = "deepspeed.zero_optimization.zero_hpz_partition_size"
@@ -50,11 +51,11 @@ MEASURED = {
 @pytest.mark.parametrize(("stage", "precision"), MEASURED)
 def test_memory_on_two_ranks_is_what_was_measured(stage: int, precision: str) -> None:
     made = plan(quickstart(stage, precision), 2)
-    trained = made.cost.trained_parameters
+    trained = made.parameters.trained
     memory = made.memory
     parts = (memory.gradients, memory.master, memory.moments)
     assert tuple(part / trained for part in parts) == pytest.approx(MEASURED[stage, precision][1:])
-    assert memory.weights / made.cost.parameters == pytest.approx(MEASURED[stage, precision][0])
+    assert memory.weights / made.parameters.total == pytest.approx(MEASURED[stage, precision][0])
     width = 2 if precision == "bf16" else 4
     bucket = 1000 * width
     copies = {
@@ -65,7 +66,7 @@ def test_memory_on_two_ranks_is_what_was_measured(stage: int, precision: str) ->
         (2, "fp32"): 2 * bucket + 4 * trained / 2,
     }
     assert memory.buffer == copies.get((stage, precision), 2 * bucket)
-    assert memory.gathered == (width * made.cost.parameters if stage == 3 else 0)
+    assert memory.gathered == (width * made.parameters.total if stage == 3 else 0)
     rest = memory.gathered + memory.buffer + memory.activations
     assert memory.total == memory.weights + sum(parts) + rest
 
@@ -81,15 +82,15 @@ def test_memory_on_two_ranks_is_what_was_measured(stage: int, precision: str) ->
 def test_traffic_on_two_ranks(stage: int, precision: str, sent: float) -> None:
     made = plan(quickstart(stage, precision), 2)
     assert made.micro_batches == 4
-    assert made.traffic / made.cost.trained_parameters == pytest.approx(sent)
+    assert made.traffic.total / made.parameters.trained == pytest.approx(sent)
 
 
 def test_weights_that_do_not_stay_are_gathered_twice() -> None:
     one_pass = load(LARGE, ["data.batch_size=64", f"{HPZ}=null"])
     made = plan(one_pass, 64)
-    trained, stays = made.cost.trained_parameters, 10**9  # stage3_max_live_parameters
+    trained, stays = made.parameters.trained, 10**9  # stage3_max_live_parameters
     assert made.memory.gathered == 2 * stays
-    assert made.traffic == 2 * (3 * trained - stays) * 63 // 64
+    assert made.traffic.total == 2 * (3 * trained - stays) * 63 // 64
     few = "deepspeed.zero_optimization.stage3_max_live_parameters=1000"
     made = plan(load(LARGE, ["data.batch_size=64", f"{HPZ}=null", few]), 64)
     assert made.memory.gathered == 2 * 500_000_000  # nearer than DeepSpeed's reuse distance
@@ -98,9 +99,9 @@ def test_weights_that_do_not_stay_are_gathered_twice() -> None:
 def test_a_second_copy_takes_memory_and_stays_inside_a_node() -> None:
     groups, alone = (load(LARGE, [f"{HPZ}={size}"]) for size in ("8", "null"))
     one, other = plan(groups, 64), plan(alone, 64)
-    assert one.memory.gathered - other.memory.gathered == 2 * -(-one.cost.parameters // 8)
-    beyond = one.traffic - one.gathered_inside
-    trained = one.cost.trained_parameters
+    assert one.memory.gathered - other.memory.gathered == 2 * -(-one.parameters.total // 8)
+    beyond = one.traffic.total - one.traffic.inside
+    trained = one.parameters.trained
     assert beyond == 2 * (1 + one.micro_batches) * trained * 63 // 64
     assert plan(groups, 8).traffic == plan(alone, 8).traffic, "all ranks are in one group"
     slow = cluster("h100", 8, 8)
@@ -111,29 +112,44 @@ def test_state_in_files_is_in_no_memory() -> None:
     zero = "deepspeed.zero_optimization"
     more = [f"{zero}.offload_optimizer=nvme", f"{zero}.offload_folder=/ssd"]
     alone, files = plan(quickstart(3), 2), plan(quickstart(3, "fp32", *more), 2)
-    stepped = 16 * -(-alone.cost.trained_parameters // 2)  # all of a rank at a time
+    stepped = 16 * -(-alone.parameters.trained // 2)  # all of a rank at a time
     assert files.memory.files == alone.memory.master + alone.memory.moments
     assert files.memory.host == alone.memory.gradients + stepped
     gone = alone.memory.gradients + files.memory.files
     assert files.memory.total == alone.memory.total - gone
     fewer = plan(quickstart(3, "fp32", *more, f"{zero}.sub_group_size=1000"), 2)
     assert fewer.memory.host == alone.memory.gradients + 16 * 1000
-    assert " in files " in render(files)
+    assert " in files " in render_plan(files)
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_one_rank_sends_nothing(stage: int) -> None:
-    assert plan(quickstart(stage), 1).traffic == 0
+    assert plan(quickstart(stage), 1).traffic.total == 0
 
 
 def test_activations_and_operations_are_those_of_a_micro_batch() -> None:
     config = quickstart(1, "bf16")
-    made = plan(config, 2)
-    length = config.data.seq_len
-    assert made.cost == model_cost(config.model, length, rows=4, bytes_per_number=2)
-    assert made.memory.activations == made.cost.activation_bytes
-    assert made.tokens == config.train.steps * 32 * length
-    assert made.training_flops == made.tokens * 3 * made.cost.flops_per_token
+    made, without = plan(config, 2, "cpu"), plan(config, 2)
+    assert made.activations is not None
+    assert made.memory.total - without.memory.total == made.activations.total > 0
+    train = config.train.model_copy(update={"micro_batch_size": 8})
+    twice = plan(config.model_copy(update={"train": train}), 2, "cpu")
+    assert twice.memory.activations == pytest.approx(2 * made.memory.activations, rel=0.1)
+    assert made.tokens == config.train.steps * 32 * config.data.seq_len
+    assert made.training_flops == made.tokens * 3 * made.flops.forward_per_token
+
+
+def test_a_plan_without_a_count_says_so() -> None:
+    text = render_plan(plan(quickstart(1), 2))
+    assert " in all, without activations " in text
+    assert " activations " not in text.replace("without activations", "")
+
+
+def test_offloaded_activations_are_in_the_hosts_memory() -> None:
+    policies = [f"model.levels.{n}.activation_checkpointing=offload" for n in range(2)]
+    plain, moved = (plan(quickstart(1, "fp32", *more), 2, "cuda") for more in ([], policies))
+    assert plain.memory.host == 0 < moved.memory.host
+    assert moved.memory.total < plain.memory.total
 
 
 def test_a_world_that_does_not_divide_the_batch_is_refused() -> None:
@@ -144,7 +160,7 @@ def test_a_world_that_does_not_divide_the_batch_is_refused() -> None:
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_config_has_a_plan_with_all_levels(path: Path) -> None:
     config = load(path)
-    text = render(plan(config, 1))
+    text = render_plan(plan(config, 1, "cpu"))
     assert config.model.hierarchy in text
     for level in range(len(config.model.levels)):
         assert f" level {level} " in text
@@ -159,6 +175,10 @@ def test_sizes_are_shown_in_their_unit() -> None:
     ]  # fmt: skip
     counts = (7.0, 999, 1000, 1.05e12, 1.25e22, 3e25)
     assert [show_count(n) for n in counts] == ["7", "999", "1 k", "1.05 T", "12.5 Z", "3e+04 Z"]
+    seconds = (0, 59.6, 3599, 3600, 47 * 3600 + 61, 2.5 * 86400)
+    assert [show_duration(n) for n in seconds] == [
+        "0:00", "1:00", "59:59", "1:00:00", "47:01:01", "2.5 days",
+    ]  # fmt: skip
 
 
 def test_a_plan_needs_neither_deepspeed_nor_a_model_in_memory() -> None:
