@@ -317,5 +317,5 @@ class _Dropout(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if self._fused and func is F.dropout:
-            return torch.native_dropout(args[0], args[1], True)[0]
+            return torch.native_dropout(args[0], kwargs["p"], True)[0]
         return func(*args, **(kwargs or {}))

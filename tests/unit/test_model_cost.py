@@ -248,6 +248,17 @@ def test_a_gpu_keeps_nothing_for_each_pair(kind: str, packed: bool) -> None:
     assert long / short == pytest.approx(2, rel=0.05)
 
 
+def test_a_gpu_keeps_a_byte_for_each_number_that_dropout_sees() -> None:
+    plain = make_config("paper", "by 3", width=64, residual_dropout=False)
+    dropping = make_config("paper", "by 3", width=64, residual_dropout=True, dropout=0.2)
+    tokens_BL = random_text(2, 48)
+    without, here, gone = (
+        kept(counted(config, tokens_BL, device=device))
+        for config, device in ((plain, "cuda"), (dropping, "cpu"), (dropping, "cuda"))
+    )
+    assert without < gone < here
+
+
 def test_offloaded_activations_leave_a_gpu_only() -> None:
     config = with_policies(make_config("modern", "by 2"), ("offload",))
     tokens_BL = random_text(2, 48)
