@@ -1,7 +1,7 @@
-"""An export in Python: ``hourglass_dist.load(path)`` gives a ``Model``.
+"""Python interface to exports: ``hourglass_dist.load(path)`` returns a ``Model``.
 
-In training every document stands behind an end-of-text id, so one is put in front of every text
-here, too.
+In training an end-of-text id precedes every document, so one is put in front of every text here,
+too.
 
 Legend: B = 1 row, L tokens of a text and the end-of-text id before them, V vocabulary.
 """
@@ -27,14 +27,14 @@ class Model:
 
     def __init__(self, module: HourglassLM, tokenizer: Tokenizer, about: dict[str, Any]) -> None:
         self.module = module
-        """The weights, a ``torch.nn.Module`` in evaluation mode."""
+        """Model as a ``torch.nn.Module`` in evaluation mode."""
         self.tokenizer = tokenizer
         self.about = about
-        """config.json of the export: the model's settings and the run that it is from."""
+        """Contents of the export's config.json: settings of the model, origin of the weights."""
 
     @torch.no_grad()
     def logits(self, text: str) -> Tensor:
-        """Return fp32 (L, V): row t predicts the token that follows the first t of ``text``."""
+        """Return fp32 logits (L, V): row t predicts the token after the first t of ``text``."""
         logits_BLV: Tensor = self.module(self._row(self._ids(text)))
         return logits_BLV[0, :, : self.tokenizer.vocab_size].float()
 
@@ -47,9 +47,9 @@ class Model:
         top_p: float = 1.0,
         seed: int = 0,
     ) -> list[str]:
-        """Return the text that continues each prompt, as ``hourglass generate`` writes it.
+        """Return the continuation of each prompt, as ``hourglass generate`` writes it.
 
-        Prompt number i draws with ``seed + i``. Raises ValueError for settings out of range.
+        Prompt number i is sampled with ``seed + i``. Raises ValueError for settings out of range.
         """
         return [
             "".join(
@@ -69,7 +69,7 @@ class Model:
 
     @torch.no_grad()
     def score(self, texts: Sequence[str]) -> list[Score]:
-        """Return nats, tokens and bytes of each text, and so its bits per byte.
+        """Return the score of each text: nats, tokens, bytes and bits per byte.
 
         Texts longer than a training row are scored row by row, as ``hourglass evaluate`` does. The
         end-of-text id is not scored.
@@ -94,7 +94,7 @@ class Model:
 
 
 def load(path: str | Path, device: str = "cpu") -> Model:
-    """Read an export, a folder made by ``hourglass export``, in fp32 onto a device.
+    """Load an export, a folder made by ``hourglass export``, in fp32 onto a device.
 
     Raises ValueError when a file is missing, damaged or of another model or tokenizer.
     """

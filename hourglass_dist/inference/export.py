@@ -1,13 +1,13 @@
-"""A training checkpoint becomes a folder that stands alone, and back into a model.
+"""Exports: a training checkpoint written as a self-contained folder, and read back as a model.
 
     exports/NAME/
         model.safetensors    fp32 weights under the model's own names
-        config.json          the model's settings, the tokenizer's fingerprint, the run it is from
+        config.json          the model's settings, the tokenizer's fingerprint, facts of the run
         tokenizer.json ...   the tokenizer
 
-The reader of the checkpoint needs neither deepspeed nor the ranks that wrote it. ``lucidrains`` is
-the format for hourglass-transformer-pytorch 0.0.6: its parameter names, and its keyword arguments
-in config.json.
+Reading the checkpoint needs neither deepspeed nor the same number of ranks. ``lucidrains`` is the
+format for hourglass-transformer-pytorch 0.0.6: its parameter names, and its keyword arguments in
+config.json.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ Format = Literal["hourglass", "lucidrains"]
 
 
 def export(run: Path, out: Path, format: Format = "hourglass", step: int | None = None) -> int:
-    """Write the newest checkpoint of ``run`` (or that of ``step``) to the new folder ``out``;
-    returns the step.
+    """Write the newest checkpoint of ``run`` (or that of ``step``) to the new folder ``out`` and
+    return the step.
 
     Raises ValueError when the run has no such checkpoint, the checkpoint is damaged, or ``out``
     exists.
@@ -93,7 +93,7 @@ def _origin(
 
 
 def read_model(checkpoint_folder: Path, config: ModelConfig) -> HourglassLM:
-    """A checkpoint of any ZeRO stage and world size as a model in fp32 on the CPU."""
+    """Return a checkpoint of any ZeRO stage and world size as an fp32 model on the CPU."""
     reader = sharded_state.Reader(checkpoint_folder)
     frozen = set(reader.names("frozen"))
     weights = {
@@ -104,10 +104,10 @@ def read_model(checkpoint_folder: Path, config: ModelConfig) -> HourglassLM:
 
 
 def load_export(folder: Path) -> tuple[HourglassLM, Tokenizer, dict[str, Any]]:
-    """The model (fp32, CPU, evaluation mode), the tokenizer and config.json of an export.
+    """Return the model (fp32, CPU, evaluation mode), the tokenizer and config.json of an export.
 
-    Raises ValueError when a file is missing, damaged, of a newer version, or of another model or
-    tokenizer.
+    Raises ValueError when a file is missing, damaged, of another format version, or of another
+    model or tokenizer.
     """
     if not (folder / "config.json").exists():
         raise ValueError(f"{folder}: expected an export (with config.json), found none")
@@ -129,11 +129,11 @@ def load_export(folder: Path) -> tuple[HourglassLM, Tokenizer, dict[str, Any]]:
 
 
 class WarmStart:
-    """The weights of an export for a model that is made module by module."""
+    """Weights of an export that initialize a model module by module."""
 
     def __init__(self, folder: Path, config: ModelConfig) -> None:
-        """Raises ValueError for what ``load_export`` refuses, or when it is of another model than
-        ``config``."""
+        """Read the export. Raises ValueError as ``load_export`` does, and when parameter shapes
+        differ from those of ``config``."""
         model, tokenizer, _ = load_export(folder)
         self.fingerprint = tokenizer.fingerprint
         self._folder, self._weights = folder, model.state_dict()
@@ -149,7 +149,7 @@ class WarmStart:
 
     @torch.no_grad()
     def fill(self, name: str, module: nn.Module) -> None:
-        """Overwrite the weights that are ``module``'s own; ``name`` is its name in the model."""
+        """Overwrite ``module``'s own weights, not those of submodules; ``name`` is its name."""
         for short, parameter in module.named_parameters(recurse=False):
             parameter.copy_(self._weights[f"{name}.{short}"])
 

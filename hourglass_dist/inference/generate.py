@@ -1,7 +1,7 @@
-"""Text from an export: prompt bytes -> ids -> one pass over the prompt -> a step and a draw for
-every new token -> text.
+"""Text generation from an export: prompt bytes -> ids -> one pass over the prompt -> one sampled
+token per step -> text.
 
-In names: V vocabulary.
+Legend: V vocabulary, K ids that may be drawn.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def generate_text(
     top_p: float = 1.0,
     seed: int = 0,
 ) -> Iterator[str]:
-    """The text that continues ``prompt``, piece by piece; the same seed gives the same text.
+    """Yield the text that continues ``prompt``, piece by piece; the same seed gives the same text.
 
     Raises ValueError before the first piece when the export is not readable, the prompt is not
     valid for its tokenizer, or a sampling setting is out of range.
@@ -51,7 +51,7 @@ def continue_text(
     top_p: float,
     seed: int,
 ) -> Iterator[str]:
-    """The same for a model that is in memory."""
+    """Yield the text that continues ``prompt``, as ``generate_text`` does, for a loaded model."""
     context = [tokenizer.eos_id, *tokenizer.encode_prompt(prompt)]
     generator = torch.Generator().manual_seed(seed)
     decoder = StreamDecoder(tokenizer)
@@ -84,12 +84,12 @@ def generate(
     top_p: float = 1.0,
     generator: torch.Generator | None = None,
 ) -> Iterator[int]:
-    """Up to ``max_new_tokens`` ids that continue ``context``; ends before ``eos_id``.
+    """Yield up to ``max_new_tokens`` ids that continue ``context``; stop before ``eos_id``.
 
-    ``context`` is one id or more: training text begins with the end-of-text id, so prompts should.
-    Ids from ``vocab_size`` on (the tokenizer's, where the model has spare rows) are never drawn. A
-    model with a table of positions forgets the older half of a text that fills it. Puts ``model``
-    into evaluation mode. Raises ValueError for an empty context.
+    ``context`` has one id or more and should begin with the end-of-text id, as training text does.
+    Ids from ``vocab_size`` on are never drawn: a model may have more rows than the tokenizer has
+    ids. A model with a position table drops the older half of a text that fills the table.
+    Sets ``model`` to evaluation mode. Raises ValueError for an empty context.
     """
     if not context:
         raise ValueError("generate: expected at least one token of context, given none")
@@ -118,10 +118,10 @@ def generate(
 
 
 def context_start(length: int, room: int, stride: int) -> int:
-    """How many of ``length`` tokens to drop so that the rest fits into ``room``.
+    """Return how many of ``length`` tokens to drop so that the rest fits into ``room``.
 
-    A multiple of ``stride``, the tokens under one position of the innermost level: every token then
-    stays at its place in its bucket. At least one token is left.
+    It is a multiple of ``stride``, the tokens under one position of the innermost level, so that
+    every token keeps its offset in its bucket; but at least one token is left.
     """
     excess = max(0, length - room)
     return min(-(-excess // stride) * stride, length - 1)
@@ -134,10 +134,10 @@ def sample(
     top_p: float = 1.0,
     generator: torch.Generator | None = None,
 ) -> int:
-    """Draw an id from softmax(logits / temperature), of the likeliest ids only.
+    """Draw an id from softmax(logits / temperature), restricted to the most likely ids.
 
-    Temperature 0 takes the likeliest id. ``top_k`` keeps that many ids (0: all), ``top_p`` the
-    fewest ids whose probabilities, after ``top_k``, sum to at least that (nucleus sampling;
+    Temperature 0 takes the most likely id. ``top_k`` keeps that many ids (0: all), ``top_p`` the
+    fewest ids whose probabilities, after ``top_k``, sum to at least ``top_p`` (nucleus sampling;
     Holtzman et al. 2020, arXiv 1904.09751). ``generator`` is on the CPU. Raises ValueError for
     settings out of range.
     """

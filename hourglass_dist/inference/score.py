@@ -1,11 +1,11 @@
-"""Bits per byte: the one figure that compares models across tokenizers.
+"""Bits per byte, the metric that compares models across tokenizers.
 
     bits per byte = nats summed over all targets / ln 2 / bytes of the text those targets stand for
 
 Every token of the held-out split is a target exactly once (``data.held_out``). The nats of each
-target are added up by source, and by the place of its position in a bucket of the coarsest level.
-At place 0 the summary of a bucket is new, at place S-1 it is S-1 tokens old: a healthy model has
-nearly the same score at all places, one that lives on its summaries gets worse from place to place.
+target are summed by source, and by the offset of its position in a bucket of the innermost level.
+At offset 0 the inner output of a bucket is new, at offset S-1 it is S-1 tokens old. A healthy model
+scores nearly the same at all offsets; one that relies on inner outputs gets worse with the offset.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ from hourglass_dist.model.layout import document_positions
 from hourglass_dist.model.settings import ModelConfig
 
 Rows = Mapping[str, Tensor | None]
-"""``Batch.rows``: the arguments of a model."""
+"""Keyword arguments of a model, by name, as in ``Batch.rows``."""
 
 
 @dataclass(frozen=True)
 class Score:
-    """The loss over some text."""
+    """Sum of the loss over some text, with its tokens and bytes."""
 
     nats: float
     tokens: int
@@ -55,35 +55,35 @@ class Score:
 
 
 def count_bytes(targets_BL: Tensor, byte_lengths_V: np.ndarray) -> int:
-    """Bytes of text that the targets stand for; specials and ignored positions (-100) are none."""
+    """Return the bytes of text of the targets; special tokens and ignored ones (-100) have none."""
     targets = targets_BL.numpy()
     return int(byte_lengths_V[targets[targets >= 0]].sum())
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The scores of one pass over held-out text."""
+    """Scores of one pass over held-out text."""
 
     sources: dict[str, Score]
-    """By source, those that have held-out text."""
+    """Score of each source that has held-out text."""
     positions_S: tuple[Score, ...]
-    """By place in the bucket of the coarsest level (``t mod S``)."""
+    """Score at each offset in a bucket of the innermost level (``t mod S``)."""
 
     @property
     def whole(self) -> Score:
-        """Over all sources."""
+        """Score over all sources."""
         return sum(self.sources.values(), Score(0.0, 0, 0))
 
     def by_place(self, stride: int) -> list[Score]:
-        """By ``t mod stride``, for a stride that divides the coarsest. A position of a document
-        counts from the document's begin where documents are kept apart, else from the row's."""
+        """Return the score at each ``t mod stride``, for a divisor of the largest stride. Position
+        t counts from the start of the document if documents are isolated, else of the row."""
         assert len(self.positions_S) % stride == 0
         return [sum(self.positions_S[p::stride], Score(0.0, 0, 0)) for p in range(stride)]
 
 
 def fixed_strides(config: ModelConfig) -> list[int]:
-    """The tokens under a position of every level at which buckets begin after a fixed number of
-    them, outermost (1) first; buckets inside words begin anywhere."""
+    """Return the stride (tokens under a position) of every level, outermost (1) first, up to the
+    first level whose buckets are not of a fixed size."""
     strides = []
     for level, stride in zip(config.levels, config.strides, strict=True):
         if level.pooling != "fixed":
@@ -103,7 +103,7 @@ def evaluate(
     """Score this rank's held-out batches with ``nats(batch.rows) -> (B, L)``, the nats of each
     target, and sum over ranks.
 
-    ``names`` are those of the datasets that the batches count, ``stride`` is the coarsest.
+    ``names`` are the datasets that ``Batch.sources_B`` indexes, ``stride`` is the largest stride.
     """
     sums = np.zeros((3, len(names), stride))
     rest = iter(batches)
@@ -125,7 +125,7 @@ def _score(sums: Sequence[float]) -> Score:
 def _sums(
     batch: Batch, nats_BL: Tensor, byte_lengths_V: np.ndarray, names: int, stride: int
 ) -> np.ndarray:
-    """(3, source, place): nats, targets and bytes."""
+    """Return nats, number of targets and bytes of a batch, (3, sources, offsets)."""
     assert batch.sources_B is not None
     targets_BL, documents_BL = batch.targets_BL.numpy(), batch.documents_BL
     length = torch.arange(targets_BL.shape[1])[None]
@@ -148,10 +148,10 @@ def evaluate_export(
     stride: int | None = None,
 ) -> tuple[Evaluation, int]:
     """Score an export on the held-out split of a dataset, in windows of ``context`` tokens (None:
-    the rows it was trained on), ``stride`` apart (None: ``context``); returns the context, too.
+    as in training) that begin every ``stride`` tokens (None: ``context``); also return the context.
 
-    Raises ValueError when either is damaged, their tokenizers differ, or the windows fit neither
-    the dataset nor a position table.
+    Raises ValueError when export or dataset is damaged, their tokenizers differ, or the windows do
+    not fit the dataset or the position table.
     """
     model, tokenizer, about = load_export(folder)
     dataset = open_dataset(where)

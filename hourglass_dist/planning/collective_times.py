@@ -1,9 +1,9 @@
-"""How long a collective of many GPUs takes: bytes over bandwidth, and a latency for every step.
+"""Times of collectives over many GPUs: bytes over bandwidth, plus a latency for every step.
 
-What is sent by a ring does not depend on the number of ranks N, but it goes round in N - 1 steps,
-and each has a latency. The constants are those with which NCCL itself chooses between its protocols
-(``src/graph/tuning.cc``): microseconds to begin, of a step inside a node (NVLink), of one between
-nodes, and the share of the bandwidth that the protocol reaches. Rings pass every node once.
+The bytes that a rank sends in a ring hardly depend on the number of ranks N, but a ring takes
+N - 1 steps, each with a latency. The constants are those by which NCCL itself chooses a protocol
+(``src/graph/tuning.cc``): microseconds to begin, of a step inside a node (NVLink), of a step
+between nodes, and the share of the bandwidth that the protocol reaches.
 """
 
 from __future__ import annotations
@@ -13,17 +13,17 @@ from typing import NamedTuple
 
 
 class Protocol(NamedTuple):
-    """One of NCCL's ways to move data, in microseconds."""
+    """Latencies of one of NCCL's protocols, microseconds, and its bandwidth."""
 
     begin: float
     inside: float
     between: float
     bandwidth: float
-    """The share of it."""
+    """Share of the link's bandwidth that the protocol reaches."""
 
 
 RING = (
-    Protocol(6.6, 0.6 * 1.8, 2.7, 0.25),  # LL; inside it waits longer when there are several nodes
+    Protocol(6.6, 0.6 * 1.8, 2.7, 0.25),  # LL; steps inside a node take longer with several nodes
     Protocol(14.0, 1.9, 4.0, 0.92),  # LL128
     Protocol(8.4, 3.4, 14.0, 1.0),  # Simple
 )
@@ -35,7 +35,7 @@ TREE = (
 
 
 def ring_s(sent: float, gpus: int, nodes: int, bandwidth: float) -> float:
-    """Seconds of an all-gather or reduce-scatter in which each rank sends so many bytes."""
+    """Return the seconds of an all-gather or reduce-scatter; each rank sends ``sent`` bytes."""
     inside, between = gpus - nodes, nodes - 1
     return min(
         (p.begin + inside * p.inside + between * p.between) * 1e-6
@@ -45,8 +45,8 @@ def ring_s(sent: float, gpus: int, nodes: int, bandwidth: float) -> float:
 
 
 def all_reduce_s(sent: float, gpus: int, nodes: int, bandwidth: float) -> float:
-    """Seconds of an all-reduce in which each rank sends so many bytes: twice round the ring, or up
-    and down a tree."""
+    """Return the seconds of an all-reduce, by two passes of a ring or by a tree, whichever is
+    faster; each rank sends ``sent`` bytes."""
     inside, between = gpus // nodes - 1, math.log2(nodes)
     tree = min(
         (p.begin + 2 * (inside * p.inside + between * p.between)) * 1e-6

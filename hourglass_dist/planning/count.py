@@ -1,16 +1,16 @@
-"""The activations of a model, counted: what its forward pass keeps for the backward pass.
+"""Activation memory of a model: the bytes that a forward pass saves for the backward pass.
 
 The real model runs once on the ``meta`` device, where nothing is computed. Hooks see every tensor
-that autograd saves; a stub stands in for the kernel of attention and saves what that saves on the
-device of the run. What a checkpointing policy keeps follows from the record of that one pass:
+that autograd saves. A stub replaces the attention kernel and saves the same tensors as the kernel
+on the device of the run. What each checkpointing policy keeps follows from that one pass:
 
     none        what each module saves
     full        the inputs of each module
-    every K     the same of each K-th module, and what the others save
+    every K     the inputs of each K-th module, and what the other modules save
     selective   the inputs, and the results of matrix products and attention
-    offload     nothing on a GPU: what each module saves waits in the host's memory
+    offload     nothing on a GPU: what each module saves is copied to the host's memory
 
-Tensors that share memory count once, weights and the rows themselves not at all.
+Tensors that share memory count once. Weights and input tokens are not counted.
 """
 
 from __future__ import annotations
@@ -38,60 +38,60 @@ from hourglass_dist.model.settings import ModelConfig
 
 @dataclass(frozen=True)
 class Pass:
-    """What of a forward pass decides how much it keeps."""
+    """Properties of a forward pass that decide how much it saves."""
 
     rows: int
     length: int
     """Tokens in a row."""
     dtype: torch.dtype
-    """Of weights and activations."""
+    """Data type of weights and activations."""
     packed: bool
-    """Whether rows hold several documents, kept apart."""
+    """Whether a row holds several documents that do not attend to each other."""
     device: str
-    """The type of the device that runs it: ``cuda`` or ``cpu``."""
+    """Type of the device of the run: ``cuda`` or ``cpu``."""
     autocast: bool = False
-    """Whether only matrix products are in ``dtype``, and all else in fp32."""
+    """Whether only matrix products are in ``dtype``, and all other operations in fp32."""
 
 
 @dataclass(frozen=True)
 class Held:
-    """Bytes of one level, or of what lies around all levels."""
+    """Activation bytes of one level, or of the modules outside all levels."""
 
     kept: int
-    """From the forward pass for the backward pass."""
+    """Bytes on the device from the forward to the backward pass."""
     offloaded: int
-    """The same in the host's memory."""
+    """Bytes in the host's memory from the forward to the backward pass."""
     transient: int
-    """On top for a moment: of the largest recomputed module, or of the logits in the loss."""
+    """Largest temporary bytes on top: of a recomputed module, or of the logits in the loss."""
 
 
 @dataclass(frozen=True)
 class Activations:
-    """Bytes of a micro batch under one choice of policies."""
+    """Activation bytes of a micro batch under one checkpointing policy for each level."""
 
     levels: tuple[Held, ...]
-    """Outermost first."""
+    """Bytes of each level, outermost first."""
     ends: Held
-    """Embeddings, output layer and loss."""
+    """Bytes of embeddings, output layer and loss."""
 
     @property
     def parts(self) -> tuple[Held, ...]:
-        """All levels, then the ends."""
+        """Bytes of each level, then of the ends."""
         return (*self.levels, self.ends)
 
     @property
     def total(self) -> int:
-        """The most that is there at one time."""
+        """Peak bytes on the device."""
         return sum(part.kept for part in self.parts) + max(part.transient for part in self.parts)
 
     @property
     def offloaded(self) -> int:
-        """In the host's memory."""
+        """Bytes in the host's memory."""
         return sum(part.offloaded for part in self.parts)
 
 
 Storages = dict[int, int]
-"""Bytes of tensors that share no memory, by the identity of that memory."""
+"""Sizes of tensor storages in bytes, by the identity of the storage."""
 
 
 @dataclass(frozen=True)
@@ -100,28 +100,28 @@ class ModuleRecord:
 
     level: int
     number: int
-    """Its number in the level: every K-th one is recomputed."""
+    """Number of the module in its level; ``every K`` recomputes each K-th one."""
     inputs: Storages
     saved: Storages
     products: Storages
-    """What ``selective`` keeps."""
+    """Results that ``selective`` keeps."""
     copies: int
-    """Bytes of all that is saved, each tensor for itself, as ``offload`` copies them."""
+    """Bytes of all saved tensors, shared memory counted each time, as ``offload`` copies them."""
 
 
 @dataclass(frozen=True)
 class Record:
-    """One forward pass."""
+    """Tensors saved by one forward pass."""
 
     how: Pass
     modules: tuple[ModuleRecord, ...]
     around: tuple[Storages, ...]
-    """What is saved outside of these modules: in each level, and last around all of them."""
+    """Tensors saved outside these modules: in each level, then outside all levels."""
     transient: int
-    """Bytes of the logits that are there at a time in the loss, and of their logarithms."""
+    """Bytes of one chunk of logits in the loss and of their log-probabilities."""
 
     def under(self, policies: Sequence[str]) -> Activations:
-        """What is kept when the levels have these policies."""
+        """Return the activation bytes when the levels have these checkpointing policies."""
         counted: set[int] = set()
         levels = [self._level(level, policy, counted) for level, policy in enumerate(policies)]
         return Activations(tuple(levels), Held(_add(counted, self.around[-1]), 0, self.transient))
@@ -150,7 +150,7 @@ def _add(counted: set[int], storages: Storages) -> int:
 
 
 def count(config: ModelConfig, how: Pass) -> Record:
-    """The record of one forward pass, whatever the policies of ``config``."""
+    """Return the record of one forward pass; the policies of ``config`` do not change it."""
     return _count(config.with_checkpointing("none"), how)
 
 
@@ -162,7 +162,7 @@ def _count(config: ModelConfig, how: Pass) -> Record:
         documents_BL = torch.empty_like(tokens_BL) if how.packed else None
     given = [tokens_BL, *([] if documents_BL is None else [documents_BL])]
     if how.autocast:
-        _cast_products(model, how.dtype)  # the narrow weights are copies, and count
+        _cast_products(model, how.dtype)  # the copies of weights in dtype are counted
         given += [p for p in model.parameters() if p.dtype != how.dtype]
     else:
         given += [*model.to(how.dtype).parameters()]
@@ -175,7 +175,7 @@ def _count(config: ModelConfig, how: Pass) -> Record:
 
 
 def _cast_products(model: nn.Module, dtype: torch.dtype) -> None:
-    """What autocast does to matrix products: their weights and inputs are copied in ``dtype``."""
+    """Cast weights and inputs of matrix products to ``dtype``, as autocast does."""
     for module in model.modules():
         if isinstance(module, nn.Linear):
             module.to(dtype)
@@ -183,10 +183,10 @@ def _cast_products(model: nn.Module, dtype: torch.dtype) -> None:
 
 
 class _Ledger:
-    """Notes what a model saves while it runs."""
+    """Recorder of the tensors that a model saves in a forward pass."""
 
     def __init__(self, model: HourglassLM, given: Sequence[Tensor], how: Pass) -> None:
-        """``given`` is there anyway, and not counted."""
+        """Install the hooks; tensors in ``given`` (inputs and weights) are not counted."""
         self.modules: list[ModuleRecord] = []
         self._dtype = how.dtype
         self._given = {_key(tensor) for tensor in given}
@@ -206,7 +206,7 @@ class _Ledger:
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """What is saved inside lies around the modules."""
+        """Record what is saved outside the modules inside this context."""
         with saved_tensors_hooks(self._keep_around, lambda tensor: tensor):
             yield
 
@@ -221,7 +221,7 @@ class _Ledger:
             storages[_key(tensor)] = storage.nbytes()
 
     def _run(self, level: int) -> Callable[..., Any]:
-        """In place of a level's ``Recompute``."""
+        """Return a function that replaces a level's ``Recompute`` and records each module."""
 
         def run(number: int, module: nn.Module, *inputs: Any) -> Any:
             saved: Storages = {}
@@ -246,11 +246,11 @@ class _Ledger:
         return run
 
     def product(self, tensor: Tensor) -> None:
-        """Note a result that ``selective`` keeps."""
+        """Record a result that ``selective`` keeps."""
         self._note(tensor, self._products)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | BlockMask | None) -> Tensor:
-        """Any fused kernel."""
+        """Stand in for a fused attention kernel: return an empty result of its shape."""
         q, k, v = q.to(self._dtype), k.to(self._dtype), v.to(self._dtype)
         out, normaliser = _attention(q, k, v, *_tensors(mask))
         self.product(out)
@@ -264,7 +264,7 @@ def _key(tensor: Tensor) -> int:
 
 
 def _tensors(part: Any) -> Iterator[Tensor]:
-    """All tensors of nested tuples and masks."""
+    """Yield all tensors of nested tuples and block masks."""
     if isinstance(part, Tensor):
         yield part
     elif isinstance(part, BlockMask):
@@ -275,11 +275,11 @@ def _tensors(part: Any) -> Iterator[Tensor]:
 
 
 class _Attention(torch.autograd.Function):
-    """Saves what fused kernels save: queries, keys, values, mask, result, log-sum-exp in fp32."""
+    """Function that saves what fused attention saves: q, k, v, mask, result, log-sum-exp (fp32)."""
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, *mask: Tensor) -> tuple[Tensor, Tensor]:
-        out = torch.empty_like(q)  # in the order of the queries' memory
+        out = torch.empty_like(q)  # with the strides of q
         normaliser = q.new_empty(q.shape[:-1], dtype=torch.float32)
         ctx.save_for_backward(q, k, v, *mask, out, normaliser)
         ctx.mark_non_differentiable(normaliser)
@@ -294,7 +294,7 @@ _attention: Callable[..., tuple[Tensor, Tensor]] = _Attention.apply
 
 
 class _Products(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Tells of the results of matrix products."""
+    """Mode that passes the results of matrix products to a function."""
 
     def __init__(self, tell: Callable[[Tensor], None]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -309,7 +309,7 @@ class _Products(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 class _Dropout(TorchFunctionMode):
-    """On a GPU dropout keeps a mask of bytes; on the CPU, as on the meta device, one of numbers."""
+    """Mode that makes dropout save a mask of bytes, as on a GPU; CPU and meta save floats."""
 
     def __init__(self, device: str) -> None:
         super().__init__()

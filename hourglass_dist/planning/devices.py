@@ -1,4 +1,4 @@
-"""What the makers of accelerators promise: one table, by the name that torch gives a device."""
+"""Data sheet figures of accelerators, in one table by the device name of torch."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ class Node:
     """Memory and links of one accelerator in the maker's own server of eight."""
 
     memory: float
-    """Bytes."""
+    """Device memory, bytes."""
     memory_bandwidth: float
-    """Bytes a second."""
+    """Bandwidth of the device memory, bytes per second."""
     fp32_flops: float
-    """Matrix products in fp32 without TF32, operations a second."""
+    """Peak rate of fp32 matrix products without TF32, FLOP/s."""
     inside: float
-    """Bytes a second that one accelerator sends to others in its node: half of what a data sheet
-    calls its bandwidth, which counts both directions."""
+    """Bandwidth from one accelerator to others in its node, bytes per second: half the figure of
+    data sheets, which counts both directions."""
     outside: float
-    """Bytes a second of its own network card."""
+    """Bandwidth of the network card of one accelerator, bytes per second."""
     price: float | None
-    """Dollars an hour, on demand; None where no list was found."""
+    """On-demand price, dollars per hour; None where no price list was found."""
 
 
 @dataclass(frozen=True)
@@ -30,10 +30,10 @@ class Device:
 
     name: str
     bf16_flops: float
-    """Dense bf16 matrix products with fp32 sums, in operations per second (data sheets; half of
+    """Peak rate of dense bf16 matrix products with fp32 accumulation, FLOP/s (data sheets; half of
     figures that count sparsity)."""
     node: Node | None = None
-    """What else a plan needs; None where nobody has looked it up."""
+    """Memory, links and price, for forecasts; None where they were not looked up."""
 
 
 # Memory, bandwidths and fp32: data sheets of NVIDIA A100 80GB, H100, H200, HGX B200 (SXM) and AMD
@@ -73,12 +73,12 @@ DEVICES = {
     "MI300X": Device("MI300X", 1307.4e12, MI300X_NODE),
     "MI250X": Device("MI250X", 383e12),
 }
-"""By words of the name that torch gives, the more exact ones first."""
+"""Devices by words of the device name of torch; more specific names come first."""
 
 
 def find_device(name: str) -> Device | None:
-    """The device that ``torch.cuda.get_device_name()`` calls ``name``; None when it is not in the
-    table."""
+    """Return the device that ``torch.cuda.get_device_name()`` calls ``name``; None if it is not in
+    the table."""
     words = _words(name)
     for key, device in DEVICES.items():
         if set(key.split()) <= words:
@@ -91,13 +91,13 @@ def _words(name: str) -> set[str]:
 
 
 def peak_flops(name: str) -> float | None:
-    """Dense bf16 operations per second at most; None when the device is not known."""
+    """Return the peak dense bf16 FLOP/s of a device; None if the device is unknown."""
     device = find_device(name)
     return None if device is None else device.bf16_flops
 
 
 def planned_device(name: str) -> tuple[Device, Node]:
-    """The device of ``--gpu``, in any case. Raises ValueError naming those that are known."""
+    """Return the device of ``--gpu``, in any case. Raises ValueError for an unknown name."""
     for key, device in DEVICES.items():
         if device.node is not None and key.lower() == name.lower():
             return device, device.node

@@ -1,18 +1,18 @@
-"""How often machines fail, what that costs a run, and how often it should save.
+"""Failure rates of clusters, their cost for a run, and the best checkpoint interval.
 
     train T | stall | train T | stall | train ...        every T seconds the state is copied (stall)
             |-- write --> durable                        a thread writes it while training goes on
-                                  X                      a failure: back to what is durable
+                                  X                      a failure: back to the last durable state
                                   | notice, queue | start and load | train ...
 
-``goodput`` is the closed form of that for failures without memory, ``simulate`` walks along a line
-of failures of any kind, and ``young`` and ``daly`` are the formulas that everybody knows. Those
-know only a save that holds training up as long as it takes; here ``stall`` does, and ``write`` only
-makes what is lost older.
+``goodput`` is the closed form for exponentially distributed times between failures. ``simulate``
+draws them from a Weibull distribution. ``young`` and ``daly`` are the well-known formulas, in which
+training waits for the whole save. Here it waits for ``stall`` only; ``write`` makes the last
+durable state older.
 
-How often: Llama 3 had 419 unexpected interruptions in 54 days on 16,384 H100 (Grattafiori et al.
-2024, arXiv 2407.21783, table 5); jobs of 1,024 A100 in Meta's research cluster lasted 7.9 hours in
-the mean (Kokolis et al. 2024, arXiv 2410.21680).
+Rates: Llama 3 had 419 unexpected interruptions in 54 days on 16,384 H100 (Grattafiori et al.
+2024, arXiv 2407.21783, table 5); jobs of 1,024 A100 in Meta's research cluster lasted 7.9 hours on
+average (Kokolis et al. 2024, arXiv 2410.21680).
 """
 
 from __future__ import annotations
@@ -27,78 +27,78 @@ from hourglass_dist.core import ranks
 
 DAY = 86400.0
 RATES = {"Llama 3": 419 / (54 * 16_384), "RSC-1": 24 / (7.9 * 1024)}
-"""Failures of a job for each of its GPUs and day."""
+"""Failures of a job per GPU and day."""
 
 HANGS = 0.10
-"""Share of failures that nobody notices before a collective has waited too long: of Llama 3's 8.4 %
-were the network's and 1.7 % ended by the watchdog of NCCL."""
+"""Share of failures that are noticed only when a collective times out: of Llama 3's failures 8.4 %
+were of the network and 1.7 % were ended by the watchdog of NCCL."""
 CRASH_S, HANG_S = 60.0, ranks.TIMEOUT.total_seconds()
-"""From a failure to the end of all ranks."""
+"""Time from a crash, and from a hang, to the end of all ranks, seconds."""
 
 
 @dataclass(frozen=True)
 class Saving:
-    """What a checkpoint takes."""
+    """Time that one checkpoint takes."""
 
     stall_s: float
-    """Seconds that training stands still."""
+    """Time that training stalls, seconds."""
     write_s: float
-    """Seconds after that until it counts."""
+    """Time from the end of the stall until the checkpoint is durable, seconds."""
 
     def period(self, interval_s: float) -> float:
-        """Seconds from one save to the next with so many of training between: a save waits for the
-        one before."""
+        """Return the seconds from one save to the next, with ``interval_s`` of training between; a
+        save waits for the previous one."""
         return max(interval_s, self.write_s) + self.stall_s
 
 
 @dataclass(frozen=True)
 class Return:
-    """What lies between a failure and the next step of training."""
+    """Delays between a failure and the next training step."""
 
     crash_s: float = CRASH_S
     hang_s: float = HANG_S
     hangs: float = HANGS
     queue_s: float = 300.0
-    """Until the scheduler has machines, in the mean."""
+    """Mean queue time, seconds."""
     queue_spread: float = 0.0
-    """Of the logarithm of that; 0 is always the mean."""
+    """Standard deviation of the logarithm of the queue time; 0: every queue time is the mean."""
     start_s: float = 180.0
-    """Processes, communicators, the model, the checkpoint; a failure here begins all again."""
+    """Time of a start until the checkpoint is loaded, seconds; a failure in it restarts it."""
 
     @property
     def away_s(self) -> float:
-        """Without the start, in the mean."""
+        """Mean time from a failure to the next start, seconds."""
         return (1 - self.hangs) * self.crash_s + self.hangs * self.hang_s + self.queue_s
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """Where the time of a run went, as shares of it."""
+    """Shares of the time of a run, and the mean loss per failure."""
 
     goodput: float
-    """Training that was not lost."""
+    """Share of time in training that was kept."""
     lost: float
-    """Training that was done again."""
+    """Share of time in training that was lost and repeated."""
     stalled: float
-    """Standing still for a save."""
+    """Share of time in stalls for checkpoints."""
     away: float
-    """No training at all."""
+    """Share of time without a running job: notice, queue and start."""
     lost_s: float
-    """Training lost in one failure, in the mean."""
+    """Mean training time lost per failure, seconds."""
 
 
 def mtbf_s(gpus: int, rate: float) -> float:
-    """Seconds between failures of a job, in the mean."""
+    """Return the mean time between failures of a job, seconds; ``rate`` is per GPU and day."""
     return DAY / (rate * gpus)
 
 
 def young(cost_s: float, mtbf_s: float) -> float:
-    """The best interval to first order (Young 1974)."""
+    """Return the best checkpoint interval to first order, seconds (Young 1974)."""
     return math.sqrt(2 * cost_s * mtbf_s)
 
 
 def daly(cost_s: float, mtbf_s: float) -> float:
-    """The best interval to higher order (Daly 2006)."""
+    """Return the best checkpoint interval to higher order, seconds (Daly 2006)."""
     if cost_s >= 2 * mtbf_s:
         return mtbf_s
     part = cost_s / (2 * mtbf_s)
@@ -106,10 +106,10 @@ def daly(cost_s: float, mtbf_s: float) -> float:
 
 
 def goodput(interval_s: float, saving: Saving, back: Return, mtbf_s: float) -> float:
-    """The share of time that is training that counts, when failures have no memory.
+    """Return the share of time in training that is kept, for exponential times between failures.
 
-    A life of the job has n checkpoints with probability P(X > n periods + write); it takes
-    ``mtbf_s``, and coming back exp(start / mtbf) attempts.
+    The job saves n checkpoints or more before a failure with probability P(X > n periods + write).
+    A failure comes after ``mtbf_s`` on average, and a restart takes exp(start / mtbf) attempts.
     """
     lives = math.exp(min(700.0, saving.period(interval_s) / mtbf_s))
     saves = math.exp(-saving.write_s / mtbf_s) / (lives - 1)
@@ -118,7 +118,7 @@ def goodput(interval_s: float, saving: Saving, back: Return, mtbf_s: float) -> f
 
 
 def best_interval(saving: Saving, back: Return, mtbf_s: float) -> float:
-    """The interval of the largest ``goodput``, by golden sections of its logarithm."""
+    """Return the interval of the largest ``goodput``, seconds, by golden-section search."""
     low, high = math.log(max(1.0, saving.write_s / 10)), math.log(10 * mtbf_s)
     ratio = (math.sqrt(5) - 1) / 2
     for _ in range(60):
@@ -131,12 +131,12 @@ def best_interval(saving: Saving, back: Return, mtbf_s: float) -> float:
 
 
 ENOUGH = 0.001
-"""A share of the time that is not worth more checkpoints."""
+"""Loss of goodput that is accepted for fewer checkpoints."""
 
 
 def longest_interval(saving: Saving, back: Return, mtbf_s: float) -> float:
-    """The longest interval with a ``goodput`` at most ``ENOUGH`` under the largest: what to take,
-    since a file system has others to serve, too."""
+    """Return the longest interval, seconds, whose ``goodput`` is at most ``ENOUGH`` below the
+    largest: fewer checkpoints spare a shared file system."""
     low = best_interval(saving, back, mtbf_s)
     high, least = 100 * mtbf_s, goodput(low, saving, back, mtbf_s) - ENOUGH
     for _ in range(60):
@@ -159,11 +159,11 @@ def simulate(
     limit_s: float | None = None,
     seed: int = 0,
 ) -> Outcome:
-    """Walk along so many failures. ``shape`` is that of a Weibull distribution of the times between
-    them (1 has no memory, below 1 they come in groups); ``limit_s`` ends a job, which is saved
-    before, and queues it again.
+    """Simulate a run with ``failures`` failures and return where its time went.
 
-    The same ``seed`` gives the same failures to every interval.
+    ``shape`` is the Weibull shape of the times between failures (1: exponential; below 1: failures
+    come in groups). After ``limit_s`` seconds a job is saved, ended and queued again. The same
+    ``seed`` gives the same failures for every interval.
     """
     random = np.random.default_rng(seed)
     gaps = random.weibull(shape, failures) * mtbf_s / math.gamma(1 + 1 / shape)
@@ -186,7 +186,7 @@ def _cycle(values: list[float]) -> Iterator[float]:
 
 
 class _Walk:
-    """A job on the way along the line of time."""
+    """State of a simulated job."""
 
     def __init__(
         self,
@@ -201,11 +201,11 @@ class _Walk:
         self.useful = self.lost = self.stalled = self.away = 0.0
 
     def start(self, at: float) -> None:
-        """Begin to come up; training begins at ``self._began``."""
+        """Start the job at time ``at``, seconds; training begins at ``self._began``."""
         self._called, self._began = at, at + self._start_s
 
     def until(self, at: float) -> None:
-        """Every end by the limit before ``at``: saved, waited for, queued again."""
+        """Simulate every end by the time limit before ``at``: save, wait for it, queue again."""
         while self._limit is not None and self._called + self._limit < at:
             end = max(self._began, self._called + self._limit)
             lived = end - self._began
@@ -218,7 +218,7 @@ class _Walk:
             self.start(end + self._saving.stall_s + self._saving.write_s + queued)
 
     def fail(self, at: float, notice: float) -> None:
-        """A failure, which a job that is not there does not feel."""
+        """Simulate a failure at time ``at``; a queued job is not affected."""
         if at < self._called:
             return
         lived = at - self._began
@@ -237,7 +237,7 @@ class _Walk:
         self.start(at + gone)
 
     def outcome(self, time_s: float, failures: int) -> Outcome:
-        """Shares of all the time that was walked."""
+        """Return the shares of the simulated time."""
         whole = self.useful + self.lost + self.stalled + self.away
         assert whole >= time_s * 0.999, "time is missing"
         return Outcome(

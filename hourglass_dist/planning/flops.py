@@ -1,20 +1,20 @@
-"""The floating-point operations of a model, as a formula; a test holds it to what PyTorch counts.
+"""Floating-point operations of a model, by formulas; a test compares them with PyTorch's count.
 
-Matrix products only (a multiply-add is two), as is usual for model FLOPs utilisation: norms,
-softmax and pooling are left out. Of one row, with n positions and width d of a level, I = heads *
-dim_head, F hidden width, f = 2 (GELU) or 3 (SwiGLU), P pairs of queries and keys, g positions of
-the next level, s positions in a bucket, V vocabulary:
+Only matrix products are counted (a multiply-add is two operations), as is usual for model FLOPs
+utilization: norms, softmax and pooling are left out. FLOPs of one row, with n positions and width d
+of a level, I = heads * dim_head, F hidden width, f = 2 (GELU) or 3 (SwiGLU), P query-key pairs,
+g positions of the next level, s positions in a bucket, V vocabulary:
 
     a layer                    2 n (4 d I + f d F) + 4 P I
     pooling in a bucket        4 g d I + 4 g s d I + feed-forward of g       (from 8 positions on
                                4 g d I + 4 g d I + 4 g s H d, H heads)
-    back from it               4 g d I + feed-forward of n
+    unpooling                  4 g d I + feed-forward of n
     attention across levels    2 q d I + 4 k d I + 2 q d I + 4 P I + feed-forward of q, each way
     linear resampling          2 g s d^2, each way
-    a change of width, d to e  2 g d e, each way
+    width change, d to e       2 g d e, each way
     output layer               2 n d V
 
-Relative positions make attention twice as wide and add 2 q I dim_head to a query.
+Relative positions make attention twice as wide and add 2 q I dim_head for q queries.
 """
 
 from __future__ import annotations
@@ -31,74 +31,74 @@ from hourglass_dist.model.settings import LevelConfig, ModelConfig
 
 @dataclass(frozen=True)
 class LevelFlops:
-    """Operations of one level with the ways to the next one and back, of one row."""
+    """FLOPs of one level on one row, with its resampling layers to and from the next level."""
 
     stride: int
     """Tokens under one position."""
     forward: int
     recomputed: int
-    """What activation checkpointing adds to the backward pass."""
+    """FLOPs that activation checkpointing adds to the backward pass."""
 
 
 @dataclass(frozen=True)
 class ModelFlops:
-    """Operations of a model on rows of one length."""
+    """FLOPs of a model on rows of one length."""
 
     length: int
     """Tokens in a row."""
     levels: tuple[LevelFlops, ...]
-    """Outermost first."""
+    """FLOPs of each level, outermost first."""
     head: int
-    """Of the output layer, in the forward pass of one row."""
+    """FLOPs of the output layer in the forward pass of one row."""
 
     @property
     def forward_per_token(self) -> float:
-        """Forward pass, for one token at full resolution."""
+        """FLOPs of the forward pass per token."""
         return (sum(level.forward for level in self.levels) + self.head) / self.length
 
     @property
     def training_per_token(self) -> float:
-        """Forward and backward pass without recomputation: the numerator of MFU."""
+        """FLOPs per token of forward and backward pass without recomputation, as in MFU."""
         return 3 * self.forward_per_token
 
     @property
     def recomputed(self) -> int:
-        """What activation checkpointing adds to the backward pass of one row."""
+        """FLOPs that activation checkpointing adds to the backward pass of one row."""
         return sum(level.recomputed for level in self.levels)
 
     @property
     def hardware_per_token(self) -> float:
-        """Forward and backward pass with recomputation: the numerator of HFU."""
+        """FLOPs per token of forward and backward pass with recomputation, as in HFU."""
         return self.training_per_token + self.recomputed / self.length
 
 
 def model_flops(
     config: ModelConfig, length: int, *, packed: bool = False, dense_attention: bool = False
 ) -> ModelFlops:
-    """The operations of ``config`` on rows of ``length`` tokens.
+    """Return the FLOPs of a model on rows of ``length`` tokens.
 
-    ``packed`` rows hold several documents, kept apart: the pairs that attention needs depend on
-    these, and are counted as those of one document. ``dense_attention`` counts all pairs that are
-    computed without a causal kernel, as PyTorch does. Levels with ``shorten_choices`` cost what
-    they cost with ``shorten``.
+    ``packed`` rows hold several documents that do not attend to each other; their pairs are counted
+    as those of one document. ``dense_attention`` counts all pairs that a kernel without a causal
+    path computes, as PyTorch's counter does. Levels with ``shorten_choices`` are counted with
+    ``shorten``.
     """
     levels = tuple(_levels(config, length, packed, dense_attention))
     return ModelFlops(length, levels, 2 * length * config.levels[0].dim * config.vocab_size)
 
 
 class _Pairs(NamedTuple):
-    """Queries and keys of one attention."""
+    """Numbers of queries, keys and pairs of one attention."""
 
     queries: int
     keys: int
     needed: int
-    """Pairs that are seen."""
+    """Pairs that the mask lets through."""
     computed: int
-    """Pairs that a kernel without causal path computes."""
+    """Pairs that a kernel without a causal path computes."""
 
 
 class _Between(NamedTuple):
-    """Two levels, from the outer one's side."""
+    """Two neighbouring levels, with ``n`` and ``g`` positions."""
 
     outer: LevelConfig
     inner: LevelConfig
@@ -109,13 +109,13 @@ class _Between(NamedTuple):
 
     @property
     def down(self) -> _Pairs:
-        """Pooled tokens see the positions up to theirs; irregular ones as if they lay evenly."""
+        """Pairs of pooled queries and earlier positions; irregular buckets count as evenly long."""
         last = (self.g - 1) * self.inner.shorten if self.regular else self.n - 1
         return _Pairs(self.g, self.n, self.g + self.g * last // 2, self.g * self.n)
 
     @property
     def up(self) -> _Pairs:
-        """Positions see the pooled tokens up to theirs."""
+        """Pairs of positions as queries and earlier pooled tokens as keys."""
         s = self.inner.shorten
         whole, rest = divmod(self.n, s)
         needed = s * whole * (whole + 1) // 2 + rest * (whole + 1)
@@ -154,7 +154,7 @@ def _layer(config: ModelConfig, level: LevelConfig, n: int, dense: bool) -> int:
 
 
 def _self_pairs(config: ModelConfig, level: LevelConfig, n: int) -> _Pairs:
-    """What the positions of a level see of each other."""
+    """Return the pairs of the self-attention of a level with ``n`` positions."""
     if not config.causal:
         return _Pairs(n, n, n * n, n * n)
     window = level.window
@@ -166,7 +166,7 @@ def _self_pairs(config: ModelConfig, level: LevelConfig, n: int) -> _Pairs:
 
 
 def _mixing(config: ModelConfig, level: LevelConfig, pairs: _Pairs, dense: bool) -> int:
-    """softmax(q k) v, and what makes relative queries."""
+    """Return the FLOPs of softmax(q k) v and of the relative position terms."""
     relative = config.positions == "relative"
     place = 2 * pairs.queries * level.inner * level.dim_head if relative else 0
     wide = 2 if relative else 1
@@ -179,14 +179,14 @@ def _feed_forward(config: ModelConfig, level: LevelConfig, n: int) -> int:
 
 
 def _earlier_attention(config: ModelConfig, level: LevelConfig, pairs: _Pairs, dense: bool) -> int:
-    """Attention from one level to another, and the feed-forward layer after it."""
+    """Return the FLOPs of attention across levels and of the feed-forward layer after it."""
     projections = 4 * (pairs.queries + pairs.keys) * level.dim * level.inner
     mixing = _mixing(config, level, pairs, dense)
     return projections + mixing + _feed_forward(config, level, pairs.queries)
 
 
 def _down(config: ModelConfig, between: _Between, dense: bool) -> int:
-    """The way to the inner level."""
+    """Return the FLOPs of downsampling to the inner level."""
     outer, g, s = between.outer, between.g, between.inner.shorten
     d, inner = outer.dim, outer.inner
     flops = 2 * g * s * d * d if config.downsampling == "linear" else 0
@@ -194,19 +194,19 @@ def _down(config: ModelConfig, between: _Between, dense: bool) -> int:
         flops += _earlier_attention(config, outer, between.down, dense)
     elif config.attention_resampling == "bucket":
         keys_values = 4 * g * s * d * inner
-        if s >= MANY_KEYS:  # the query is taken through the key projection, the mixed values after
+        if s >= MANY_KEYS:  # the key projection is applied to queries, the value projection last
             keys_values = 4 * g * d * inner + 4 * g * s * outer.heads * d
         flops += 4 * g * d * inner + keys_values + _feed_forward(config, outer, g)
     return flops + _width_change(config, between)
 
 
 def _up(config: ModelConfig, between: _Between, dense: bool) -> int:
-    """The way back from it."""
+    """Return the FLOPs of upsampling from the inner level."""
     outer, g, d = between.outer, between.g, between.outer.dim
     flops = 2 * g * d * between.inner.shorten * d if config.upsampling == "linear" else 0
     if config.attention_resampling == "earlier":
         flops += _earlier_attention(config, outer, between.up, dense)
-    elif config.attention_resampling == "bucket":  # one key a position: values and output only
+    elif config.attention_resampling == "bucket":  # one key per position: only values and output
         flops += 4 * g * d * outer.inner + _feed_forward(config, outer, between.n)
     return flops + _width_change(config, between)
 

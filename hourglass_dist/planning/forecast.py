@@ -1,19 +1,19 @@
-"""What a run takes on given machines: memory, time, money; and which settings would be fastest.
+"""Memory, time and cost of a run on given machines, and a search for the fastest settings.
 
-A forecast is arithmetic on the plan and on data sheets, with these assumptions, all of them stated
-in what is printed:
+A forecast is computed from the plan and from data sheets, under these assumptions; the main ones
+are printed with it:
 
-    memory        the plan's, and 5 % of it for fragments, and 1 GiB for the GPU's own context
+    memory        the plan's, 5 % of it for fragmentation, and 1 GiB for the GPU context
     products      at 40 % of the peak (published: 33 to 48 % on H100, llm-foundry, Megatron-LM and
                   torchtitan), with selective checkpointing 3 % longer (docs/benchmarks/cpu.md)
     collectives   rings over all links of a node at 70 % of their bandwidth; between nodes every
                   GPU uses its own network card; each also takes the latencies of its steps
-                  (collective_times.py), and there are as many as DeepSpeed's buckets make
-    files         2 GB/s to the file system that takes checkpoints, all ranks together
-    failures      as often as in the training of Llama 3 (failures.py)
+                  (collective_times.py); DeepSpeed's bucket sizes decide their number
+    files         2 GB/s to the file system of the checkpoints, all ranks together
+    failures      the rate of the training of Llama 3 (failures.py)
     a step        with ``overlap_comm`` (stages 2 and 3) the longer of both, else their sum; then
-                  the optimizer, which moves its state through memory once each way, and at stages
-                  1 and 2 the gathering of the new weights
+                  the optimizer, which reads and writes its state once, and at stages 1 and 2 the
+                  all-gather of the new weights
 """
 
 from __future__ import annotations
@@ -35,47 +35,47 @@ CONTEXT, FRAGMENTS = 2**30, 0.05
 PRODUCTS, LINKS, SELECTIVE = 0.40, 0.70, 1.03
 EXACT = 0.05
 WRITES = 2e9
-"""Bytes a second of the file system that takes checkpoints, all ranks together."""
+"""Write bandwidth of the file system of the checkpoints, all ranks together, bytes per second."""
 HOST_LINK = 25e9
-"""Bytes a second from an accelerator to its host, which is what a save stalls for (PCIe 4.0 x16 has
-32e9)."""
+"""Bandwidth from an accelerator to its host, bytes per second; training stalls for this copy (PCIe
+4.0 x16 has 32e9)."""
 GATHER_BUCKET, PREFETCH_BUCKET, PERSISTENCE = 500_000_000, 50_000_000, 100_000
-"""DeepSpeed's defaults, in elements."""
+"""DeepSpeed's default bucket sizes and parameter persistence threshold, elements."""
 MOST_MICRO_BATCHES = 12
-"""Sizes of a micro batch that are looked at, the largest ones left out."""
+"""Number of micro batch sizes that are tried, the smallest ones."""
 
 
 @dataclass(frozen=True)
 class Cluster:
-    """Equal nodes of equal accelerators."""
+    """Identical nodes of identical accelerators."""
 
     device: Device
     node: Node
     nodes: int
     gpus_per_node: int
     price: float | None
-    """Dollars an hour of one accelerator."""
+    """Price of one accelerator, dollars per hour."""
 
     @property
     def gpus(self) -> int:
-        """Of all nodes."""
+        """Number of accelerators in all nodes."""
         return self.nodes * self.gpus_per_node
 
     @property
     def bandwidth(self) -> float:
-        """Bytes a second that one accelerator sends in a collective over all of them."""
+        """Bandwidth of one accelerator in a collective over all, bytes per second."""
         return self.bandwidth_between(self.nodes)
 
     def bandwidth_between(self, nodes: int) -> float:
-        """The same in a collective over so many nodes."""
+        """Return the bandwidth in a collective over ``nodes`` nodes, bytes per second."""
         inside, outside = self.node.inside, self.node.outside * self.gpus_per_node
         return LINKS * (min(inside, outside) if nodes > 1 else inside)
 
 
 def cluster(gpu: str, nodes: int, gpus_per_node: int, price: float | None = None) -> Cluster:
-    """Machines by the name of their accelerator; ``price`` instead of the listed one.
+    """Return machines by the name of their accelerator; ``price`` replaces the listed price.
 
-    Raises ValueError for a name that is not known.
+    Raises ValueError for an unknown name.
     """
     device, node = planned_device(gpu)
     return Cluster(device, node, nodes, gpus_per_node, node.price if price is None else price)
@@ -83,24 +83,24 @@ def cluster(gpu: str, nodes: int, gpus_per_node: int, price: float | None = None
 
 @dataclass(frozen=True)
 class Forecast:
-    """A plan on machines."""
+    """Memory, time and cost of a plan on a cluster."""
 
     plan: Plan
     cluster: Cluster
 
     @property
     def memory(self) -> float:
-        """Bytes of one accelerator."""
+        """Memory needed on one accelerator, bytes."""
         return self.plan.memory.total * (1 + FRAGMENTS) + CONTEXT
 
     @property
     def fits(self) -> bool:
-        """Whether the accelerator has that much."""
+        """Whether the accelerator has enough memory."""
         return self.memory <= self.cluster.node.memory
 
     @property
     def products_s(self) -> float:
-        """Seconds of matrix products in a step."""
+        """Time of matrix products in a step, seconds."""
         fp32 = self.plan.config.train.precision == "fp32"
         device, node = self.cluster.device, self.cluster.node
         peak = node.fp32_flops if fp32 else device.bf16_flops
@@ -110,7 +110,7 @@ class Forecast:
 
     @property
     def calls(self) -> list[Calls]:
-        """The collectives during the passes of a step."""
+        """Collectives during the forward and backward passes of a step."""
         made, zero = self.plan, self.plan.config.deepspeed.zero_optimization
         trained = made.parameters.trained
         sent = made.traffic.total - made.traffic.after - made.traffic.inside
@@ -121,7 +121,7 @@ class Forecast:
             return [Calls("all-reduce", passes * -(-trained // at_once), sent)]
         moved = 3 * trained - staying(made.config, trained)  # gathered, gathered again, reduced
         ahead = zero.stage3_prefetch_bucket_size or PREFETCH_BUCKET
-        # the forward pass gathers in halves of a bucket, as the tensors of a layer come
+        # the forward pass gathers in halves of a bucket, in the order of a layer's tensors
         gathers = made.micro_batches * max(1, round(moved / ahead))
         reduces = made.micro_batches * -(-trained // bucket)
         if group := made.config.deepspeed.group_size(made.world_size):
@@ -138,7 +138,7 @@ class Forecast:
 
     @property
     def calls_after(self) -> list[Calls]:
-        """Those when the optimizer has stepped."""
+        """Collectives after the update of the weights."""
         made, zero = self.plan, self.plan.config.deepspeed.zero_optimization
         if zero.stage in (1, 2):
             at_once = zero.allgather_bucket_size or GATHER_BUCKET
@@ -151,7 +151,7 @@ class Forecast:
 
     @property
     def collectives_s(self) -> float:
-        """Seconds of collectives during the passes of a step."""
+        """Time of collectives during the forward and backward passes of a step, seconds."""
         return sum(self._seconds(calls) for calls in self.calls)
 
     def _seconds(self, calls: Calls) -> float:
@@ -165,7 +165,7 @@ class Forecast:
 
     @property
     def optimizer_s(self) -> float:
-        """Seconds from the last gradient to weights that are the same everywhere."""
+        """Time from the last gradient until all ranks have the new weights, seconds."""
         memory = self.plan.memory
         weights = memory.moments / 2  # in fp32, of this rank
         moved = 2 * (memory.moments + weights) + weights  # read and written; gradients are read
@@ -174,36 +174,36 @@ class Forecast:
 
     @property
     def overlaps(self) -> bool:
-        """Whether gradients travel while others are computed; DeepSpeed's default at stage 3."""
+        """Whether communication overlaps with computation; DeepSpeed's default at stage 3."""
         zero = self.plan.config.deepspeed.zero_optimization
         default = zero.stage == 3
         return zero.stage >= 2 and (default if zero.overlap_comm is None else zero.overlap_comm)
 
     @property
     def step_s(self) -> float:
-        """Seconds of a step after the last phase."""
+        """Time of a step after the last phase, seconds."""
         join = max if self.overlaps else lambda *both: sum(both)
         return float(join(self.products_s, self.collectives_s)) + self.optimizer_s
 
     @property
     def saving(self) -> Saving:
-        """A checkpoint of the run: copied to the host, then written."""
+        """Time that a checkpoint takes: a copy to the host, then the write."""
         size = self.plan.checkpoint_bytes
         return Saving(size / self.cluster.gpus / HOST_LINK, size / WRITES)
 
     @property
     def mtbf_s(self) -> float:
-        """Seconds from one failure to the next, in the mean."""
+        """Mean time between failures, seconds."""
         return mtbf_s(self.cluster.gpus, RATES["Llama 3"])
 
     @property
     def tokens_per_day(self) -> float:
-        """Over all accelerators."""
+        """Tokens per day over all accelerators."""
         return self.plan.tokens_per_step / self.step_s * 86400
 
     @property
     def gpu_hours(self) -> float:
-        """To the end of the run, evaluations and checkpoints left out."""
+        """GPU-hours of the whole run without evaluations and checkpoints."""
         return self.plan.tokens / self.tokens_per_day * 24 * self.cluster.gpus
 
 
@@ -213,20 +213,20 @@ class Calls(NamedTuple):
     kind: str
     number: int
     sent: float
-    """Bytes that a rank sends in all of them."""
+    """Bytes that a rank sends in all these collectives."""
     ranks: int = 0
-    """Of how many ranks; 0 for all."""
+    """Ranks in each collective; 0 for all."""
 
 
 def forecast(config: Config, machines: Cluster) -> Forecast:
-    """Raises ConfigError when the batch cannot be dealt to that many accelerators, ValueError when
-    activations do not fit ``train.activation_memory``."""
+    """Return the forecast of a run. Raises ConfigError when the batch cannot be divided among the
+    accelerators, ValueError when activations exceed ``train.activation_memory``."""
     return Forecast(plan(config, machines.gpus, "cuda"), machines)
 
 
 def candidates(config: Config, machines: Cluster) -> Iterator[Forecast]:
-    """ZeRO stages x micro batches x checkpointing at all levels, also that of the settings; all of
-    it on the device."""
+    """Yield forecasts for all ZeRO stages x micro batch sizes x checkpointing policies (one for all
+    levels, or that of the settings), without offloading to the host."""
     rows = min(phase.batch_size for phase in config.data.all_phases) // machines.gpus
     sizes = [n for n in range(1, rows + 1) if rows % n == 0][:MOST_MICRO_BATCHES]
     models = [] if "auto" in config.model.checkpointing else [config.model]
@@ -242,16 +242,16 @@ def candidates(config: Config, machines: Cluster) -> Iterator[Forecast]:
                 changed = {"train": train, "deepspeed": engine, "model": model}
                 try:
                     yield forecast(config.model_copy(update=changed), machines)
-                except ConfigError:  # another phase has rows that these do not divide
+                except ConfigError:  # the batch of another phase cannot be divided
                     break
 
 
 def suggest(config: Config, machines: Cluster) -> tuple[Forecast | None, Forecast | None]:
-    """What to take, and what needs the least memory; None where nothing fits, or the batch has no
-    row for every accelerator.
+    """Return the suggested settings and those of the least memory; None where nothing fits, or the
+    batch has fewer rows than there are accelerators.
 
-    Of all that fits and is within 5 % of the fastest (a forecast is not more exact than that) it is
-    the lowest stage, and of these the fastest with the largest micro batch.
+    Of all that fits within 5 % of the fastest time (forecasts are not more exact) the suggestion
+    has the lowest ZeRO stage, then the shortest step, then the largest micro batch.
     """
     found = list(candidates(config, machines))
     fitting = [each for each in found if each.fits]

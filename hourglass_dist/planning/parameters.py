@@ -1,4 +1,4 @@
-"""The parameters of a model, read off the model itself on the ``meta`` device."""
+"""Parameter counts of a model, taken from the model itself on the ``meta`` device."""
 
 from __future__ import annotations
 
@@ -15,29 +15,29 @@ from hourglass_dist.model.settings import ModelConfig
 
 @dataclass(frozen=True)
 class Parameters:
-    """Names, sizes and what is trained."""
+    """Names and shapes of parameters, and which of them are frozen."""
 
     shapes: dict[str, torch.Size]
     frozen: frozenset[str]
-    """Names of those without a gradient."""
+    """Names of parameters without a gradient."""
 
     @property
     def total(self) -> int:
-        """All parameters, frozen ones too."""
+        """Number of all parameters, with frozen ones."""
         return sum(shape.numel() for shape in self.shapes.values())
 
     @property
     def trained(self) -> int:
-        """Parameters that have a gradient."""
+        """Number of parameters that have a gradient."""
         return self.total - sum(self.shapes[name].numel() for name in self.frozen)
 
     def of_level(self, index: int | None) -> int:
-        """Those of one level with the ways to the next one and back; None: all that is in no
-        level."""
+        """Return the number of parameters of one level with its resampling layers; None: of the
+        modules outside all levels."""
         return sum(shape.numel() for name, shape in self.shapes.items() if _level(name) == index)
 
     def of_muon(self, optim: OptimConfig) -> int:
-        """Parameters that Muon trains."""
+        """Return the number of parameters that Muon trains."""
         return sum(
             shape.numel()
             for name, shape in self.shapes.items()
@@ -45,12 +45,12 @@ class Parameters:
         )
 
     def small_tensors(self, elements: int) -> int:
-        """How many tensors have no more than so many elements."""
+        """Return the number of tensors with at most ``elements`` elements."""
         return sum(shape.numel() <= elements for shape in self.shapes.values())
 
 
 def parameters_of(config: ModelConfig) -> Parameters:
-    """The parameters of a model, whatever its checkpointing."""
+    """Return the parameters of a model; its activation checkpointing does not matter."""
     return _parameters(config.with_checkpointing("none"))
 
 
@@ -65,5 +65,5 @@ def _parameters(config: ModelConfig) -> Parameters:
 
 
 def _level(name: str) -> int | None:
-    """``hourglass.inner.inner.pre.0...`` is of level 2."""
+    """Return the level of a parameter: 2 for ``hourglass.inner.inner.pre.0...``."""
     return name.count("inner.") if name.startswith("hourglass.") else None

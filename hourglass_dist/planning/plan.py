@@ -1,4 +1,4 @@
-"""What a run will cost: parameters and operations of its model, memory and traffic of a rank."""
+"""Cost of a run: parameters and FLOPs of its model, memory and traffic of one rank."""
 
 from __future__ import annotations
 
@@ -23,66 +23,66 @@ from hourglass_dist.planning.zero import (
 )
 
 AUTOMATIC = ("none", "selective", "full")
-"""What ``auto`` chooses from."""
+"""Checkpointing policies that ``auto`` chooses from."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A run, and the cost of its model and of one of its ranks."""
+    """Cost of a run's model and of one of its ranks."""
 
     config: Config
-    """With activation checkpointing settled."""
+    """Settings of the run; with a ``device``, ``auto`` checkpointing is replaced by its choice."""
     world_size: int
     device: str | None
-    """The type of device that activations are counted for; None: they are not counted."""
+    """Type of the device for which activations are counted; None: they are not counted."""
     parameters: Parameters
     flops: ModelFlops
-    """On rows of the longest phase."""
+    """FLOPs on rows of the longest phase."""
     activations: Activations | None
-    """Of one micro batch."""
+    """Activation bytes of one micro batch."""
     memory: RankMemory
     traffic: Traffic
 
     @property
     def micro_batches(self) -> int:
-        """Of one rank, in one optimizer step."""
+        """Micro batches of one rank in one optimizer step."""
         return self.config.accumulation_steps(self.world_size)
 
     @property
     def checkpoint_bytes(self) -> int:
-        """Of one checkpoint, all ranks together: fp32 weights and moments, frozen weights."""
+        """Bytes of one checkpoint over all ranks: fp32 weights and moments, frozen weights."""
         trained = self.parameters.trained
         frozen = self.parameters.total - trained
         return (MASTER_BYTES + MOMENT_BYTES) * trained + MASTER_BYTES * frozen
 
     @property
     def tokens_per_step(self) -> int:
-        """Over all ranks, in a step after the last phase."""
+        """Tokens of a step after the last phase, over all ranks."""
         return self.config.data.batch_size * self.config.data.seq_len
 
     @property
     def tokens(self) -> int:
-        """Of the whole run."""
+        """Tokens of the whole run."""
         return self.config.data.tokens(self.config.train.steps)
 
     @property
     def training_flops(self) -> float:
-        """Of the whole run, without recomputation; as if all rows were of the longest length."""
+        """FLOPs of the whole run without recomputation, as if all rows had the longest length."""
         return self.tokens * self.flops.training_per_token
 
     def flops_per_token(self, length: int) -> tuple[float, float]:
-        """(forward and backward pass, the same with recomputation) in rows of ``length`` tokens."""
+        """Return training FLOPs/token without and with recomputation, in rows of ``length``."""
         flops = _flops(self.config, length)
         return flops.training_per_token, flops.hardware_per_token
 
 
 def plan(config: Config, world_size: int, device: str | None = None) -> Plan:
-    """The cost of ``config`` on ``world_size`` ranks.
+    """Return the cost of ``config`` on ``world_size`` ranks.
 
-    ``device`` is ``cuda`` or ``cpu``: activations are counted, and ``auto`` checkpointing settled,
-    for its kernels. Without it nothing is counted. Raises ConfigError when batch or weights cannot
-    be divided among that many ranks, ValueError when activations do not fit
-    ``train.activation_memory`` whatever is recomputed.
+    With ``device``, ``cuda`` or ``cpu``, activations are counted and ``auto`` checkpointing is
+    chosen for its kernels; without it activations are left out. Raises ConfigError when batch or
+    weights cannot be divided among the ranks, ValueError when activations exceed
+    ``train.activation_memory`` under every policy.
     """
     activations = None
     if device:
@@ -102,10 +102,10 @@ def plan(config: Config, world_size: int, device: str | None = None) -> Plan:
 
 
 def settle_checkpointing(config: Config, device: str) -> Config:
-    """``config`` with activation checkpointing chosen where it says ``auto``, for this type of
-    device.
+    """Return ``config`` with ``auto`` activation checkpointing replaced by the best choice for this
+    type of device.
 
-    Raises ValueError when nothing fits ``train.activation_memory``.
+    Raises ValueError when no choice fits ``train.activation_memory``.
     """
     if "auto" not in config.model.checkpointing:
         return config
@@ -115,10 +115,10 @@ def settle_checkpointing(config: Config, device: str) -> Config:
 
 
 def choose_checkpointing(model: ModelConfig, how: Pass, budget: int) -> ModelConfig:
-    """``model`` with one of none, selective and full for every level that says ``auto``: what
-    recomputes least of all that keeps within ``budget`` bytes of activations.
+    """Return ``model`` with none, selective or full for every ``auto`` level: the choice with the
+    least recomputation whose activations fit ``budget`` bytes.
 
-    Raises ValueError naming the least that is possible when nothing fits.
+    Raises ValueError with the least possible bytes when no choice fits.
     """
     record = count(model, how)
     choices = [AUTOMATIC if policy == "auto" else (policy,) for policy in model.checkpointing]
@@ -132,7 +132,7 @@ def choose_checkpointing(model: ModelConfig, how: Pass, budget: int) -> ModelCon
         )
 
     def cost(policies: tuple[str, ...]) -> tuple[int, int]:
-        """Of equal products, what keeps more recomputes fewer other operations."""
+        """Return the recomputed FLOPs; at equal FLOPs a choice that keeps more bytes is better."""
         flops = model_flops(model.with_checkpointing(policies), how.length, packed=how.packed)
         return flops.recomputed, -needed[policies]
 
@@ -144,7 +144,7 @@ def _flops(config: Config, length: int) -> ModelFlops:
 
 
 def _pass(config: Config, device: str) -> Pass:
-    """The forward pass of one micro batch of the longest rows."""
+    """Return the forward pass of one micro batch of the longest rows."""
     narrow = config.train.precision != "fp32"
     return Pass(
         rows=config.train.micro_batch_size,
@@ -157,8 +157,8 @@ def _pass(config: Config, device: str) -> Pass:
 
 
 def too_large(config: Config, world_size: int, device: str) -> str:
-    """What to tell a user whose run does not fit the memory of a rank: the plan, and the cheapest
-    ways out."""
+    """Return the error message for a run out of memory on a rank: the plan and the cheapest
+    remedies."""
     made = plan(config, world_size, device)
     memory, micro = made.memory, config.train.micro_batch_size
     ways = []

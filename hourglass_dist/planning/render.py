@@ -24,7 +24,7 @@ from hourglass_dist.planning.plan import Plan
 
 
 def render_plan(plan: Plan) -> str:
-    """The plan as text, 100 columns wide."""
+    """Return the plan as text, 100 columns wide."""
     out = io.StringIO()
     console = Console(file=out, width=100, highlight=False)
     for part in describe(plan):
@@ -131,7 +131,7 @@ def _summary(plan: Plan) -> str:
 
 
 def render_forecast(forecast: Forecast, best: Forecast | None, least: Forecast | None) -> str:
-    """The forecast of the settings, and of what would be better, as text."""
+    """Return the forecast of the settings, and the suggested settings, as text."""
     lines = [
         _machine_line(forecast.cluster),
         _memory_line(forecast),
@@ -188,7 +188,7 @@ def _time_lines(forecast: Forecast) -> Iterator[str]:
 
 
 def _failure_line(forecast: Forecast) -> str:
-    """How many to expect, and how often to save."""
+    """Return the line with the expected failures and the checkpoint interval."""
     saving, back, mtbf = forecast.saving, Return(), forecast.mtbf_s
     most = max(1, round(longest_interval(saving, back, mtbf) / forecast.step_s))
     now = forecast.plan.config.checkpoint.every

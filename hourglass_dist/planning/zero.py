@@ -1,7 +1,7 @@
-"""What DeepSpeed's ZeRO keeps in the memory of one rank, and what that rank sends.
+"""Memory and traffic of one rank under DeepSpeed's ZeRO.
 
-In names: P trained parameters, W ranks. Bytes of P as DeepSpeed 0.19.8 keeps them, between the
-passes of a step; ``tests.measure.zero`` measures them, and what a rank sends:
+Legend: P trained parameters, W ranks. Bytes that DeepSpeed 0.19.8 keeps between the passes of a
+step; ``tests.measure.zero`` measures them, and the bytes that a rank sends:
 
     stage  precision  weights  gradients    master    moments
     0      both       4 P      4 P          -         8 P
@@ -12,27 +12,27 @@ passes of a step; ``tests.measure.zero`` measures them, and what a rank sends:
     3      fp32       4 P / W  4 P / W      4 P / W   8 P / W
     3      bf16       2 P / W  4 P / W      4 P / W   8 P / W
 
-On top, at most, while gradients are reduced (R is ``reduce_bucket_size``, or P where that is less,
-b bytes of a weight):
+At most this is added while gradients are reduced (R: the smaller of ``reduce_bucket_size`` and P,
+b: bytes of a weight):
 
     0        both   a flat copy of the gradients, 4 P, of 500 M elements at most
-    1        bf16   a copy in fp32 and one in bf16, 6 P, of as many
+    1        bf16   a copy in fp32 and one in bf16, 6 P, of 500 M elements at most
     1        fp32   R b, and this rank's 4 P / W beside the whole gradients
     2        both   R b (twice with ``overlap_comm``) and a copy of that; in fp32 a second 4 P / W
                     where micro batches are summed
     3        both   the same buffers, and the gathered weights that stay between the passes
 
-A rank sends, with rings:
+A rank sends, with ring algorithms:
 
     0, 1   one all-reduce of the gradients a step;  1 also one all-gather of the weights
     2      one all-reduce a micro batch, one all-gather of the weights a step
     3      two all-gathers of the weights and one reduce-scatter of the gradients a micro batch;
-           what the forward pass used last stays for the backward pass and is gathered once: as
-           many elements as ``stage3_max_live_parameters``, and at least 500 M (half of DeepSpeed's
+           the weights that the forward pass used last stay for the backward pass and are gathered
+           once: ``stage3_max_live_parameters`` elements, and at least 500 M (half of DeepSpeed's
            default of ``stage3_max_reuse_distance``)
 
-With ``zero_hpz_partition_size`` G each weight is gathered from all ranks once a step, and from then
-on from a second copy among G ranks, which takes b P / G on top until the step is over.
+With ``zero_hpz_partition_size`` G each weight is gathered from all ranks once a step, and after
+that from a second copy among G ranks, which takes another b P / G until the end of the step.
 """
 
 from __future__ import annotations
@@ -45,14 +45,14 @@ from hourglass_dist.planning.count import Activations
 from hourglass_dist.planning.parameters import Parameters
 
 MASTER_BYTES, MOMENT_BYTES, SUM_BYTES = 4, 8, 4
-"""Of one parameter: the fp32 weight, AdamW's two moments in fp32, the fp32 sum of its gradients."""
+"""Bytes per parameter: fp32 weight, AdamW's two fp32 moments, fp32 sum of gradients."""
 MAX_LIVE_PARAMETERS, REUSE_DISTANCE = 1_000_000_000, 1_000_000_000
-"""DeepSpeed's defaults, in elements."""
+"""DeepSpeed's defaults of ``stage3_max_live_parameters`` and ``stage3_max_reuse_distance``."""
 SUB_GROUP, SWAP_BUFFERS = 1_000_000_000, 4
-"""DeepSpeed's defaults: elements that are stepped at a time, and buffers of so many (weights,
-gradients, two moments) for those whose state is in files."""
+"""DeepSpeed's defaults: elements updated at a time, and the number of buffers of that size
+(weights, gradients, two moments) when the optimizer state is in files."""
 FLAT_COPY = 500_000_000
-"""Elements that stage 0, and stage 1 in bf16, reduce at a time: a constant of DeepSpeed's."""
+"""Elements that stage 0, and stage 1 in bf16, reduce at a time: a constant in DeepSpeed."""
 
 
 @dataclass(frozen=True)
@@ -62,23 +62,23 @@ class RankMemory:
     weights: int
     gradients: int
     master: int
-    """fp32 copies of the weights, in the optimizer."""
+    """Bytes of the optimizer's fp32 copies of the weights."""
     moments: int
     gathered: int
-    """At most: weights of other ranks that are here for the moment, and hpZ's second copy."""
+    """Peak bytes of weights gathered from other ranks, and of hpZ's second copy."""
     buffer: int
-    """At most: where gradients wait for their reduction, and copies of them; and what is stepped at
-    a time, where its state is in files."""
+    """Peak bytes of gradient buckets and their copies, and of the buffers of an optimizer whose
+    state is in files."""
     activations: int
-    """Of one micro batch."""
+    """Bytes of one micro batch."""
     host: int = 0
-    """How much of this lies in the host's memory, where the settings say so."""
+    """Bytes of the fields above that are in the host's memory, by offloading."""
     files: int = 0
-    """How much of this lies in files between steps, and in nobody's memory."""
+    """Bytes of the fields above that are in files between steps, and in no memory."""
 
     @property
     def total(self) -> int:
-        """All of it on the device."""
+        """Bytes on the device."""
         return (
             self.weights
             + self.gradients
@@ -95,7 +95,7 @@ class RankMemory:
 def rank_memory(
     config: Config, parameters: Parameters, activations: Activations | None, world_size: int
 ) -> RankMemory:
-    """The memory of one of ``world_size`` ranks; without ``activations`` all but these."""
+    """Return the memory of one of ``world_size`` ranks; None leaves activations out."""
     zero = config.deepspeed.zero_optimization
     memory = _memory_anywhere(config, parameters, world_size)
     host = memory.weights if zero.offload_param else 0
@@ -105,7 +105,7 @@ def rank_memory(
         host += activations.offloaded
     if not zero.offload_optimizer:
         return replace(memory, host=host)
-    host += memory.gradients if zero.stage >= 2 else 0  # they wait there for the step, too
+    host += memory.gradients if zero.stage >= 2 else 0  # kept there until the step, too
     kept = memory.master + memory.moments
     if zero.offload_optimizer == "cpu":
         return replace(memory, host=host + kept)
@@ -115,7 +115,7 @@ def rank_memory(
 
 
 def _memory_anywhere(config: Config, parameters: Parameters, world_size: int) -> RankMemory:
-    """All but activations, wherever it lies."""
+    """Return the memory without activations and without regard to offloading."""
     stage, weight_bytes = config.deepspeed.stage, _weight_bytes(config)
     everything, trained = parameters.total, parameters.trained
     share = -(-trained // world_size)
@@ -135,7 +135,7 @@ def _memory_anywhere(config: Config, parameters: Parameters, world_size: int) ->
 
 
 def _moments(config: Config, parameters: Parameters) -> int:
-    """Of all trained parameters; Muon keeps one number of a parameter, not two."""
+    """Return the bytes of all moments; Muon keeps one moment of a parameter, not two."""
     muons = parameters.of_muon(config.optim)
     return MOMENT_BYTES * parameters.trained - MOMENT_BYTES // 2 * muons
 
@@ -162,20 +162,20 @@ class Traffic:
 
     total: int
     after: int
-    """Sent when the rank has changed its part of the weights, so that all have all."""
+    """Bytes sent after the update, to gather the new weights on all ranks."""
     inside: int
-    """Sent inside a group of ``zero_hpz_partition_size`` ranks."""
+    """Bytes sent inside a group of ``zero_hpz_partition_size`` ranks."""
 
 
 def rank_traffic(config: Config, trained: int, world_size: int) -> Traffic:
-    """What one of ``world_size`` ranks sends for so many trained parameters."""
+    """Return the bytes that one of ``world_size`` ranks sends for ``trained`` parameters."""
     micro_batches, weight_bytes = config.accumulation_steps(world_size), _weight_bytes(config)
     stage, group = config.deepspeed.stage, config.deepspeed.group_size(world_size)
-    again = inside = 0  # gathered in groups of hpZ: all but the first gathering of each weight
+    again = inside = 0  # gathered in hpZ groups: all but the first all-gather of each weight
     if group is not None:
         again = (2 * trained - staying(config, trained)) * micro_batches - trained
         inside = weight_bytes * again * (group - 1) // group
-    # in units of (W - 1) / W times all elements: an all-reduce is 2, the other two are 1
+    # in units of (W - 1) / W elements: an all-reduce is 2, all-gather and reduce-scatter are 1
     elements = {
         0: 2 * trained,
         1: (2 + 1) * trained,
@@ -191,7 +191,7 @@ def rank_traffic(config: Config, trained: int, world_size: int) -> Traffic:
 
 
 def staying(config: Config, parameters: int) -> int:
-    """Elements that stay gathered from the forward to the backward pass: at stage 3, else none."""
+    """Return the elements that stay gathered between the passes at stage 3; 0 at other stages."""
     if config.deepspeed.stage < 3:
         return 0
     live = config.deepspeed.zero_optimization.stage3_max_live_parameters or MAX_LIVE_PARAMETERS
@@ -199,5 +199,5 @@ def staying(config: Config, parameters: int) -> int:
 
 
 def _weight_bytes(config: Config) -> int:
-    """Of one weight as the forward pass uses it; stage 0 in bf16 is autocast over fp32 weights."""
+    """Return the bytes of a weight in the forward pass; stage 0 in bf16 keeps fp32 (autocast)."""
     return 2 if config.train.precision != "fp32" and config.deepspeed.stage > 0 else 4
