@@ -1,4 +1,4 @@
-"""The ``data`` section of a run's settings: which tokens are read, and in what phases."""
+"""The ``data`` section of a run's settings: the tokens that are read, and the phases of a run."""
 
 from __future__ import annotations
 
@@ -17,77 +17,77 @@ class SourceConfig(Section):
     """One dataset of a mixture."""
 
     name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")]
-    """A word for it, in messages, metrics and ``skip_shards``."""
+    """Name of the dataset in messages, metrics and ``skip_shards``."""
     path: str
-    """Where it lies, as ``data.dataset``."""
+    """Folder or address of the dataset, as in ``data.dataset``."""
     weight: Annotated[float, Field(ge=0.0)] = 1.0
-    """Its share of the rows, on any scale; kept to the thousandth of all rows."""
+    """Share of the rows, on any scale; it is exact to a thousandth of all rows."""
     max_epochs: PositiveInt | None = None
-    """How often it may be read. A run that would read it more often is refused at its start."""
+    """Maximum number of epochs. A run that would need more is refused at its start."""
 
 
 class PhaseConfig(Section):
-    """An early part of a run that differs from the rest. What is left out does not differ."""
+    """An early part of a run with its own settings. Settings left out are those of the run."""
 
     until_step: PositiveInt
-    """The phase ends when this many optimizer steps are done."""
+    """Optimizer step after which the phase ends."""
     seq_len: PositiveInt | None = None
-    """Tokens in one row. All sequence lengths of a run divide the longest."""
+    """Tokens in one row. Must divide the longest row length of the run."""
     batch_size: PositiveInt | None = None
-    """Rows in one optimizer step."""
+    """Rows in one optimizer step, over all ranks."""
     weights: dict[str, Annotated[float, Field(ge=0.0)]] = Field(default_factory=dict)
-    """Weights of sources, by name; 0 leaves a source out."""
+    """Weights of the sources by name; 0 leaves a source out."""
 
 
 class CacheConfig(Section):
-    """The disk cache of shards that lie in an object store or behind a web server."""
+    """Disk cache of the shards of an object store or web server."""
 
     dir: str = "data/cache"
-    """Folder on a local disk. Runs and ranks may share one."""
+    """Folder on a local disk. Runs and ranks may share it."""
     max_gb: PositiveFloat = 200.0
-    """Size limit of the folder, in 10^9 bytes. What is read last goes last."""
+    """Size limit of the folder, in 10^9 bytes. The least recently used shards are removed first."""
     timeout_s: PositiveFloat = 60.0
-    """Seconds that one request may take. Shards are read 16 MiB at a time."""
+    """Timeout of one request, seconds. Shards are read 16 MiB at a time."""
     deadline_s: Annotated[float, Field(gt=0.0, le=480.0)] = 300.0
-    """Seconds after which a read that keeps failing is given up. Ranks wait for each other for
-    10 minutes."""
+    """Time after which a failing read is given up, seconds. Ranks wait for each other for 10
+    minutes."""
 
 
 @dataclass(frozen=True)
 class Phase:
-    """A part of a run with one batch size, sequence length and mixture."""
+    """Part of a run with one batch size, sequence length and mixture."""
 
     first_step: int
-    """The optimizer step (0 is the first) with which it begins."""
+    """First optimizer step of the phase; 0 is the first of the run."""
     batch_size: int
-    """Rows in a step, over all ranks."""
+    """Rows in one optimizer step, over all ranks."""
     seq_len: int
-    """Tokens in a row."""
+    """Tokens in one row."""
     weights: tuple[float, ...]
-    """Share of each source; any positive scale."""
+    """Share of each source, on any positive scale."""
 
 
 class DataConfig(Section):
-    """Which tokens are read, and in what phases."""
+    """The tokens that are read, and the phases of a run."""
 
     dataset: str | None = None
-    """Folder of shards made by ``hourglass data`` (the folder that holds index.json), or its
-    address: s3://, gs://, http:// or https://. For one source; for more see ``sources``."""
+    """Dataset folder made by ``hourglass data`` (the folder that holds index.json), or its address:
+    s3://, gs://, http:// or https://. For several datasets use ``sources``."""
     sources: list[SourceConfig] = Field(default_factory=list)
-    """The datasets of a mixture, all of one tokenizer."""
+    """Datasets of a mixture, all with the same tokenizer."""
     seq_len: PositiveInt
     """Tokens in one row. Must divide the block size of the shards."""
     batch_size: PositiveInt
     """Rows in one optimizer step, over all ranks and all accumulation steps together."""
     phases: list[PhaseConfig] = Field(default_factory=list)
-    """Early parts of the run with other batch sizes, sequence lengths or weights, in order. After
-    the last one the settings above hold."""
+    """Early parts of the run with other batch sizes, sequence lengths or weights, in order. The
+    settings above hold after the last one."""
     isolate_documents: bool = False
-    """Documents that share a row do not see each other."""
+    """Whether documents that share a row are kept from seeing each other."""
     skip_shards: list[str] = Field(default_factory=list)
-    """Training shards to leave out, as SOURCE/FILE such as web/train-000017.tar (one dataset is the
-    source ``data``). Their rows stay in their places, without a target. May grow when a run is
-    continued; checkpoints remember it."""
+    """Training shards to leave out, as SOURCE/FILE such as web/train-000017.tar (the source of a
+    single dataset is called ``data``). Their rows keep their positions but have no targets. The
+    list may grow when a run is continued; checkpoints store it."""
     cache: CacheConfig = CacheConfig()
 
     @model_validator(mode="after")
@@ -117,14 +117,14 @@ class DataConfig(Section):
 
     @property
     def all_sources(self) -> list[SourceConfig]:
-        """The sources; one dataset is a source called ``data``."""
+        """All sources; a single dataset is a source called ``data``."""
         if self.dataset is not None:
             return [SourceConfig(name="data", path=self.dataset)]
         return self.sources
 
     @property
     def all_phases(self) -> list[Phase]:
-        """The phases and what comes after them, from step 0 on."""
+        """All phases of the run from step 0 on, the rest after the early phases included."""
         usual = {source.name: source.weight for source in self.all_sources}
         phases, first = [], 0
         for early in self.phases:
@@ -140,7 +140,7 @@ class DataConfig(Section):
         return max(phase.seq_len for phase in self.all_phases)
 
     def tokens(self, step: int) -> int:
-        """Tokens that the steps before ``step`` take, padding included."""
+        """Return the number of tokens, padding included, that the steps before ``step`` read."""
         phases = self.all_phases
         ends = [*(phase.first_step for phase in phases[1:]), step]
         return sum(

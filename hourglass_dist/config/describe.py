@@ -1,4 +1,4 @@
-"""``hourglass config --describe``: what settings mean, from the docstrings of the sections."""
+"""``hourglass config --describe``: the meaning of settings, from the docstrings of the sections."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _JSON_LIMITS = {
 def describe(cls: type[Section], key: str = "") -> str:
     """Return type, default and meaning of the setting ``key``, or of all settings below it.
 
-    Raises ConfigError with the nearest key when there is none of that name.
+    Raises ConfigError with the nearest key when there is no such key.
     """
     wanted = ".".join("0" if part.isdecimal() else part for part in key.split("."))
     entries = dict(_entries(cls, ""))
@@ -48,7 +48,7 @@ def describe(cls: type[Section], key: str = "") -> str:
 
 
 def _entries(cls: type[Section], prefix: str) -> Iterator[tuple[str, str]]:
-    """Every section and setting below ``cls``: its dotted path and its text."""
+    """Yield (dotted path, text) of every section and setting below ``cls``."""
     properties = cls.model_json_schema()["properties"]
     inner = sections(cls)
     for name, field in cls.model_fields.items():
@@ -78,7 +78,7 @@ def _wrapped(text: str) -> str:
 
 
 def _type(schema: dict[str, Any]) -> str:
-    """A JSON schema in words."""
+    """Return a JSON schema's type and limits as words."""
     if "anyOf" in schema:
         return ", or ".join(_type(part) for part in schema["anyOf"])
     if "enum" in schema or "const" in schema:

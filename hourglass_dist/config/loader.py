@@ -28,17 +28,17 @@ S = TypeVar("S", bound="Section")
 
 
 class ConfigError(ValueError):
-    """The settings are wrong. ``str(error)`` has one line for every mistake found."""
+    """Error in the settings. ``str(error)`` has one line for every mistake."""
 
 
 def print_error(error: Exception) -> None:
-    """A mistake of the user on stderr, one line for each."""
+    """Print a user's mistake to stderr, one line for each line of the error."""
     for line in (str(error) or type(error).__name__).splitlines():
         print(f"error: {line}", file=sys.stderr, flush=True)
 
 
 class Section(BaseModel):
-    """A frozen group of settings that refuses unknown keys, wrong types, NaN and infinity."""
+    """Frozen group of settings that refuses unknown keys, wrong types, NaN and infinity."""
 
     model_config = ConfigDict(
         frozen=True,
@@ -51,8 +51,8 @@ class Section(BaseModel):
 
 
 class Built:
-    """In ``Annotated[T, Built(section)]``: a field that is validated as ``section`` and kept as the
-    dataclass T that its ``build`` makes."""
+    """Marker in ``Annotated[T, Built(section)]``: the field is validated as ``section`` and stored
+    as the dataclass T that ``section.build()`` returns."""
 
     def __init__(self, section: type[Section]) -> None:
         self.section = section
@@ -71,7 +71,7 @@ class Built:
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """YAML in which ``3e-4`` is a number, dates are text and a repeated key is an error."""
+    """YAML loader that reads ``3e-4`` as a number and dates as text, and refuses repeated keys."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
@@ -138,7 +138,7 @@ def _read_text(path: str | Path) -> str:
 
 
 def read_documents(path: Path) -> list[dict[str, Any]]:
-    """The documents of a YAML file that are not empty. Raises ConfigError as ``read_yaml`` does."""
+    """Return the non-empty documents of a YAML file. Raises ConfigError as ``read_yaml`` does."""
     documents = [d for d in _parse_yaml(_read_text(path), str(path), is_several=True) if d]
     for document in documents:
         if not isinstance(document, dict):
@@ -147,8 +147,8 @@ def read_documents(path: Path) -> list[dict[str, Any]]:
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
-    """A YAML file as a dict. Raises ConfigError when it is missing, unreadable, repeated or not a
-    mapping."""
+    """Return a YAML file as a dict. Raises ConfigError when it cannot be read, is not valid YAML,
+    repeats a key or is not a mapping."""
     settings = _parse_yaml(_read_text(path), str(path))
     if not isinstance(settings, dict):
         raise ConfigError(
@@ -160,7 +160,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
 def apply_override(settings: dict[str, Any], override: str) -> str:
     """Set one ``dotted.path=value`` in ``settings`` and return the path.
 
-    Lists go by index; the index one past the end appends an item. Raises ConfigError.
+    List items are addressed by index; the index one past the end appends. Raises ConfigError.
     """
     path, equals, text = override.partition("=")
     if not equals or not all(path.split(".")):
@@ -207,10 +207,10 @@ def parse(
     prefix: str = "",
     overridden: Sequence[str] = (),
 ) -> S:
-    """Check ``settings`` against a section. Raises ConfigError with a line for every mistake.
+    """Return ``settings`` as a validated section.
 
-    ``source`` names the file in messages; paths in ``overridden`` (or below them) are reported as
-    from the command line.
+    Raises ConfigError with a line for every mistake. ``source`` names the file in messages.
+    Mistakes at or below the paths in ``overridden`` are reported as from the command line.
     """
     try:
         return cls.model_validate_json(json.dumps(settings), strict=True)
@@ -240,7 +240,7 @@ LIMITS = {"ge": "at least", "gt": "more than", "le": "at most", "lt": "less than
 
 
 def _explain(cls: type[Section], detail: Any, prefix: str) -> tuple[str, str]:
-    """One pydantic error as (dotted path, sentence)."""
+    """Return one pydantic error as (dotted path, sentence)."""
     kind, given = detail["type"], show(detail["input"])
     parts = [
         str(part)
@@ -267,7 +267,7 @@ def _explain(cls: type[Section], detail: Any, prefix: str) -> tuple[str, str]:
 
 
 def show(value: Any) -> str:
-    """A value as it stands in messages, cut to 60 characters."""
+    """Return a value as text for messages, cut to 60 characters."""
     text = (
         json.dumps(value)
         if isinstance(value, (str, int, float, list, dict, type(None)))
@@ -277,7 +277,7 @@ def show(value: Any) -> str:
 
 
 def sections(cls: type[Section]) -> dict[str, type[Section]]:
-    """Field name -> section class, for fields that are a section or a list of one."""
+    """Return field name -> section class, for fields that are a section or a list of sections."""
     found = {}
     for name, field in cls.model_fields.items():
         candidates: list[Any] = [field.annotation, *getattr(field.annotation, "__args__", ())]
@@ -289,7 +289,7 @@ def sections(cls: type[Section]) -> dict[str, type[Section]]:
 
 
 def paths(cls: type[Section], prefix: str = "") -> Iterator[tuple[str, str]]:
-    """Every setting below a section, as (dotted path, description)."""
+    """Yield (dotted path, description) of every setting below a section."""
     inner = sections(cls)
     for name, field in cls.model_fields.items():
         if name in inner:
@@ -315,8 +315,8 @@ def _describe(cls: type[Section], parts: Sequence[str]) -> str:
 
 
 def _nearest(cls: type[Section], parts: Sequence[str], prefix: str) -> str:
-    """`; did you mean ...?`: the same name elsewhere, else a similar one beside the wrong key, else
-    elsewhere."""
+    """Return ``; did you mean ...?`` with the same name elsewhere, a similar one in the same
+    section, or a similar one elsewhere, in this order; empty when nothing is near."""
     name = parts[-1]
     everywhere = {
         path.rsplit(".", 1)[-1]: path for path, _ in paths(cls, f"{prefix}." * bool(prefix))
@@ -334,13 +334,13 @@ def _nearest(cls: type[Section], parts: Sequence[str], prefix: str) -> str:
 
 
 def to_yaml(config: Section) -> str:
-    """The settings, all defaults filled in, as YAML that ``load`` reads back to an equal object."""
+    """Return the settings, all defaults filled in, as YAML that ``load`` reads back as equal."""
     text: str = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, width=120)
     return text
 
 
 def differences(old: Section, new: Section) -> list[str]:
-    """`path: old -> new` for every setting that differs."""
+    """Return ``path: old -> new`` for every setting that differs."""
 
     def flatten(value: Any, path: str) -> Iterator[tuple[str, Any]]:
         pairs = (

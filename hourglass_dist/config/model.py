@@ -1,9 +1,9 @@
-"""What a user may write about a model: limits, defaults, and which options go together.
+"""The ``model`` section of the settings: limits, defaults, and rules between options.
 
     YAML  ->  ModelSection (validated, filled in)  ->  ModelSection.build()  ->  ModelConfig
 
 Four complete models stand in ``configs/``: ``lucidrains.yaml``, ``paper.yaml``, ``modern.yaml`` and
-``vanilla.yaml``. What every setting means is said in ``model/settings.py``.
+``vanilla.yaml``. ``model/settings.py`` explains every setting.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ PositiveFloat = Annotated[float, Field(gt=0.0)]
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 
 INHERITED = ("dim", "heads", "dim_head", "ff_mult", "dropout")
-"""What a level takes from the model where it says nothing itself."""
+"""Settings that a level inherits from the model unless it has its own."""
 CHECKPOINTING = r"none|full|selective|offload|auto|every [1-9][0-9]*"
 
 
 class LevelSection(Section):
-    """One level, as it is written."""
+    """Settings of one level as written in YAML."""
 
     layers: (
         PositiveInt
@@ -60,7 +60,7 @@ class LevelSection(Section):
         return policy
 
     def build(self) -> LevelConfig:
-        """The same settings for the model."""
+        """Return the same settings in the form that the model reads."""
         given = dict(self)
         if isinstance(self.layers, list):
             given["layers"] = tuple(self.layers)
@@ -68,7 +68,7 @@ class LevelSection(Section):
 
 
 class ModelSection(Section):
-    """An hourglass language model; with one level, a plain transformer."""
+    """Settings of an hourglass language model; with one level, a plain transformer."""
 
     dim: PositiveInt
     heads: PositiveInt = 8
@@ -95,7 +95,7 @@ class ModelSection(Section):
     legacy_mask: bool = False
 
     def build(self) -> ModelConfig:
-        """The same settings for the model."""
+        """Return the same settings in the form that the model reads."""
         levels = tuple(level.build() for level in self.levels)
         return ModelConfig(**dict(self) | {"levels": levels})
 
@@ -212,7 +212,7 @@ class ModelSection(Section):
 
 
 def _describe(section: type[Section], settings: type) -> None:
-    """Give the fields of ``section`` the docstrings that ``settings`` has under their names."""
+    """Copy the docstrings of the fields of ``settings`` to the same fields of ``section``."""
     [described] = ast.parse(inspect.getsource(settings)).body
     assert isinstance(described, ast.ClassDef)
     for field, text in pairwise(described.body):
@@ -224,11 +224,11 @@ def _describe(section: type[Section], settings: type) -> None:
 _describe(LevelSection, LevelConfig)
 _describe(ModelSection, ModelConfig)
 Model = Annotated[ModelConfig, Built(ModelSection)]
-"""The type of a setting that is a model: validated as ModelSection, kept as ModelConfig."""
+"""Type of a setting that is a model: validated as ModelSection, stored as ModelConfig."""
 
 
 def parse_model(written: dict[str, Any], *, source: str = "") -> ModelConfig:
-    """Check the settings of a model and fill in those that are left out.
+    """Return the checked settings of a model, defaults filled in.
 
     Raises ConfigError with a line for every mistake; ``source`` names the file in them.
     """
@@ -248,10 +248,10 @@ def lucidrains_config(
     updown_sample_type: str = "naive",
     causal: bool = True,
 ) -> ModelConfig:
-    """The settings of ``HourglassTransformerLM(**kwargs)`` of hourglass-transformer-pytorch 0.0.6.
+    """Return the settings of hourglass-transformer-pytorch 0.0.6's ``HourglassTransformerLM``.
 
-    ``depth`` nests as ``(pre, inner, post)``, lists or tuples; ``shorten_factor`` is one number
-    for every nesting, or one for each. Raises ConfigError when they do not fit together.
+    ``depth`` nests as ``(pre, inner, post)``, lists or tuples; ``shorten_factor`` is one number for
+    every nesting, or one for each. Raises ConfigError when they do not fit together.
     """
     ways = {"naive": ("mean", "repeat"), "linear": ("linear", "linear")}
     if updown_sample_type not in ways:
@@ -275,7 +275,7 @@ def lucidrains_config(
 
 
 def _inherit(level: Any, model: dict[str, Any], index: int) -> Any:
-    """``level`` with what it takes from ``model``; wrong types are left for their own errors."""
+    """Return ``level`` with what it inherits from ``model``; wrong types stay for later checks."""
     if not isinstance(level, dict):
         return level
     usual = {"heads": 8, "ff_mult": 4, "dropout": 0.0}
@@ -301,9 +301,9 @@ def _inherit(level: Any, model: dict[str, Any], index: int) -> Any:
 
 
 def levels_of(notation: Any) -> list[dict[str, Any]]:
-    """``"4@1 8@3 4@1"`` as levels.
+    """Return the levels of a notation such as ``"4@1 8@3 4@1"``.
 
-    Raises ValueError when it is no palindrome of layers@stride, does not begin at stride 1, or a
+    Raises ValueError when it is not a palindrome of layers@stride, does not begin at stride 1, or a
     stride does not divide the next one.
     """
     stages = re.findall(r"(\d+)@(\d+)", notation) if isinstance(notation, str) else []

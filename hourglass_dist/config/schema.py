@@ -1,7 +1,7 @@
 """Every setting of a run, in typed, documented, frozen sections, and ``load``.
 
 A run is described by ``CONFIG key=value ...``; the rules of reading are in ``config/loader.py``.
-This file knows no torch, no deepspeed and no data: importing it is cheap.
+It imports no torch, no deepspeed and no data code, so importing it is cheap.
 """
 
 from __future__ import annotations
@@ -19,139 +19,140 @@ from hourglass_dist.config.model import Fraction, Model, PositiveFloat, Positive
 
 
 class RunConfig(Section):
-    """Where a run lives and what makes it repeatable."""
+    """Folder, seed and limits of a run."""
 
     dir: str
-    """Run folder: settings, checkpoints, TensorBoard events and metrics.jsonl go here."""
+    """Run folder. It holds settings, checkpoints, TensorBoard events and metrics.jsonl."""
     seed: int = Field(default=1337, ge=0)
-    """Seeds the weights, dropout and the order of the data."""
+    """Random seed of the initial weights, of dropout and of the order of the data."""
     time_limit_hours: PositiveFloat | None = None
-    """Hours after which the run saves and ends with exit code 75. Less than a scheduler gives."""
+    """Hours until the run saves and exits with code 75. Choose less than the scheduler's limit."""
     hang_minutes: PositiveFloat = 10.0
     """Minutes without a step (or a batch of an evaluation) after which every rank writes its stacks
-    into the run folder and ends: also how long a cut network stays unnoticed. More than a save may
-    take; the start has ten at least."""
+    into the run folder and ends. A lost network is noticed no earlier. Must exceed the time of a
+    save. The start has at least ten minutes."""
     max_fruitless_starts: PositiveInt = 8
-    """Starts in a row that crashed before they had saved anything new, after which the run is not
-    started again: whatever restarts it would do so for ever."""
+    """Number of consecutive starts that crash without saving progress after which the run is not
+    started again. This ends endless automatic restarts."""
 
 
 class OptimConfig(Section):
     """The optimizer and its learning-rate schedule."""
 
     name: Literal["adamw", "muon"] = "adamw"
-    """``muon``: Muon for the matrices between embeddings and output layer, AdamW for the rest, at
-    the same learning rate."""
+    """Optimizer. ``muon``: Muon for the matrices between embeddings and output layer, AdamW for the
+    rest, at the same learning rate."""
     lr: PositiveFloat
     """Peak learning rate."""
     level_lr: list[PositiveFloat] | None = None
-    """What each level's learning rate is multiplied with, one number a level, the outermost
-    (embeddings and output layer included) first."""
+    """Factors of the learning rate, one for each level, outermost level first. The outermost level
+    includes embeddings and output layer."""
     schedule: Literal["cosine", "linear", "wsd"] = "cosine"
-    """``cosine``: warm up, then half a cosine to the floor. ``linear``: then a straight line to it.
-    ``wsd``: warm up, stay, then decay linearly at the end."""
+    """Schedule after the linear warm-up. ``cosine``: half a cosine down to the minimum. ``linear``:
+    a straight line down to it. ``wsd``: constant, then a linear decay at the end."""
     warmup_steps: int = Field(default=0, ge=0)
-    """Optimizer steps of linear warm-up."""
+    """Number of optimizer steps of linear warm-up."""
     decay_fraction: Annotated[float, Field(gt=0.0, le=1.0)] = 0.2
-    """``wsd`` only: the share of all steps that the final decay takes."""
+    """Fraction of all steps that the final decay of ``wsd`` takes."""
     min_lr_ratio: Annotated[float, Field(ge=0.0, le=1.0)] = 0.1
-    """The floor of the learning rate, as a share of the peak."""
+    """Minimum learning rate, as a fraction of the peak."""
     beta1: Fraction = 0.9
-    """Decay of the first moment."""
+    """Decay rate of the first moment."""
     beta2: Fraction = 0.95
-    """Decay of the second moment."""
+    """Decay rate of the second moment."""
     eps: PositiveFloat = 1e-8
-    """Added to the root of the second moment."""
+    """Constant that is added to the square root of the second moment."""
     weight_decay: Annotated[float, Field(ge=0.0)] = 0.1
-    """Decoupled weight decay on matrices; embeddings, norms and biases have none."""
+    """Decoupled weight decay of matrices. Embeddings, norms and biases have none."""
     clip_grad_norm: Annotated[float, Field(ge=0.0)] = 1.0
-    """Largest global gradient norm; 0 turns clipping off."""
+    """Maximum global gradient norm; 0 disables clipping."""
 
 
 class SpikeConfig(Section):
-    """When a loss has jumped, and what then."""
+    """Detection of loss spikes, and the return to a checkpoint that follows."""
 
     sigmas: PositiveFloat = 6.0
-    """Standard deviations over the mean of the window that three losses in a row must exceed."""
+    """Threshold of a spike: standard deviations above the window's mean, three losses in a row."""
     window: Annotated[int, Field(ge=8)] = 64
-    """Steps that the mean and the deviation are of; high ones do not count."""
+    """Number of losses in the window of mean and deviation; those above the threshold are left
+    out."""
     most: PositiveInt = 3
-    """How often a run may go back to its last checkpoint and leave the batches since out."""
+    """Maximum number of returns to the last checkpoint. Each skips the batches read since then."""
 
 
 class TrainConfig(Section):
-    """How long, how much at a time, in which precision."""
+    """Length, micro batch size, precision and limits of training."""
 
     steps: PositiveInt
-    """Optimizer steps of the whole run."""
+    """Number of optimizer steps of the whole run."""
     micro_batch_size: PositiveInt
-    """Rows in one forward pass of one rank. The accumulation steps follow from data.batch_size and
-    the world size."""
+    """Rows in one forward pass of one rank. The number of accumulation steps follows from
+    data.batch_size and the world size."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """``bf16``: bf16 weights with fp32 master weights at ZeRO stages 1-3, autocast at stage 0.
     ``fp16``: the same in fp16 with a dynamic loss scale, at stages 1-3, for GPUs without bf16."""
     compile: bool = False
-    """Compile the training passes of every layer with torch.compile (ZeRO stages 0 to 2; on a CPU
-    it needs a C++ compiler). It takes time before the first step, and again for every length."""
+    """Whether torch.compile compiles the training passes of every layer (ZeRO stages 0 to 2; a CPU
+    needs a C++ compiler). It takes time before the first step and for every new length."""
     init_from: str | None = None
-    """An export whose weights a new run begins with; its model and tokenizer must be the run's."""
+    """Export whose weights initialize a new run. Its model and tokenizer must be the run's own."""
     max_skipped_steps: PositiveInt = 8
-    """A step with a NaN or infinite loss or gradient changes nothing. So many in a row end the
-    run."""
+    """Number of consecutive steps with a NaN or infinite loss or gradient that ends the run. Such a
+    step changes nothing."""
     spikes: SpikeConfig | None = None
-    """When the loss jumps and stays up: go back and leave the batches out. null: continue."""
+    """Return to a checkpoint and skipping of batches at a loss spike. null: training continues."""
     activation_memory: PositiveFloat | None = None
-    """GiB that the activations of one micro batch may take on one rank; what levels with
-    ``activation_checkpointing: auto`` are chosen for."""
+    """Memory for the activations of one micro batch on one rank, GiB. It decides which levels with
+    ``activation_checkpointing: auto`` are checkpointed."""
 
 
 class EvalConfig(Section):
-    """Scoring of the held-out split."""
+    """Evaluation on the held-out split."""
 
     every: PositiveInt
     """Optimizer steps between evaluations; the last step is always evaluated."""
     batch_size: PositiveInt
     """Rows in one forward pass of one rank."""
     stride: PositiveInt | None = None
-    """Tokens between windows of a second score at the end of the run: every target then has at
+    """Tokens between the windows of a second score at the end of the run. Every target then has at
     least ``context - stride`` tokens before it. Takes context / stride times as long as the usual
-    one. Must divide the context and the block size of the shards. None: no second score."""
+    score. Must divide the context and the shards' block size. null: no second score."""
     context: PositiveInt | None = None
-    """Tokens in a window of that second score. None: data.seq_len."""
+    """Tokens in a window of that second score. null: data.seq_len."""
     samples: int = Field(default=0, ge=0)
-    """Short texts that the model writes at every evaluation. The main rank then holds all
-    weights, also at ZeRO-3."""
+    """Number of short texts that the model generates at every evaluation. The main rank then holds
+    all weights, also at ZeRO-3."""
     prompts: list[str] = Field(default_factory=list)
-    """What these continue, in turn. Empty: the first rows of the held-out text."""
+    """Prompts of these texts, used in turn. Empty: the first rows of the held-out text."""
 
 
 class CheckpointConfig(Section):
-    """Saving."""
+    """Saving of checkpoints."""
 
     every: PositiveInt
     """Optimizer steps between checkpoints; the last step is always saved."""
     keep: PositiveInt = 2
-    """How many of the newest checkpoints stay on disk."""
+    """Number of the newest checkpoints that stay on disk."""
     keep_every: PositiveInt | None = None
-    """Checkpoints of steps that this divides stay for good."""
+    """Interval of checkpoints that are never removed, optimizer steps."""
     keep_best: bool = False
-    """Also keep the one with the lowest held-out bits per byte (of steps that were evaluated)."""
+    """Whether the evaluated checkpoint with the lowest held-out bits per byte is kept as well."""
     remote: str | None = None
-    """Where copies go, such as s3://bucket/runs/NAME; a run whose folder is gone resumes from
-    there."""
+    """Address of remote copies, such as s3://bucket/runs/NAME. A run whose folder is missing
+    resumes from there."""
 
 
 class MetricsConfig(Section):
-    """Looking at a run."""
+    """Metrics, the writers of them, and profiling."""
 
     every: PositiveInt = 10
-    """Optimizer steps between console lines and records."""
+    """Optimizer steps between console lines and metric records."""
     writers: list[Literal["tensorboard", "wandb", "mlflow"]] = Field(default=["tensorboard"])
-    """Where records go besides metrics.jsonl. ``wandb`` and ``mlflow`` must be installed, and take
-    project and server from their own environment variables."""
+    """Destinations of records besides metrics.jsonl. ``wandb`` and ``mlflow`` must be installed,
+    and take project and server from their own environment variables."""
     profile_steps: Annotated[list[PositiveInt], Field(min_length=2, max_length=2)] | None = None
-    """The first and the last optimizer step (1 is the first of a run) whose time is taken apart:
-    into ``profile/`` of the run folder go a trace and a table by level."""
+    """First and last optimizer step (1 is the first of a run) that is profiled. A trace and a table
+    of time by level are written to ``profile/`` of the run folder."""
 
     @model_validator(mode="after")
     def _in_order(self) -> MetricsConfig:
@@ -164,51 +165,51 @@ class MetricsConfig(Section):
 
     @property
     def profiled(self) -> tuple[int, int] | None:
-        """``profile_steps``, first and last."""
+        """``profile_steps`` as the pair (first, last), or None."""
         return (self.profile_steps[0], self.profile_steps[1]) if self.profile_steps else None
 
 
 class ZeroConfig(Section):
-    """DeepSpeed's ``zero_optimization`` block: the keys that were tried with our state files.
+    """DeepSpeed's ``zero_optimization`` block, limited to keys tested with our state files.
 
-    Others are refused: some change where DeepSpeed keeps weights (``round_robin_gradients`` was
-    seen to make wrong checkpoints). null is DeepSpeed's default.
+    Other keys are refused, as some change where DeepSpeed keeps weights (``round_robin_gradients``
+    was seen to make wrong checkpoints). null is DeepSpeed's default.
     """
 
     stage: Literal[0, 1, 2, 3] = 1
-    """What is sharded: 0 nothing, 1 the optimizer's state, 2 also gradients, 3 also weights."""
+    """ZeRO stage. 0 shards nothing, 1 the optimizer state, 2 also gradients, 3 also weights."""
     overlap_comm: bool | None = None
-    """Reduce gradients during the backward pass."""
+    """Whether gradients are reduced during the backward pass."""
     contiguous_gradients: bool | None = None
-    """Copy gradients into one buffer as they are made."""
+    """Whether gradients are copied into one buffer as they are computed."""
     reduce_bucket_size: PositiveInt | None = None
-    """Elements reduced at a time."""
+    """Number of gradient elements in one reduction."""
     allgather_bucket_size: PositiveInt | None = None
-    """Elements gathered at a time (stages 1 and 2)."""
+    """Number of weight elements in one all-gather (stages 1 and 2)."""
     stage3_prefetch_bucket_size: PositiveInt | None = None
-    """Elements gathered ahead of their use."""
+    """Number of weight elements that are gathered ahead of their use (stage 3)."""
     stage3_param_persistence_threshold: Annotated[int, Field(ge=0)] | None = None
-    """Weights with fewer elements are kept whole on every rank."""
+    """Number of elements below which a weight stays whole on every rank (stage 3)."""
     stage3_max_live_parameters: PositiveInt | None = None
-    """Elements that are gathered at a time, at most."""
+    """Maximum number of weight elements that are gathered at a time (stage 3)."""
     zero_hpz_partition_size: Annotated[int, Field(ge=2)] | None = None
-    """Ranks that keep a second copy of all weights among them, those of a node: only the first
-    gathering of a step goes beyond them (stage 3; ZeRO++'s hpZ, arXiv 2306.10209)."""
+    """Number of ranks, those of a node, that keep a second copy of all weights among them. Only the
+    first gathering of a step goes beyond them (stage 3; ZeRO++'s hpZ, arXiv 2306.10209)."""
     offload_optimizer: Literal["cpu", "nvme"] | None = None
-    """``cpu``: keep master weights and moments in the host's memory, and step there (stages 1 to
-    3). ``nvme``: keep them in files between steps (stage 3)."""
+    """``cpu``: master weights and moments are kept, and stepped, in host memory (stages 1 to 3).
+    ``nvme``: they are kept in files between steps (stage 3)."""
     offload_folder: str | None = None
-    """Where ``nvme`` has its files: a folder on a fast disk of every machine. 12 bytes of each
+    """Folder of the ``nvme`` files, on a fast disk of every machine. They take 12 bytes for each
     parameter of the machine's ranks, under a path made of ``run.dir``."""
     sub_group_size: PositiveInt | None = None
-    """Elements of a rank that are stepped at a time (stage 3). ``nvme`` keeps four copies of so
-    many in the host's memory, 4 bytes each; fewer than 262,144 stay there."""
+    """Number of elements that a rank updates at a time (stage 3). ``nvme`` keeps four copies of
+    them in host memory, 4 bytes each; groups of fewer than 262,144 elements stay in host memory."""
     offload_param: Literal["cpu"] | None = None
-    """Keep this rank's part of the weights in the host's memory (stage 3)."""
+    """``cpu``: this rank's part of the weights is kept in host memory (stage 3)."""
 
 
 class DeepSpeedConfig(Section):
-    """The part of DeepSpeed's own configuration that is passed through.
+    """Settings that are passed through to DeepSpeed.
 
     Batch sizes, clipping and precision follow from the other sections.
     """
@@ -221,10 +222,9 @@ class DeepSpeedConfig(Section):
         return self.zero_optimization.stage
 
     def group_size(self, world_size: int) -> int | None:
-        """Ranks that keep a second copy of the weights among them; None where nobody does, as where
-        all ranks are in one group.
+        """Return the number of ranks that share a second copy of the weights; None without one.
 
-        Raises ConfigError when ``world_size`` ranks are not groups of ``zero_hpz_partition_size``.
+        Raises ConfigError for a ``world_size`` that is larger than a group and not whole groups.
         """
         size = self.zero_optimization.zero_hpz_partition_size
         if size is None or self.stage < 3 or world_size <= size:
@@ -338,10 +338,10 @@ class Config(Section):
             )
 
     def accumulation_steps(self, world_size: int) -> int:
-        """Forward passes that one rank makes for one optimizer step after the last phase.
+        """Return the number of forward passes of one rank for one optimizer step of the last phase.
 
-        Raises ConfigError, naming the world sizes that would do, when ``world_size`` does not
-        divide the batch of any phase.
+        Raises ConfigError, naming the possible world sizes, when ``world_size`` does not divide the
+        batch of any phase into whole micro batches.
         """
         micro = self.train.micro_batch_size
         for rows in dict.fromkeys(phase.batch_size for phase in self.data.all_phases):
@@ -357,7 +357,7 @@ class Config(Section):
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """Read a file, or the shipped settings of a bare name, and apply ``key=value`` overrides.
+    """Read a settings file, or the shipped one of a bare name, and apply ``key=value`` overrides.
 
     Raises ConfigError with one line for every mistake.
     """

@@ -1,4 +1,4 @@
-"""The files that come with the package, and what a bare name such as ``quickstart`` means.
+"""Files shipped with the package, and the lookup of a bare name such as ``quickstart``.
 
 checkout, editable install    ROOT/configs, ROOT/launch         beside hourglass_dist/
 wheel                         hourglass_dist/shipped/configs, hourglass_dist/shipped/launch
@@ -17,17 +17,17 @@ _PACKAGE = Path(__file__).parents[1]
 _IN_WHEEL = _PACKAGE / "shipped"
 _ROOT = _IN_WHEEL if _IN_WHEEL.is_dir() else _PACKAGE.parent
 CONFIGS = _ROOT / "configs"
-"""The settings files: of runs, in ``prepare/`` of data pipelines, in ``compare/`` of arms."""
+"""Folder of settings files: runs, data pipelines in ``prepare/``, comparisons in ``compare/``."""
 LAUNCH = _ROOT / "launch"
-"""The scripts that start a run on the machines of a cluster."""
+"""Folder of scripts that start a run on the machines of a cluster."""
 
 
 def find(name: str | Path, folder: Path = CONFIGS, suffix: str = ".yaml") -> Path:
-    """Return the file (or folder) that a path or a bare name means.
+    """Return the file (or folder) that a path or a bare name refers to.
 
-    A bare name is one without ``/`` and suffix. A file of that name, or of NAME.yaml, in the
-    current folder wins over the shipped one; one line on stderr says which was taken. Raises
-    ConfigError with the nearest shipped names when there is neither.
+    A bare name has no ``/`` and no suffix. A file of that name, or NAME.yaml, in the current folder
+    takes precedence over the shipped one; one line on stderr says which was taken. Raises
+    ConfigError with the nearest shipped names when neither exists.
     """
     given, shipped = Path(name), folder / f"{name}{suffix}"
     is_bare = len(given.parts) == 1 and not given.suffix

@@ -14,7 +14,7 @@ import google_crc32c
 
 
 def checksum(path: Path) -> int:
-    """crc32c of a file."""
+    """Return the crc32c of a file."""
     total = google_crc32c.Checksum()
     with path.open("rb") as file:
         while chunk := file.read(1 << 20):
@@ -23,7 +23,7 @@ def checksum(path: Path) -> int:
 
 
 def sha256_of(path: Path) -> str:
-    """The sha256 (hex) of a file."""
+    """Return the sha256 (hex) of a file."""
     digest = hashlib.sha256()
     buffer = bytearray(1 << 20)
     view = memoryview(buffer)
@@ -34,7 +34,7 @@ def sha256_of(path: Path) -> str:
 
 
 def sync(path: Path) -> None:
-    """Force a file or a folder to disk."""
+    """Flush a file or a folder to disk (fsync)."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -43,7 +43,7 @@ def sync(path: Path) -> None:
 
 
 def replace(path: Path, content: str | bytes) -> None:
-    """Write a small file so that readers see the old or the new one, never a part."""
+    """Replace a small file atomically: readers see the old or the new content, never a part."""
     unfinished = path.with_name(f".{path.name}.unfinished")
     unfinished.write_bytes(content.encode() if isinstance(content, str) else content)
     sync(unfinished)
@@ -59,10 +59,10 @@ def require_new(out: Path) -> None:
 
 @contextmanager
 def file_lock(path: Path, busy: str | None = None) -> Iterator[int]:
-    """Hold the lock of a folder, or of a file, which is made if need be; yields its descriptor.
+    """Hold an exclusive lock on a folder, or a file made if missing, and yield its descriptor.
 
-    A lock ends with the process that holds it. Waits for another holder, or raises
-    ``ValueError(busy)`` at once.
+    The lock ends with its process. Waits for another holder, or raises ``ValueError(busy)`` at
+    once.
     """
     flags = os.O_RDONLY if path.is_dir() else os.O_RDWR | os.O_CREAT
     descriptor = os.open(path, flags, 0o666)
@@ -78,10 +78,10 @@ def file_lock(path: Path, busy: str | None = None) -> Iterator[int]:
 
 @contextmanager
 def new_folder(out: Path) -> Iterator[Path]:
-    """A hidden folder beside ``out`` that becomes ``out`` at the end, and vanishes on an error.
+    """Yield a hidden folder beside ``out`` that is renamed to ``out`` at the end.
 
-    What a killed process left there is swept away. Raises ValueError when another process is
-    writing ``out``.
+    It is removed on an error; what a killed process left there is removed first. Raises ValueError
+    when another process is writing ``out``.
     """
     folder = out.with_name(f".{out.name}.unfinished")
     missing = [parent for parent in folder.parents if not parent.exists()]  # nearest first

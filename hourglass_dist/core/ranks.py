@@ -1,7 +1,7 @@
-"""Ranks: who am I, how many are we, and the few collectives that the rest of the project uses.
+"""Ranks: the process group, and the few collectives that the rest of the project uses.
 
-Started by torchrun the process group spans all ranks; started plainly it has one rank and opens no
-port.
+Under torchrun the process group spans all ranks. Without it there is one rank, and no port is
+opened.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ from torch.distributed import HashStore  # type: ignore[attr-defined]
 T = TypeVar("T")
 
 TIMEOUT = timedelta(minutes=10)
-"""How long a collective may wait for a rank that does not come, where nobody watches."""
+"""Default timeout of a collective that waits for another rank."""
 NOTE_TIMEOUT = timedelta(minutes=30)
-"""How long a note of another rank is waited for: longer than its part of a checkpoint takes."""
+"""Timeout of a note of another rank; longer than a rank's part of a checkpoint takes."""
 
 
 @dataclass(frozen=True)
 class World:
-    """This process among the others."""
+    """Rank and device of this process, and the number of ranks."""
 
     rank: int
     size: int
@@ -44,14 +44,13 @@ class World:
 
     @property
     def is_main(self) -> bool:
-        """Whether this rank prints, logs and writes the files that exist once."""
+        """Whether this rank prints, logs and writes the files that exist once (rank 0)."""
         return self.rank == 0
 
 
 def init(timeout: timedelta = TIMEOUT, on_cpu: bool = False) -> World:
-    """Join the process group: nccl where there is a GPU, gloo otherwise, or ``on_cpu`` anyway.
-    Calling it again changes nothing. ``timeout``: how long a collective may wait for a rank that
-    does not come."""
+    """Join the process group (nccl on a GPU, else or ``on_cpu`` gloo) and return this rank's World.
+    Later calls change nothing. ``timeout`` limits how long a collective waits for a rank."""
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     on_gpu = torch.cuda.is_available() and not on_cpu
     device = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
@@ -71,8 +70,8 @@ def init(timeout: timedelta = TIMEOUT, on_cpu: bool = False) -> World:
 
 
 def _end_with_parent() -> None:
-    """Let Linux kill this process when torchrun dies: ranks that continue alone would hold the run
-    folder and train beside those that are started next."""
+    """Let Linux kill this process when torchrun dies. A rank that continued alone would hold the
+    run folder and train beside the restarted ranks."""
     with suppress(OSError, AttributeError):  # not Linux
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.environ.get("HOURGLASS_AGENT", str(os.getppid())) != str(os.getppid()):
@@ -92,15 +91,15 @@ def shutdown() -> None:
 
 
 def leave(code: int) -> NoReturn:
-    """End this process without taking libraries apart: threads of theirs that still run at that
-    moment were seen to turn a finished run into SIGABRT."""
+    """End this process without cleaning up libraries: library threads that still ran at that moment
+    were seen to turn a finished run into SIGABRT."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
 
 
 def lost_rank(error: RuntimeError) -> str | None:
-    """What a collective says when another rank is gone, in a few words; None for other errors."""
+    """Return the words of a collective's error that tell of a lost rank; None for other errors."""
     match = re.search(
         r"Connection (closed|reset) by peer( \[[^]]*\](:\d+)?)?|Timed out waiting \d+ms"
         r"|remote process exited|Broken pipe",
@@ -110,17 +109,17 @@ def lost_rank(error: RuntimeError) -> str | None:
 
 
 def is_main_process() -> bool:
-    """Whether this is rank 0, known even before ``init``."""
+    """Return whether this is rank 0; works before ``init``."""
     return int(os.environ.get("RANK", "0")) == 0
 
 
 def barrier() -> None:
-    """Wait until every rank has come here."""
+    """Wait until every rank has called this."""
     td.barrier()
 
 
 def sum_over_ranks(values: Sequence[float], device: torch.device) -> list[float]:
-    """Element-wise sum over all ranks, in float64."""
+    """Return the element-wise sum over all ranks, in float64."""
     total = torch.tensor(values, dtype=torch.float64, device=device)
     td.all_reduce(total)
     result: list[float] = total.tolist()
@@ -128,26 +127,26 @@ def sum_over_ranks(values: Sequence[float], device: torch.device) -> list[float]
 
 
 def gather_ints(values: Sequence[int], device: torch.device) -> list[list[int]]:
-    """The equally long lists of integers of all ranks, in rank order, on every rank."""
+    """Return the equally long integer lists of all ranks, in rank order, on every rank."""
     mine = torch.tensor(values, dtype=torch.int64, device=device)
     return [other.tolist() for other in gather(mine)]
 
 
 def gather(tensor: Tensor) -> list[Tensor]:
-    """The tensors of all ranks, of one shape and type, in rank order, on every rank."""
+    """Return the tensors of all ranks, of one shape and type, in rank order, on every rank."""
     everyone = [torch.empty_like(tensor) for _ in range(td.get_world_size())]
     td.all_gather(everyone, tensor)
     return everyone
 
 
 def gather_floats(values: Sequence[float], device: torch.device) -> list[list[float]]:
-    """The equally long lists of float64 of all ranks, in rank order, on every rank."""
+    """Return the equally long float64 lists of all ranks, in rank order, on every rank."""
     mine = torch.tensor(values, dtype=torch.float64, device=device)
     return [other.tolist() for other in gather(mine)]
 
 
 def gather_texts(text: str, device: torch.device) -> list[str]:
-    """The texts of all ranks, in rank order, on every rank."""
+    """Return the texts of all ranks, in rank order, on every rank."""
     data = text.encode()
     lengths = [length for (length,) in gather_ints([len(data)], device)]
     mine = torch.zeros(max(1, *lengths), dtype=torch.uint8)
@@ -157,8 +156,8 @@ def gather_texts(text: str, device: torch.device) -> list[str]:
 
 
 def require_same_on_all_ranks(values: Mapping[str, str], device: torch.device) -> None:
-    """Raise ValueError on every rank, naming the first of ``values`` that is not the same on all,
-    and the ranks that differ from rank 0."""
+    """Raise ValueError on every rank unless ``values`` are the same on all. The message names the
+    first value that differs and up to eight ranks that differ from rank 0."""
     hashes = [hash_int(f"{name}={value}") for name, value in values.items()]
     everyone = gather_ints(hashes, device)
     for index, name in enumerate(values):
@@ -171,15 +170,15 @@ def require_same_on_all_ranks(values: Mapping[str, str], device: torch.device) -
 
 
 def hash_int(text: str) -> int:
-    """63 bits of the sha256 of a text."""
+    """Return 63 bits of the sha256 of a text."""
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
 
 
 def raise_on_all_ranks(action: Callable[[], T], device: torch.device) -> T:
-    """Run ``action`` on every rank; when it raises ValueError or OSError on any, raise that one on
-    all of them.
+    """Run ``action`` on every rank and return its result.
 
-    Without this, a mistake that one rank sees (a damaged shard, a full disk) would leave the others
+    When it raises ValueError or OSError on any rank, every rank raises ValueError with that
+    message. Otherwise an error of one rank (a damaged shard, a full disk) would leave the others
     waiting in their next collective.
     """
     result: T | None = None
@@ -198,14 +197,14 @@ def raise_on_all_ranks(action: Callable[[], T], device: torch.device) -> T:
 
 
 def put_note(key: str, text: str) -> None:
-    """Leave a note for ``wait_for_notes``, from any thread; no collective is involved."""
+    """Store a note for ``wait_for_notes``, from any thread and without a collective."""
     _store().set(key, text)
 
 
 def wait_for_notes(keys: Iterable[str]) -> list[str]:
-    """The notes under ``keys``, when all are there; they are taken away.
+    """Wait for the notes under ``keys``, remove them from the store and return them.
 
-    Raises ValueError when they do not come within ``NOTE_TIMEOUT``.
+    Raises ValueError when one is missing after ``NOTE_TIMEOUT``.
     """
     wanted, store = list(keys), _store()
     deadline = time.monotonic() + NOTE_TIMEOUT.total_seconds()
@@ -221,12 +220,12 @@ def wait_for_notes(keys: Iterable[str]) -> list[str]:
 
 
 def _store() -> Any:
-    """The key-value store through which the ranks met; it serves them until the end."""
+    """Return the key-value store of the process group; it serves until the end."""
     return td.distributed_c10d._get_default_store()
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:
-    """Make the randomness of a step (dropout) a function of (seed, step, rank) alone.
+    """Seed the random generators (dropout) from (seed, step, rank) alone.
 
     A resumed run therefore needs no saved generator states.
     """

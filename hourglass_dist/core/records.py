@@ -1,4 +1,4 @@
-"""Files of JSON lines, and how the starts of a run ended. Knows no torch."""
+"""Files of JSON lines, and how the starts of a run ended; no import of torch."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ KILLED = "killed, no end noted"
 
 
 def read_history(run: Path) -> list[dict[str, Any]]:
-    """The entries of a run's history, oldest first; a line that was cut off is left out."""
+    """Return the entries of a run's history, oldest first, without an unfinished line."""
     return read_jsonl(run / HISTORY_FILE)
 
 
@@ -23,17 +23,17 @@ class Start(NamedTuple):
     """One start of a run and how it ended."""
 
     step: int
-    """Steps done before it."""
+    """Number of completed steps at the start."""
     time: float
-    """When it was, in seconds since 1970."""
+    """Time of the start, seconds since 1970."""
     ending: str | None = None
-    """Why it ended; None: it still runs, or was killed."""
+    """Reason of its end; None while it runs or when it was killed."""
     crashed: bool = True
-    """Whether it was not finished, not stopped on request, and no mistake of the user."""
+    """Whether it neither finished nor stopped on request, and the user made no mistake."""
 
 
 def starts_of(entries: Iterable[Mapping[str, Any]]) -> list[Start]:
-    """The starts in the entries of a history, oldest first."""
+    """Return the starts in the entries of a history, oldest first."""
     starts: list[Start] = []
     for entry in entries:
         if entry["event"] == "start":
@@ -45,8 +45,8 @@ def starts_of(entries: Iterable[Mapping[str, Any]]) -> list[Start]:
 
 
 def require_progress(run: Path, step: int, most: int) -> None:
-    """Raise ValueError when the last ``most`` starts of a run all crashed before they had saved
-    anything beyond ``step``, from which it would continue."""
+    """Raise ValueError when a run's last ``most`` starts all crashed before saving anything beyond
+    ``step``, from which it would continue."""
     latest = takewhile(lambda start: start.step == step, reversed(starts_of(read_history(run))))
     crashes = [start.ending or KILLED for start in latest if start.crashed]
     if len(crashes) >= most:
@@ -58,14 +58,14 @@ def require_progress(run: Path, step: int, most: int) -> None:
 
 
 def append_jsonl(path: Path, record: Mapping[str, Any]) -> None:
-    """Add a record to a .jsonl file. Raises OSError."""
+    """Append a record to a .jsonl file. Raises OSError."""
     with path.open("a") as file:
         file.write(json.dumps(record) + "\n")
 
 
 def forget_after(path: Path, step: int) -> list[dict[str, Any]]:
-    """Remove the records past ``step`` from a .jsonl file, and a line that a killed process left
-    unfinished. Returns the others."""
+    """Remove the records past ``step`` and any unfinished line from a .jsonl file; return the
+    others."""
     kept = [record for record in read_jsonl(path) if record["step"] <= step]
     text = "".join(json.dumps(record) + "\n" for record in kept)
     if path.exists() and path.read_text() != text:
@@ -74,8 +74,7 @@ def forget_after(path: Path, step: int) -> list[dict[str, Any]]:
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """The records of a .jsonl file, without a line that a killed process left unfinished; none when
-    there is no file."""
+    """Return the records of a .jsonl file, unfinished lines left out; [] for a missing file."""
     records = []
     for line in path.read_text().splitlines() if path.exists() else ():
         try:

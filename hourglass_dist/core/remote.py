@@ -1,4 +1,4 @@
-"""Object stores and web servers through fsspec: one set-up, and one rule of what is tried again."""
+"""Object stores and web servers through fsspec: opening them, and the rule of retries."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ EXTRAS = {
     "http": ("aiohttp", "http"),
     "https": ("aiohttp", "http"),
 }
-"""For each scheme the package that reads it, and the extra of ours that installs it."""
+"""Package that reads each scheme, and our extra that installs it."""
 _NEVER = (
     FileExistsError,
     FileNotFoundError,
@@ -29,14 +29,14 @@ FIRST_WAIT_S, LONGEST_WAIT_S = 0.25, 15.0
 
 
 def is_remote(where: str) -> bool:
-    """Whether an address is no path."""
+    """Return whether an address is a URL and not a path."""
     return re.match(r"^[a-z0-9]+://", where) is not None
 
 
 def open_filesystem(url: str, timeout_s: float) -> tuple[Any, str]:
-    """The fsspec file system of an address, and the path in it; it retries nothing by itself.
+    """Return the fsspec file system (without retries of its own) of an address, and the path in it.
 
-    Raises ValueError for a scheme that is not known or whose package is not installed.
+    Raises ValueError for an unknown scheme or a missing package.
     """
     scheme = url.partition("://")[0]
     package, extra = EXTRAS.get(scheme, ("fsspec", "s3"))
@@ -68,11 +68,11 @@ def open_filesystem(url: str, timeout_s: float) -> tuple[Any, str]:
 
 
 def retry(address: str, action: Callable[[], T], deadline_s: float) -> T:
-    """The result of ``action``, tried again with growing pauses while its error may pass:
+    """Return the result of ``action``, retried with growing pauses after temporary errors:
     timeouts, broken connections, bodies of a wrong length, the statuses 408, 425, 429 and 5xx.
 
-    Raises ValueError, naming the address, after ``deadline_s`` seconds, or at once for an error
-    that stays (missing, forbidden).
+    Raises ValueError, naming the address, after ``deadline_s`` seconds, or at once for a permanent
+    error (missing, forbidden).
     """
     begun, wait, tries = time.monotonic(), FIRST_WAIT_S, 0
     while True:

@@ -1,10 +1,10 @@
-"""Whether a run is asked to stop before its end: by a signal, a file, or the clock.
+"""Requests to stop a run before its end: by a signal, a file, or the clock.
 
     SIGTERM, SIGUSR1     what schedulers send before they take a machine away
     RUN/STOP             an empty file that a person makes
     run.time_limit_hours since the start of the process
 
-One rank that is asked is enough; all ranks learn of it after the same step, save and end with
+A request to one rank is enough. All ranks learn of it after the same step, save and end with
 ``exit_codes.STOPPED``. The run folder then holds a file INTERRUPTED that says why; the same command
 continues.
 """
@@ -26,11 +26,11 @@ REASONS = (*(number.name for number in SIGNALS), FILE, TIME)
 
 
 class Interrupted(Exception):
-    """A run stopped because it was asked to; its state is saved."""
+    """Raised when a run stops on request; its state is saved."""
 
 
 class StopRequests:
-    """Signals, file and clock, looked at after every step."""
+    """Stop requests by signal, file and clock, checked after every step."""
 
     def __init__(self, run: Path, time_limit_hours: float | None, world: ranks.World) -> None:
         """Handle the signals until the process ends, and remove an earlier INTERRUPTED."""
@@ -46,8 +46,8 @@ class StopRequests:
         self._asked = signal.Signals(number).name
 
     def stop_flags(self) -> list[int]:
-        """1 for each of ``REASONS`` for which this rank wants to stop, else 0; the main rank looks
-        for the file and at the clock."""
+        """Return a flag of 0 or 1 for each of ``REASONS``: whether this rank wants to stop for it.
+        Only the main rank checks the file and the clock."""
         asked = self._asked
         if self._world.is_main and not asked:
             if self._stop.exists():
@@ -57,11 +57,11 @@ class StopRequests:
         return [int(reason == asked) for reason in REASONS]
 
     def reason(self, stop_flags: Sequence[int]) -> str | None:
-        """The reason to stop by the summed flags of all ranks; None when there is none."""
+        """Return the reason to stop from the summed flags of all ranks, or None."""
         return next((name for name, count in zip(REASONS, stop_flags, strict=True) if count), None)
 
     def mark_stopped(self, reason: str, step: int) -> Interrupted:
-        """Note that the run was saved after ``step`` and ends now; returns what to raise."""
+        """Record that the run was saved after ``step`` and stops; return the exception to raise."""
         line = f"stopped by {reason} after step {step}, which is saved"
         if self._world.is_main:
             self._stop.unlink(missing_ok=True)

@@ -1,10 +1,10 @@
-"""Bytes, counts and durations as text: the one form in which everything prints them."""
+"""Bytes, counts and durations as text, in the form that all output uses."""
 
 from __future__ import annotations
 
 
 def show_bytes(count: float) -> str:
-    """Bytes in the largest binary unit that leaves at least 1: ``1.50 MiB``."""
+    """Return bytes in the largest binary unit with a value of at least 1: ``1.50 MiB``."""
     units = ["B", "KiB", "MiB", "GiB", "TiB"]
     while count >= 1024 and len(units) > 1:
         count /= 1024
@@ -13,7 +13,7 @@ def show_bytes(count: float) -> str:
 
 
 def show_count(count: float) -> str:
-    """A count with three digits: ``1.05 T``."""
+    """Return a count with three significant digits: ``1.05 T``."""
     for power, unit in enumerate(("", " k", " M", " G", " T", " P", " E")):
         if count < 1000 ** (power + 1):
             return f"{count / 1000**power:.3g}{unit}"
@@ -21,8 +21,8 @@ def show_count(count: float) -> str:
 
 
 def show_duration(seconds: float) -> str:
-    """Minutes and seconds, ``3:07``; hours from one hour on, ``1:03:07``; days from two days on,
-    ``2.5 days``."""
+    """Return a duration as ``3:07``, from one hour on ``1:03:07``, from two days on ``2.5
+    days``."""
     minutes, second = divmod(round(seconds), 60)
     hours, minute = divmod(minutes, 60)
     if hours >= 48:
