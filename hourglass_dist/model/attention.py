@@ -1,13 +1,13 @@
 """Attention masks, and the kernel that computes attention under each of them.
 
-    causal, one document a row       scaled_dot_product_attention with is_causal: no mask at all
+    causal, one document a row       scaled_dot_product_attention with is_causal, without a mask
     a window, one document a row     the same in blocks: a block of queries sees its own keys and
                                      those of the block before, so cost and memory grow with L*W
     anything else on a GPU           FlexAttention with a block mask, compiled
-    anything else on a CPU           scaled_dot_product_attention with a mask made once a level
+    anything else on a CPU           scaled_dot_product_attention with one mask for each level
 
-A query sees a key that lies at or before it, in the same document and in the window. Queries that
-see nothing get zeros.
+A query sees a key at its own or an earlier position, in the same document and in the window.
+Queries that see no key get zeros.
 
 Legend: B rows, L positions, Q queries, J keys, H heads, K width of a head, W window, N blocks.
 """
@@ -29,30 +29,30 @@ from hourglass_dist.model.layout import Rows
 
 
 class AttentionMask(NamedTuple):
-    """What the queries of one attention see, in the form that its kernel takes."""
+    """Mask of one attention, in the form that its kernel takes."""
 
     causal: bool
-    """Whether ``is_causal`` says everything."""
+    """Whether the mask is plain causal attention, the kernel's ``is_causal``."""
     window: int | None
-    """W, where attention is computed in blocks."""
+    """Window W, in positions, where attention is computed in blocks; else None."""
     bias: Tensor | BlockMask | None
-    """Added to the scores: 0 or -inf, (B or 1, 1, Q, J); in blocks (B*N, 1, W, 2W). A BlockMask for
-    FlexAttention."""
+    """Terms added to the scores, 0 or -inf: (B or 1, 1, Q, J), in blocks (B*N, 1, W, 2W); or
+    FlexAttention's BlockMask."""
 
 
 class MaskRule(NamedTuple):
-    """A query sees the keys at or before its position, in its document and in the window."""
+    """Rule that a query sees keys at or before its position, in its document and in the window."""
 
     queries: Tensor
-    """(B or 1, Q): the position of each query in the row."""
+    """Position of each query in the row, (B or 1, Q)."""
     keys: Tensor
-    """(B or 1, J): the position of each key in the row."""
+    """Position of each key in the row, (B or 1, J)."""
     query_documents: Tensor | None = None
     key_documents: Tensor | None = None
     window: int | None = None
 
     def sees(self, row: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        """Whether query number ``query`` sees key number ``key`` in ``row``; all broadcast."""
+        """Return whether query ``query`` of ``row`` sees its key ``key``; the indices broadcast."""
         row_of_queries, row_of_keys = (row if len(t) > 1 else 0 for t in (self.queries, self.keys))
         distance = self.queries[row_of_queries, query] - self.keys[row_of_keys, key]
         seen = distance >= 0
@@ -63,7 +63,7 @@ class MaskRule(NamedTuple):
         return seen
 
     def mask(self, like: Tensor, flex: bool) -> AttentionMask:
-        """The rule as a mask in the dtype and on the device of ``like``."""
+        """Return the rule as a mask, in the dtype and on the device of ``like``."""
         documents = self.query_documents
         rows = max(len(self.queries), len(self.keys), 1 if documents is None else len(documents))
         sizes = self.queries.shape[1], self.keys.shape[1]
@@ -84,17 +84,17 @@ class MaskRule(NamedTuple):
 
 
 def additive(seen: Tensor, like: Tensor) -> Tensor:
-    """Bool to what is added to scores: 0 where it is seen, else -inf."""
+    """Return the terms to add to scores: 0 where ``seen`` is True, else -inf."""
     return like.new_zeros(seen.shape).masked_fill(~seen, float("-inf"))
 
 
 class Stub(NamedTuple):
-    """What stands in for a fused kernel while a model is counted on the meta device."""
+    """Replacement of the fused kernels while a model is counted on the meta device."""
 
     device: str
-    """The type of the device whose kernels are counted."""
+    """Type of the device whose kernels are counted."""
     kernel: Callable[[Tensor, Tensor, Tensor, Tensor | BlockMask | None], Tensor]
-    """Called with queries, keys, values and mask."""
+    """Function of queries, keys, values and mask that returns the attention output."""
 
 
 _stub: Stub | None = None
@@ -102,7 +102,7 @@ _stub: Stub | None = None
 
 @contextmanager
 def stubbed(stub: Stub) -> Iterator[None]:
-    """Every fused kernel of attention is ``stub`` inside."""
+    """Replace every fused attention kernel with ``stub`` in this context."""
     global _stub
     before, _stub = _stub, stub
     try:
@@ -112,7 +112,7 @@ def stubbed(stub: Stub) -> Iterator[None]:
 
 
 def takes_flex(x: Tensor, dropout: float) -> bool:
-    """FlexAttention runs backward on GPUs only, and cannot drop weights."""
+    """Return whether FlexAttention runs: its backward needs a GPU, and it has no dropout."""
     return (_stub.device if _stub else x.device.type) == "cuda" and not dropout
 
 
@@ -125,7 +125,7 @@ def self_attention_mask(
     legacy: bool = False,
     dropout: float = 0.0,
 ) -> AttentionMask:
-    """What the positions of a level see of each other. ``x_BLD`` gives dtype and device."""
+    """Return the self-attention mask of a level, in the dtype and on the device of ``x_BLD``."""
     if rows.mask_BL is not None:
         return AttentionMask(False, None, _masked(rows.mask_BL, causal, legacy, x_BLD))
     if not causal:
@@ -142,8 +142,8 @@ def self_attention_mask(
 
 
 def _masked(mask_BL: Tensor, causal: bool, legacy: bool, like: Tensor) -> Tensor:
-    """Key padding masks: of encoders, and as lucidrains has them (finite, so that a query that may
-    see nothing sees everything)."""
+    """Return key padding masks, of encoders or as in lucidrains (there finite, so that a fully
+    masked query sees every key)."""
     seen = mask_BL[:, None, None, :]
     if not legacy:
         return additive(seen, like)
@@ -153,8 +153,8 @@ def _masked(mask_BL: Tensor, causal: bool, legacy: bool, like: Tensor) -> Tensor
 
 
 def _block_masks(rows: Rows, window: int, like: Tensor) -> Tensor:
-    """(B*N, 1, W, 2W): query i of block n sees keys i+1 .. i+W of blocks n-1 and n together,
-    of its own document."""
+    """Return masks (B*N, 1, W, 2W): query i of block n sees keys i+1 .. i+W of blocks n-1 and n
+    together, in its own document."""
     blocks = -(-rows.length // window)
     query_W1 = torch.arange(window, device=like.device)[:, None]
     key_J = torch.arange(2 * window, device=like.device)
@@ -178,7 +178,7 @@ def attend(
     scale: float,
     dropout: float = 0.0,
 ) -> Tensor:
-    """softmax(q.k * scale) v over what each query sees: (B, H, Q, K)."""
+    """Return softmax(q.k * scale) v over the keys that each query sees, (B, H, Q, K)."""
     if mask.window is not None:
         return _attend_in_blocks(q_BHQK, k_BHJK, v_BHJK, mask, scale, dropout)
     return _kernel(q_BHQK, k_BHJK, v_BHJK, mask, scale, dropout)
@@ -192,7 +192,7 @@ def _kernel(
     scale: float,
     dropout: float,
 ) -> Tensor:
-    if _stub and not (dropout and _stub.device == "cpu"):  # there it is no fused kernel
+    if _stub and not (dropout and _stub.device == "cpu"):  # CPU dropout has no fused kernel
         return _stub.kernel(q_BHQK, k_BHJK, v_BHJK, mask.bias)
     if isinstance(mask.bias, BlockMask):
         out: Tensor = _flex()(q_BHQK, k_BHJK, v_BHJK, block_mask=mask.bias, scale=scale)
@@ -225,7 +225,7 @@ def _attend_in_blocks(
     q_BHLK = F.pad(q_BHLK, (0, 0, 0, behind))
     q_NHWK = rearrange(q_BHLK, "b h (n w) k -> (b n) h w k", w=window)
     k_NHJK, v_NHJK = (
-        # K last in memory, too: the fused kernel of the CPU takes nothing else
+        # K must be last in memory, too, for the fused kernel of the CPU
         rearrange(
             F.pad(t, (0, 0, window, behind)).unfold(2, 2 * window, window),
             "b h n k j -> (b n) h j k",

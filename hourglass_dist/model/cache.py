@@ -1,9 +1,9 @@
-"""What generation remembers of the tokens read so far, at every level.
+"""The cache of generation: what each level keeps of the tokens read so far.
 
     Cache         one for a batch of rows
-      LevelCache    one a level: keys and values of every layer, the bucket, the level inside
+      LevelCache    one a level: keys and values of every layer, the bucket, the inner level's cache
         KeyValues     keys and values of one attention
-        BucketCache   the bucket that the level is filling, and what the last full one gave
+        BucketCache   the bucket that is being filled, and the output of the last full one
 
 The forward pass fills an empty cache with a prompt; ``decode.step`` adds to it token by token.
 
@@ -30,14 +30,14 @@ class KeyValues:
     """Keys and values of one attention."""
 
     lengths_B: Tensor
-    """Positions of each row's prompt."""
+    """Length of each row's prompt, in positions of the level."""
     window: int | None = None
-    """C, where slots are a ring: position p lies in slot p % C. None: slots grow as needed."""
+    """Slots C of a ring buffer: position p lies in slot p % C. None: slots are added as needed."""
     keys_BHCK: Tensor = field(init=False)
     values_BHCK: Tensor = field(init=False)
 
     def fill(self, k_BHLK: Tensor, v_BHLK: Tensor) -> None:
-        """Store the prompts' keys and values."""
+        """Store the keys and values of the prompts, or the last C of each row in a ring."""
         if self.window is not None:
             slots_C = torch.arange(self.window, device=k_BHLK.device)
             last_B1 = self.lengths_B[:, None] - 1
@@ -47,7 +47,7 @@ class KeyValues:
         self.keys_BHCK, self.values_BHCK = k_BHLK.contiguous(), v_BHLK.contiguous()
 
     def append(self, rows_N: Tensor, position_N: Tensor, key: Tensor, value: Tensor) -> None:
-        """Store (N, H, 1, K) of the newest positions of some rows."""
+        """Store keys and values (N, H, 1, K) of positions ``position_N`` of the rows ``rows_N``."""
         slots_N = position_N if self.window is None else position_N % self.window
         missing = int(position_N.max()) + 1 - self.keys_BHCK.shape[2]
         if self.window is None and missing > 0:
@@ -58,7 +58,7 @@ class KeyValues:
         self.values_BHCK[rows_N, :, slots_N] = value[:, :, 0]
 
     def attend(self, rows_N: Tensor, count_N: Tensor, query: Tensor, scale: float) -> Tensor:
-        """Attention of queries (N, H, 1, K) to the first ``count_N`` positions of their rows."""
+        """Attend with queries (N, H, 1, K) to what is stored of their rows' first ``count_N``."""
         used = min(int(count_N.max()), self.keys_BHCK.shape[2])
         keys, values = self.keys_BHCK[:, :, :used], self.values_BHCK[:, :, :used]
         if len(rows_N) < len(keys):
@@ -70,7 +70,7 @@ class KeyValues:
         return attend(query, keys, values, AttentionMask(False, None, mask), scale)
 
     def tensors(self) -> Iterator[Tensor]:
-        """All that is kept."""
+        """Yield the stored keys and values."""
         yield self.keys_BHCK
         yield self.values_BHCK
 
@@ -82,26 +82,26 @@ def _longer(kept_BHCK: Tensor, more: int) -> Tensor:
 
 @dataclass
 class BucketCache:
-    """The bucket that a level is filling, and what the last full one gave."""
+    """The bucket that a level is filling, and the output of the last full one."""
 
     lengths_B: Tensor
-    """Positions of each row's prompt."""
+    """Length of each row's prompt, in positions of the level."""
     inner_lengths_B: Tensor
-    """The same at the next level: the buckets that are full."""
+    """Length of each row's prompt at the next level: the number of full buckets."""
     outside: KeyValues | None
-    """Keys of all positions, for attention to everything earlier."""
+    """Keys and values of all positions; None without attention to all earlier positions."""
     inside: KeyValues | None
-    """Keys of all pooled tokens, for the same."""
+    """Keys and values of all pooled tokens; None without that attention."""
     ring_BSD: Tensor = field(init=False)
-    """``fixed``: the last S-1 positions, zeros before the first. ``spacelike``: the sum of those
-    that the next bucket begins with."""
+    """Start of the next bucket. ``fixed``: the last S-1 positions, zeros before the first.
+    ``spacelike``: the sum of its positions so far, (B, 1, D)."""
     size_B: Tensor = field(init=False)
-    """``spacelike``: how many positions are in the sum."""
+    """Number of positions in that sum (``spacelike``)."""
     block_BSD: Tensor = field(init=False)
-    """What the last full bucket adds to a position: one for all, or one each."""
+    """Vectors that the last full bucket adds to positions: one for all, (B, 1, D), or one each."""
 
     def fill_ring(self, x_BLD: Tensor, rows: Rows, words: bool) -> None:
-        """Keep the positions of the prompts that the next bucket begins with."""
+        """Store the last positions of the prompts (B, L, D), with which the next bucket begins."""
         lengths_B, length = self.lengths_B, x_BLD.shape[1]
         if words:
             newest_B1 = (self.inner_lengths_B - 1)[:, None]
@@ -117,12 +117,12 @@ class BucketCache:
         self.size_B = torch.zeros_like(lengths_B)
 
     def fill_block(self, block_BGSD: Tensor) -> None:
-        """Keep what the prompts' last full buckets add."""
+        """Store the vectors of the prompts' last full buckets, of (B, G, S or 1, D)."""
         newest = (self.inner_lengths_B - 1)[:, None, None, None]
         self.block_BSD = block_BGSD.gather(1, newest.expand(-1, 1, *block_BGSD.shape[2:]))[:, 0]
 
     def tensors(self) -> Iterator[Tensor]:
-        """All that is kept."""
+        """Yield the stored activations, keys and values."""
         yield from (self.ring_BSD, self.block_BSD)
         for known in (self.outside, self.inside):
             if known is not None:
@@ -131,18 +131,18 @@ class BucketCache:
 
 @dataclass
 class LevelCache:
-    """What one level, and all levels inside it, remember."""
+    """The cache of one level and of all levels inside it."""
 
     count_B: Tensor
-    """Positions so far."""
+    """Number of positions that each row has read at this level."""
     pre: list[KeyValues]
     post: list[KeyValues]
     bucket: BucketCache | None
-    """None at the innermost level, as ``inner``."""
+    """State of the bucket; None, as ``inner``, at the innermost level."""
     inner: LevelCache | None
 
     def tensors(self) -> Iterator[Tensor]:
-        """All that is kept."""
+        """Yield the stored tensors of this level and of those inside it."""
         for known in (*self.pre, *self.post):
             yield from known.tensors()
         if self.bucket is not None and self.inner is not None:
@@ -153,8 +153,8 @@ class LevelCache:
 def empty_level(
     config: ModelConfig, layouts: Sequence[Rows], lengths_B: Tensor, index: int = 0
 ) -> LevelCache:
-    """The cache of level ``index`` for prompts with these layouts (of all levels); ``lengths_B``
-    are their positions at this level."""
+    """Return an empty cache of level ``index`` for prompts with these layouts (of all levels);
+    ``lengths_B`` are their lengths in positions of this level."""
     own, rows = config.levels[index], layouts[index]
     level = LevelCache(
         lengths_B.clone(),
@@ -174,23 +174,23 @@ def empty_level(
 
 
 class Cache:
-    """What a batch of rows remembers, whatever their lengths."""
+    """The cache of a batch of rows, which may differ in length."""
 
     def __init__(self, config: ModelConfig, lengths_B: Tensor) -> None:
-        """Empty, for prompts of these lengths."""
+        """Make an empty cache for prompts of ``lengths_B`` tokens."""
         self.config = config
         self.lengths_B = lengths_B
         self.last_B: Tensor
-        """The newest token of each row."""
+        """Newest token of each row."""
         self.level: LevelCache
 
     def begin(self, tokens_BL: Tensor, layouts: Sequence[Rows]) -> LevelCache:
-        """Make room for the prompts ``tokens_BL``, which the levels then fill in."""
+        """Return the empty caches of the levels for the prompts ``tokens_BL``."""
         self.last_B = tokens_BL.gather(1, self.lengths_B[:, None] - 1)[:, 0]
         self.level = empty_level(self.config, layouts, self.lengths_B)
         return self.level
 
     @property
     def bytes(self) -> int:
-        """Memory of keys, values and buckets."""
+        """Memory of keys, values and buckets, bytes."""
         return sum(t.numel() * t.element_size() for t in self.level.tensors())

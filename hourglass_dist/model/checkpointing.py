@@ -1,16 +1,16 @@
-"""Activation checkpointing: what of a level's forward pass is kept, recomputed or moved away.
+"""Activation checkpointing: which activations of a level are kept, recomputed or offloaded.
 
-    none        everything is kept
+    none        all activations are kept
     full        only the input of every layer (Chen et al. 2016, arXiv 1604.06174)
-    every K     the input of each K-th layer, the others whole
-    selective   inputs, attention outputs and matrix products; norms, activations and the rest are
-                done again (torch's selective policies)
-    offload     everything, but in pinned CPU memory until the backward pass; on the CPU as none
+    every K     the input of each K-th layer, and all activations of the others
+    selective   inputs, attention outputs and matrix products; everything else is recomputed
+                (PyTorch's selective activation checkpointing)
+    offload     all activations, in pinned CPU memory until the backward pass; on the CPU as none
 
 ``auto`` is settled before a model is built (``planning.plan.choose_checkpointing``).
 
-Compiled, a layer and its recomputation are one graph: what ``full`` and ``selective`` do again is
-fused with the rest of the backward pass.
+Under ``torch.compile`` a layer and its recomputation are one graph: the recomputation of ``full``
+and ``selective`` is fused with the rest of the backward pass.
 """
 
 from __future__ import annotations
@@ -39,16 +39,16 @@ KEPT = {
     "aten::_scaled_dot_product_cudnn_attention",
     "flex_attention",
 }
-"""Operations whose results ``selective`` keeps."""
+"""Names of the operations whose results ``selective`` keeps."""
 MOST_GRAPHS = 256
-"""Of a level's modules, shapes and numbers of rows; PyTorch gives up after 8."""
+"""Limit of compiled graphs, for modules, shapes and numbers of rows (PyTorch's default: 8)."""
 
 
 class Recompute:
-    """Runs the modules of one level under its policy."""
+    """Activation checkpointing of one level: runs its modules under its policy."""
 
     def __init__(self, policy: str, draws: bool) -> None:
-        """``draws``: the level has dropout, so random states must be restored.
+        """Set the policy. ``draws``: a level has dropout, so random states must be restored.
 
         Raises ValueError for ``auto``, which has to be settled first.
         """
@@ -61,13 +61,13 @@ class Recompute:
         self._run_again: Callable[..., Any] = partial(checkpoint, _run, **options)
 
     def compile(self) -> None:
-        """From now on what keeps a gradient runs as one graph for each kind of module and shape."""
+        """Compile training passes to one graph for each kind of module and shape."""
         torch._dynamo.config.recompile_limit = MOST_GRAPHS
         self._run = torch.compile(self._run, dynamic=False, fullgraph=True)
         self._run_again = torch.compile(self._run_again, dynamic=False, fullgraph=True)
 
     def __call__(self, number: int, module: nn.Module, *inputs: Any) -> Any:
-        """``module(*inputs)``, the level's module number ``number``."""
+        """Return ``module(*inputs)``, for the level's module number ``number``."""
         if not (module.training and torch.is_grad_enabled()):
             return module(*inputs)
         if self.policy == "offload":
@@ -79,7 +79,7 @@ class Recompute:
 
 
 def recomputes(policy: str, number: int) -> bool:
-    """Whether module ``number`` of a level is run again in the backward pass.
+    """Return whether the backward pass recomputes module ``number`` of a level.
 
     Raises ValueError for ``auto``, which has to be settled first.
     """
@@ -103,7 +103,7 @@ def _keeps(_: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolic
 
 
 def _offloaded(device: torch.device) -> saved_tensors_hooks:
-    """Saved tensors wait in pinned memory; weights, which are there anyway, stay."""
+    """Return hooks that keep saved tensors, but not weights, in pinned CPU memory."""
 
     def pack(tensor: Tensor) -> Any:
         if isinstance(tensor, nn.Parameter) or tensor.device.type != "cuda":

@@ -1,14 +1,14 @@
-"""Generation with a cache at every level: a token costs the same wherever it stands.
+"""Generation with a cache at every level: one step reads one token of every row.
 
     h = pre.step(x_t);  window = ring ++ h
     if t ends a bucket:  block = blocks(inner.step(pool(window)))
     y = post.step(combine(h, block[position in the bucket]));  ring = window[1:]
 
 A causal bucket is complete at its boundary, so level l runs only there: once in ``stride`` tokens.
-Rows of a batch may be at different positions; those that are due are picked out. Windowed levels
-keep a ring of W keys, the others all of them.
+Rows of a batch may be at different positions; a level runs for those that complete a bucket.
+Windowed levels keep a ring of W keys, the others keep all keys.
 
-Legend: B rows, N rows that are due now, L positions of a prompt, C slots of a cache, S positions in
+Legend: B rows, N rows of this step, L positions of a prompt, C slots of a cache, S positions in
 a bucket, H heads, K width of a head, D width of a level, V vocabulary.
 """
 
@@ -28,9 +28,9 @@ from hourglass_dist.model.resample import Downsample, EarlierAttention, Upsample
 def prefill(
     model: HourglassLM, tokens_BL: Tensor, lengths_B: Tensor | None = None
 ) -> tuple[Tensor, Cache]:
-    """Read prompts: (logits (B, V) after the last token of each row, the cache).
+    """Read prompts and return (logits (B, V) after the last token of each row, the cache).
 
-    Rows shorter than L are padded behind; ``lengths_B`` says how long they are (None: L). Puts
+    Rows shorter than L are padded at the end; ``lengths_B`` are their lengths (None: L). Puts
     ``model`` into evaluation mode. Raises ValueError for an encoder, an empty prompt, or one longer
     than a learned position table.
     """
@@ -51,9 +51,9 @@ def prefill(
 
 @torch.no_grad()
 def step(model: HourglassLM, tokens_B: Tensor, cache: Cache) -> Tensor:
-    """Read one more token in every row: logits (B, V) of the token after it.
+    """Read one more token in every row and return the logits (B, V) of the token after it.
 
-    Changes ``cache``. Raises ValueError when it is of another model or number of rows, or a row has
+    Updates ``cache``. Raises ValueError when it is of another model or number of rows, or a row has
     filled a learned position table.
     """
     config = model.config
@@ -89,7 +89,7 @@ def _step(
     stride: int,
     starts_N: Tensor | None,
 ) -> Tensor:
-    """One position of a level, for some of the rows: (N, D) -> (N, D)."""
+    """Run one position of a level for the rows ``rows_N``: (N, D) -> (N, D)."""
     position_N = cache.count_B[rows_N]
     x_N1D = x_ND[:, None]
     rotary = _rotary(module, position_N, stride, x_ND)
@@ -138,7 +138,7 @@ def _step_bucket(
     stride: int,
     starts_N: Tensor | None,
 ) -> Tensor:
-    """The way in, where a bucket is complete, and the way out."""
+    """Add x to the bucket, run the inner levels where it is complete, and upsample."""
     bucket, inner, shorten = cache.bucket, cache.inner, module.shorten
     assert bucket is not None
     assert inner is not None
@@ -177,7 +177,7 @@ def _step_bucket(
 
 
 def _pool(shorten: Downsample, window_NSD: Tensor, size_N: Tensor) -> Tensor:
-    """(N, 1, D) the pooled tokens, before attention over earlier positions."""
+    """Return the pooled tokens (N, 1, D), before attention to earlier positions."""
     if shorten.words:
         return window_NSD.sum(dim=1, keepdim=True) / (size_N + 1)[:, None, None]
     window_N1SD = window_NSD[:, None]
@@ -190,7 +190,7 @@ def _pool(shorten: Downsample, window_NSD: Tensor, size_N: Tensor) -> Tensor:
 def _enter(
     module: Hourglass, cache: LevelCache, rows_N: Tensor, pooled_N1D: Tensor, stride: int
 ) -> None:
-    """Take pooled tokens through the inner levels; what comes out is the new block."""
+    """Run pooled tokens (N, 1, D) through the inner levels and store their output as the block."""
     bucket, inner, shorten = cache.bucket, cache.inner, module.shorten
     assert bucket is not None
     assert inner is not None

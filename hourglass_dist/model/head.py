@@ -1,8 +1,8 @@
 """The end of the model: norm, output layer, and a loss that never holds all logits.
 
 Logits of a 32k vocabulary are larger than everything else in the model. With targets given, the
-loss goes through the positions in chunks: logits of a chunk, its loss, and at once its part of the
-gradients, so that the logits can be forgotten. That costs no operation more than the usual way (as
+loss is computed in chunks of positions: the logits of a chunk, its loss, and at once its part of
+the gradients, so that the logits can be freed. That costs no more operations than the usual way (as
 in Liger Kernel, arXiv 2410.10989).
 
 Legend: B rows, L positions, N = B*L, D width, V vocabulary, C positions of a chunk.
@@ -24,11 +24,11 @@ from hourglass_dist.model.settings import ModelConfig
 
 IGNORED_TARGET = -100
 CHUNK_LOGITS = 2**23
-"""Logits that are held at a time, at most (32 MiB in fp32), or those of one position."""
+"""Most logits in memory at a time (32 MiB in fp32), but at least those of one position."""
 
 
 class Head(nn.Module):
-    """Norm and output layer: to logits, or to a loss."""
+    """The final norm and the output layer, which gives logits or a loss."""
 
     def __init__(self, config: ModelConfig, dim: int) -> None:
         super().__init__()
@@ -38,20 +38,20 @@ class Head(nn.Module):
     def forward(
         self, x_BLD: Tensor, targets_BL: Tensor | None = None, each_target: bool = False
     ) -> Any:
-        """(B, L, D) to logits (B, L, V); with targets to (nats summed, how many targets count).
+        """Map (B, L, D) to logits (B, L, V); with targets to (summed nats, number of targets).
 
-        With ``each_target`` the nats are not summed: (B, L), 0 where there is none, no gradient.
+        With ``each_target`` nats are not summed: (B, L), 0 without a target, no gradient.
         """
         return self.output(self.norm(x_BLD), targets_BL, each_target)
 
 
 class Output(Linear):
-    """The output layer. It owns its loss: under ZeRO-3 its weights are there while it runs."""
+    """The output layer and its loss: under ZeRO-3 its weights are gathered while both run."""
 
     watched = False
-    """Whether the loss notes ``largest_logit``."""
+    """Whether the loss records ``largest_logit``."""
     largest_logit: Tensor | None = None
-    """The largest absolute logit of the last rows that were scored."""
+    """Largest absolute logit of the last rows whose summed loss was computed."""
 
     def __init__(self, dim: int, vocab_size: int, bias: bool, z_loss: float = 0.0) -> None:
         super().__init__(dim, vocab_size, bias)
@@ -60,9 +60,9 @@ class Output(Linear):
     def forward(
         self, x_BLD: Tensor, targets_BL: Tensor | None = None, each_target: bool = False
     ) -> Any:
-        """As ``Head.forward``. The loss is summed in fp32 over targets that are not -100.
+        """Return what ``Head.forward`` does. The loss sums, in fp32, targets that are not -100.
 
-        Its gradient, not its value, is also that of ``z_loss * log(Z)^2`` for each of them, Z the
+        Its gradient, not its value, includes that of ``z_loss * log(Z)^2`` for each of them, Z the
         sum of all exp(logit) (Chowdhery et al. 2022, arXiv 2204.02311, section 5).
         """
         if targets_BL is None:
@@ -146,7 +146,7 @@ def _add_gradients(
     weight_VD: Tensor,
     targets_C: Tensor,
 ) -> None:
-    """scale * softmax - one_hot, where there is a target, through the output layer."""
+    """Add the gradients of a chunk: scale * softmax - one_hot at targets, 0 elsewhere."""
     for_x, for_weight, for_bias = grads
     counts_C1 = (targets_C != IGNORED_TARGET).unsqueeze(1)
     d_CV = log_p_CV.exp_()
@@ -166,7 +166,7 @@ def _add_gradients(
 def _nats_of_each(
     x_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, targets_N: Tensor
 ) -> Tensor:
-    """(N,) the loss of every target; only positions that have one are looked at."""
+    """Return the loss of every target, nats (N,); positions without one cost nothing."""
     chunk = max(1, CHUNK_LOGITS // len(weight_VD))
     weight = weight_VD.to(x_ND.dtype)
     bias = None if bias_V is None else bias_V.to(x_ND.dtype)

@@ -1,10 +1,10 @@
-"""The hourglass language model: a level runs its layers around the next, shorter level.
+"""The hourglass language model: each level runs its layers around the next, shorter level.
 
     tokens -> embeddings -> pre -> shorten -> (inner level) -> lengthen -> post -> norm -> logits
 
 Legend: B rows, L positions of a level, G positions of the next one, D width, E width of the next
-level, V vocabulary. With the settings of ``configs/lucidrains.yaml`` the function is that of
-``hourglass-transformer-pytorch`` 0.0.6, for less and without its faults.
+level, V vocabulary. With the settings of ``configs/lucidrains.yaml`` the model computes what
+``hourglass-transformer-pytorch`` 0.0.6 computes, at less cost and without its faults.
 """
 
 from __future__ import annotations
@@ -75,8 +75,7 @@ class Hourglass(nn.Module):
     def forward(
         self, x_BLD: Tensor, inputs: list[LevelInputs], cache: LevelCache | None = None
     ) -> Tensor:
-        """(B, L, D) -> (B, L, D). ``inputs`` holds those of all levels; ``cache``, if any, is
-        filled."""
+        """Map (B, L, D) to (B, L, D), with the inputs of all levels; fill ``cache``, if given."""
         own = inputs[self.index]
         known: Iterator[KeyValues | None] = repeat(None)
         bucket = inner = None
@@ -96,9 +95,9 @@ class Hourglass(nn.Module):
 
 
 class HourglassLM(nn.Module):
-    """Embeddings, an hourglass, a norm and the output layer.
+    """The language model: embeddings, an hourglass, a norm and the output layer.
 
-    The weights are those of ``init_weights(0)``; under ``torch.device("meta")`` there are none yet.
+    Its weights come from ``init_weights(0)``; under ``torch.device("meta")`` they are not drawn.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -124,15 +123,15 @@ class HourglassLM(nn.Module):
         each_target: bool = False,
         cache: Cache | None = None,
     ) -> Any:
-        """int64 (B, L) to logits (B, L, V); with targets to (nats summed, targets that count), with
-        ``each_target`` to (nats (B, L), targets that count) without gradient.
+        """Map tokens, int64 (B, L), to logits (B, L, V); with targets to (summed nats, number of
+        scored targets); with ``each_target`` to (nats (B, L), that number), without gradient.
 
-        With an empty ``cache``, rows are prompts of ``cache.lengths_B`` tokens, padded behind: it
-        is filled with them, and the logits are those after their last tokens, (B, 1, V).
+        With an empty ``cache``, rows are prompts of ``cache.lengths_B`` tokens, padded at the end:
+        they fill the cache, and the logits are those after their last tokens, (B, 1, V).
 
-        ``mask_BL`` is True at real tokens: the others are as if they were not there, and the logits
-        at their positions mean nothing. ``documents_BL`` numbers the documents of packed rows: each
-        is as if it were alone. Raises ValueError for an empty row, one longer than the position
+        ``mask_BL`` is True at real tokens: padding has no effect on them, and the logits at its
+        positions are meaningless. ``documents_BL`` numbers the documents of packed rows: no
+        document affects another. Raises ValueError for an empty row, one longer than the position
         table, or documents out of order.
         """
         self.check(tokens_BL, documents_BL)
@@ -159,7 +158,7 @@ class HourglassLM(nn.Module):
         return self.head(x_BLD, targets_BL, each_target)
 
     def check(self, tokens_BL: Tensor, documents_BL: Tensor | None = None) -> None:
-        """Raise ValueError for rows that the model cannot read."""
+        """Raise ValueError for rows of a wrong length or with documents that cannot be used."""
         length, longest = tokens_BL.shape[1], self.config.max_seq_len
         if length < 1:
             raise ValueError("model: expected at least 1 token in a row, given 0")
@@ -174,7 +173,7 @@ class HourglassLM(nn.Module):
                 raise ValueError("model: packed documents need a causal model, given causal=false")
 
     def embed(self, tokens_BL: Tensor, documents_BL: Tensor | None = None) -> Tensor:
-        """(B, L) -> (B, L, D)."""
+        """Return the embeddings of tokens and learned positions, (B, L) -> (B, L, D)."""
         x_BLD: Tensor = self.tokens(tokens_BL)
         if self.positions is not None:
             if documents_BL is None:
@@ -190,8 +189,8 @@ class HourglassLM(nn.Module):
         documents_BL: Tensor | None = None,
         mask_BL: Tensor | None = None,
     ) -> list[Rows]:
-        """The layout of these rows at every level. In training, a level with ``shorten_choices``
-        draws its factor anew."""
+        """Return the layout of these rows at every level. In training, a level with
+        ``shorten_choices`` draws its factor anew."""
         shortens = [
             level.shorten_choices[int(torch.randint(len(level.shorten_choices), ()))]
             if self.training and level.shorten_choices
@@ -201,31 +200,30 @@ class HourglassLM(nn.Module):
         return row_layouts(self.config, tokens_BL, documents_BL, mask_BL, shortens)
 
     def compile_layers(self) -> None:
-        """From now on training passes run every layer, and the ways between levels, as one compiled
-        graph each."""
+        """Compile each layer and each resampling layer to one graph, for training passes only."""
         for module in self.modules():
             if isinstance(module, Hourglass):
                 module.run.compile()
 
     @torch.no_grad()
     def init_weights(self, seed: int, made: Callable[[nn.Module], Made] = _as_they_are) -> None:
-        """Draw every weight anew; the same seed gives the same weights on the same kind of device.
+        """Draw every weight; the same seed gives the same weights on the same kind of device.
 
         ================================  ====================================================
         embeddings, output layer          normal, std 0.02
         matrices                          normal, std 0.02
         last matrix of a residual branch  normal, std 0.02 / sqrt(number of residual branches)
-        linear resampling                 the naive one: the mean of a bucket in, a repeat out
+        linear resampling                 pooling: the mean of a bucket; spreading: a repeat
         norms, gates                      ones
-        vectors that widen                normal, std 0.02
+        vectors that pad the width        normal, std 0.02
         relative positions                matrices: normal, std 0.02; u and v: zeros
         biases, everywhere                zeros
         ================================  ====================================================
 
-        A residual branch is one attention or one feed-forward, and all levels add to one stream
-        (the rule of GPT-2, Radford et al. 2019). ``made(module)`` is entered before a module's own
-        weights are drawn, and left after: whoever cannot hold all weights at once makes them there,
-        and takes them away.
+        A residual branch is one attention or one feed-forward; those of all levels count together
+        (the rule of GPT-2, Radford et al. 2019). The context ``made(module)`` is entered before a
+        module's own weights are drawn and left after: a caller that cannot hold all weights at once
+        allocates them on entry and partitions them on exit.
         """
         branches = [m for m in self.modules() if isinstance(m, BRANCHES)]
         last = {id(branch.out) for branch in branches}
@@ -249,7 +247,7 @@ class HourglassLM(nn.Module):
 
 
 def _draw(module: nn.Module, std: float, generator: torch.Generator) -> None:
-    """Draw the weights that are the module's own."""
+    """Draw the module's own weights, without those of submodules."""
     if isinstance(module, (nn.Linear, nn.Embedding)):
         module.weight.normal_(0.0, std, generator=generator)
     elif isinstance(module, (nn.LayerNorm, RMSNorm, Gate)):
@@ -265,16 +263,16 @@ def _draw(module: nn.Module, std: float, generator: torch.Generator) -> None:
 
 
 BRANCHES = (Attention, FeedForward, BucketAttention, EarlierAttention, SingleKeyAttention)
-"""Modules that add to the residual stream; the last matrix of each is its ``out``."""
+"""Classes of modules that add to the residual stream; the last matrix of each is ``out``."""
 
 
 def _padding_last(documents_BL: Tensor, mask_BL: Tensor, order_BL: Tensor) -> Tensor:
-    """Document ids in their new order; padding counts as one more document."""
+    """Return the document ids (B, L) in the order ``order_BL``; padding is one more document."""
     after = documents_BL.amax() + 1
     return torch.where(mask_BL, documents_BL, after).gather(1, order_BL)
 
 
 def _real_first(mask_BL: Tensor) -> Tensor:
-    """The mask in its new order; a row of padding only keeps one key to look at."""
+    """Return the mask (B, L), real tokens first; a row of padding alone keeps one visible key."""
     index_L = torch.arange(mask_BL.shape[1], device=mask_BL.device)
     return index_L < mask_BL.sum(dim=1, keepdim=True).clamp(min=1)

@@ -1,10 +1,10 @@
-"""The layers of one level: self-attention and feed-forward, each with its norm and its residual.
+"""The layers of one level: self-attention and feed-forward, each with a norm and a residual.
 
 Legend: B rows, L positions, D width of the residual stream, H heads, K width of one head
 (``dim_head``), I = H*K, F hidden width (``ff_mult * dim``), P = K/2 frequencies.
 
-Every module reads only parameters of its own or of submodules through their ``forward``: ZeRO-3
-gathers parameters around ``forward`` calls, so anything else would see empty tensors.
+Every module reads only its own parameters, or those of submodules through their ``forward``: ZeRO-3
+gathers parameters around ``forward`` calls, so any other access would see empty tensors.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from hourglass_dist.model.norms import RMSNorm, make_norm
 from hourglass_dist.model.settings import LevelConfig, ModelConfig
 
 ROTARY_BASE = 10_000
-"""The base of the frequencies of rotary and relative positions, in positions."""
+"""Base of the frequencies of rotary and relative positions."""
 
 
 class RotaryTable(NamedTuple):
@@ -36,32 +36,32 @@ class RotaryTable(NamedTuple):
 
 
 class CrossLevelInputs(NamedTuple):
-    """What attention between a level and the next one needs: masks and positions. A pooled token
-    lies at the boundary of its bucket."""
+    """Masks and positions for attention between a level and the next one. A pooled token has the
+    position of the boundary of its bucket."""
 
     down: MaskRule
-    """Pooled tokens look at positions."""
+    """Mask rule for pooled tokens that attend to positions."""
     up: MaskRule
-    """Positions look at pooled tokens."""
+    """Mask rule for positions that attend to pooled tokens."""
     outside: RotaryTable | None
-    """Of positions; None where positions are learned, as ``inside``."""
+    """Rotary table of the positions; None, as ``inside``, unless positions are relative."""
     inside: RotaryTable | None
-    """Of pooled tokens."""
+    """Rotary table of the pooled tokens."""
 
 
 class LevelInputs(NamedTuple):
-    """What the modules of one level need to know of the rows of a forward pass."""
+    """Layout, masks and positions of one forward pass, for the modules of one level."""
 
     rows: Rows
     mask: AttentionMask
     rotary: RotaryTable | None
-    """None where positions are learned."""
+    """Rotary table of this level's positions; None where positions are learned."""
     cross: CrossLevelInputs | None
-    """None at the innermost level, and where no attention goes further than a bucket."""
+    """Inputs of attention to all earlier positions; None at the innermost level or without it."""
 
 
 def rotary_table(position_BL: Tensor, dim_head: int, like: Tensor) -> RotaryTable:
-    """``position_BL`` (B or 1, L), any unit, as a table in the dtype of ``like``."""
+    """Return the table of ``position_BL`` (B or 1, L; any unit) in the dtype of ``like``."""
     wide = torch.float64 if like.dtype == torch.float64 else torch.float32
     exponent_P = torch.arange(0, dim_head, 2, device=position_BL.device, dtype=wide) / dim_head
     angle_B1LP = position_BL[:, None, :, None] * ROTARY_BASE**-exponent_P
@@ -69,14 +69,14 @@ def rotary_table(position_BL: Tensor, dim_head: int, like: Tensor) -> RotaryTabl
 
 
 def level_inputs(config: ModelConfig, layouts: Sequence[Rows], x_BLD: Tensor) -> list[LevelInputs]:
-    """The inputs of every level, outermost first; ``x_BLD`` gives dtype and device."""
+    """Return the inputs of every level, outermost first; ``x_BLD`` gives dtype and device."""
     inputs, stride = [], 1
     for index, (level, rows) in enumerate(zip(config.levels, layouts, strict=True)):
         rotary = cross = None
         if config.positions != "learned":
             unit = stride if config.positions == "relative" else 1
             index_1L = torch.arange(rows.length, device=x_BLD.device)[None]
-            rotary = rotary_table(index_1L * unit, level.dim_head, x_BLD)  # only differences count
+            rotary = rotary_table(index_1L * unit, level.dim_head, x_BLD)  # only distances matter
         mask = self_attention_mask(
             rows,
             level.window,
@@ -112,7 +112,7 @@ def _cross_level_inputs(
 
 
 def rotate(x_BHLK: Tensor, rotary: RotaryTable) -> Tensor:
-    """Rotary positions: the halves of a head are the two coordinates of P planes."""
+    """Rotate (B, H, L, K) by position; the two halves of a head are the coordinates of P planes."""
     one, two = x_BHLK.chunk(2, dim=-1)
     return torch.cat(
         [one * rotary.cos - two * rotary.sin, two * rotary.cos + one * rotary.sin], dim=-1
@@ -120,12 +120,12 @@ def rotate(x_BHLK: Tensor, rotary: RotaryTable) -> Tensor:
 
 
 class RelativePositions(nn.Module):
-    """Transformer-XL's relative terms (Dai et al. 2019, arXiv 1901.02860) as plain products.
+    """Transformer-XL's relative positions (Dai et al. 2019, arXiv 1901.02860) as dot products.
 
     The score of a query at position i and a key at position j is (q + u).k + (q + v).W r(i-j), with
-    r the sines and cosines of the distance. By the addition theorems the second term is a product,
-    too, of a vector of the query and its position with the sines and cosines of the key's position,
-    so fused kernels serve and no table of distances is made. Distances count in tokens: positions
+    r the sines and cosines of the distance. By the addition theorems the second term is the product
+    of a vector of the query and its position with the sines and cosines of the key's position. So
+    fused kernels can be used, without a table of distances. Distances are in tokens: positions
     times the stride. r is as wide as a head (in the paper: as the model), and each attention has
     its own u and v.
     """
@@ -137,7 +137,7 @@ class RelativePositions(nn.Module):
         self.weight = nn.Parameter(torch.zeros(level.heads, level.dim_head, level.dim_head))
 
     def forward(self, q_BHLK: Tensor, rotary: RotaryTable) -> Tensor:
-        """(B, H, L, K) -> (B, H, L, 2K), to be multiplied with ``with_rotary`` of the keys."""
+        """Map queries (B, H, L, K) to (B, H, L, 2K), to be multiplied with ``with_rotary`` keys."""
         position_H1K, content_H1K = (
             vector.view(len(self.weight), 1, -1) for vector in (self.place, self.content)
         )
@@ -150,14 +150,14 @@ class RelativePositions(nn.Module):
 
 
 def with_rotary(k_BHLK: Tensor, rotary: RotaryTable) -> Tensor:
-    """(B, H, L, 2K): the key, then the sines and cosines of its position."""
+    """Return (B, H, L, 2K): each key, then the sines and cosines of its position."""
     rows, heads = k_BHLK.shape[:2]
     beside = (table.expand(rows, heads, -1, -1) for table in rotary)
     return torch.cat([k_BHLK, *beside], dim=-1)
 
 
 class Heads(nn.Module):
-    """Queries and keys of all heads get their norms and positions; values fit their width."""
+    """Norms and positions for the queries and keys of all heads; values padded to their width."""
 
     def __init__(self, config: ModelConfig, level: LevelConfig) -> None:
         super().__init__()
@@ -169,11 +169,11 @@ class Heads(nn.Module):
         self.relative = RelativePositions(level) if config.positions == "relative" else None
 
     def split(self, x_BLI: Tensor) -> Tensor:
-        """(B, L, I) -> (B, H, L, K)."""
+        """Split the heads: (B, L, I) -> (B, H, L, K)."""
         return rearrange(x_BLI, "b l (h k) -> b h l k", h=self.heads)
 
     def queries(self, q_BLI: Tensor, rotary: RotaryTable | None) -> Tensor:
-        """(B, L, I) -> (B, H, L, K), or 2K with relative positions."""
+        """Return the queries, (B, L, I) -> (B, H, L, K), or 2K with relative positions."""
         q_BHLK = self.split(q_BLI)
         if self.q_norm is not None:
             q_BHLK = self.q_norm(q_BHLK)
@@ -183,7 +183,7 @@ class Heads(nn.Module):
         return rotate(q_BHLK, rotary) if rotary is not None and self.rope else q_BHLK
 
     def keys(self, k_BLI: Tensor, rotary: RotaryTable | None) -> Tensor:
-        """(B, L, I) -> (B, H, L, K), or 2K with relative positions."""
+        """Return the keys, (B, L, I) -> (B, H, L, K), or 2K with relative positions."""
         k_BHLK = self.split(k_BLI)
         if self.k_norm is not None:
             k_BHLK = self.k_norm(k_BHLK)
@@ -192,19 +192,19 @@ class Heads(nn.Module):
         return rotate(k_BHLK, rotary) if rotary is not None and self.rope else k_BHLK
 
     def values(self, v_BLI: Tensor) -> Tensor:
-        """(B, L, I) -> (B, H, L, K); zeros behind where keys are wider (kernels want one width)."""
+        """Return the values, (B, L, I) -> (B, H, L, K), zero-padded to 2K where keys have 2K."""
         v_BHLK = self.split(v_BLI)
         return F.pad(v_BHLK, (0, v_BHLK.shape[-1])) if self.relative is not None else v_BHLK
 
     def join(self, mixed_BHLK: Tensor) -> Tensor:
-        """(B, H, L, K or 2K) -> (B, L, I)."""
+        """Join the heads, without padding: (B, H, L, K or 2K) -> (B, L, I)."""
         if self.relative is not None:
             mixed_BHLK = mixed_BHLK.chunk(2, dim=-1)[0]
         return rearrange(mixed_BHLK, "b h l k -> b l (h k)")
 
 
 class Attention(nn.Module):
-    """Self-attention in one level: x + W_o softmax(Q K^T / sqrt(K)) V + b_o, of norm(x)."""
+    """Self-attention: x + W_o softmax(Q K^T / sqrt(K)) V + b_o, with Q, K and V of norm(x)."""
 
     def __init__(self, config: ModelConfig, level: LevelConfig) -> None:
         super().__init__()
@@ -216,7 +216,7 @@ class Attention(nn.Module):
         self.branch_dropout = level.dropout if config.residual_dropout else 0.0
 
     def forward(self, x_BLD: Tensor, inputs: LevelInputs, known: KeyValues | None = None) -> Tensor:
-        """(B, L, D) -> (B, L, D). ``known``, if any, is filled with these keys and values."""
+        """Map (B, L, D) to (B, L, D). ``known``, if given, is filled with the keys and values."""
         dropout = self.dropout if self.training else 0.0
         q, k, v = self.project(x_BLD, inputs.rotary)
         if known is not None:
@@ -224,19 +224,19 @@ class Attention(nn.Module):
         return self.finish(x_BLD, attend(q, k, v, inputs.mask, self.heads.scale, dropout))
 
     def project(self, x_BLD: Tensor, rotary: RotaryTable | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values of all heads, positions in them, (B, H, L, K or 2K)."""
+        """Return queries, keys and values with positions applied, each (B, H, L, K or 2K)."""
         q_BLI, k_BLI, v_BLI = self.qkv(self.norm(x_BLD)).chunk(3, dim=-1)
         heads = self.heads
         return heads.queries(q_BLI, rotary), heads.keys(k_BLI, rotary), heads.values(v_BLI)
 
     def finish(self, x_BLD: Tensor, mixed_BHLK: Tensor) -> Tensor:
-        """Add what the heads found to the stream."""
+        """Project the heads' output (B, H, L, K or 2K) and add it to the stream (B, L, D)."""
         out_BLD: Tensor = self.out(self.heads.join(mixed_BHLK))
         return x_BLD + drop(out_BLD, self.branch_dropout, self.training)
 
 
 class FeedForward(nn.Module):
-    """x + W_2 f(W_1 norm(x) + b_1) + b_2, position by position; f is GELU or SwiGLU."""
+    """Feed-forward layer: x + W_2 f(W_1 norm(x) + b_1) + b_2; f is GELU or SwiGLU."""
 
     def __init__(self, config: ModelConfig, level: LevelConfig) -> None:
         super().__init__()
@@ -248,7 +248,7 @@ class FeedForward(nn.Module):
         self.branch_dropout = level.dropout if config.residual_dropout else 0.0
 
     def forward(self, x_BLD: Tensor) -> Tensor:
-        """(B, L, D) -> (B, L, D)."""
+        """Map (B, L, D) to (B, L, D)."""
         hidden_BLF = self.hidden(self.norm(x_BLD))
         if self.gated:
             gate_BLF, up_BLF = hidden_BLF.chunk(2, dim=-1)
@@ -260,12 +260,12 @@ class FeedForward(nn.Module):
 
 
 def drop(x: Tensor, probability: float, training: bool) -> Tensor:
-    """Dropout; the same tensor where there is none."""
+    """Apply dropout; return ``x`` itself where none applies."""
     return F.dropout(x, probability, training) if probability and training else x
 
 
 class Layer(nn.Module):
-    """Self-attention, then feed-forward."""
+    """A transformer layer: self-attention, then feed-forward."""
 
     def __init__(self, config: ModelConfig, level: LevelConfig) -> None:
         super().__init__()
@@ -273,7 +273,7 @@ class Layer(nn.Module):
         self.feed_forward = FeedForward(config, level)
 
     def forward(self, x_BLD: Tensor, inputs: LevelInputs, known: KeyValues | None = None) -> Tensor:
-        """(B, L, D) -> (B, L, D). ``known``, if any, is filled with keys and values."""
+        """Map (B, L, D) to (B, L, D). ``known``, if given, is filled with keys and values."""
         x_BLD = self.attention(x_BLD, inputs, known)
         out_BLD: Tensor = self.feed_forward(x_BLD)
         return out_BLD

@@ -1,13 +1,13 @@
-"""Where documents and buckets lie in the rows of every level: whole numbers only, no weights.
+"""Layout of documents and buckets in the rows of every level: integer tables, no weights.
 
     tokens, document ids, mask  ->  row_layouts  ->  one Rows for each level
 
-A bucket ends at a *boundary*: a position at which it is complete, so that what is made of it may
-be added from there on and nothing sees the future. It holds the positions after the boundary
-before it, this one included. ``fixed`` pooling has boundaries at positions 0, s, 2s, ... of each
-document; its buckets reach back s positions, zeros before the document's begin. ``spacelike``
-pooling has them at word starts. Rows without documents and words keep no tables at all: there
-bucket i ends at position i*s.
+A bucket ends at a *boundary*: a position at which it is complete. Its output is added from there
+on, so that no position sees a later one. It holds the positions after the previous boundary, its
+own boundary included. ``fixed`` pooling has boundaries at positions 0, s, 2s, ... of each document;
+its buckets reach back s positions, with zeros before the start of the document. ``spacelike``
+pooling has them at word starts. Rows without documents and words need no tables: there bucket i
+ends at position i*s.
 
 Legend: B rows, L positions of a level, G positions of the next one (buckets), S = shorten.
 """
@@ -25,45 +25,45 @@ from hourglass_dist.model.settings import LevelConfig, ModelConfig
 
 
 class Buckets(NamedTuple):
-    """How positions go into the buckets of a row and come back, where that is not regular."""
+    """Tables between positions and the buckets of a row, where buckets are not regular."""
 
     end_BG: Tensor
-    """The boundary of each bucket; L where a row has fewer buckets."""
+    """Boundary of each bucket, a position; L where a row has fewer buckets."""
     into_BL: Tensor
-    """Which bucket a position goes into; G: none, no boundary follows in its document."""
+    """Bucket that pools each position; G: none, as no boundary follows in its document."""
     out_BL: Tensor
-    """Which bucket a position gets its summary from; G: none, the row had no more room."""
+    """Bucket whose output each position gets; G: none, as the row had no more room."""
     wanted: Tensor
-    """How many buckets all rows would have with room for every word and document."""
+    """Number of buckets of all rows if there were room for every boundary."""
 
 
 class Rows(NamedTuple):
-    """The rows of one level."""
+    """The layout of the rows of one level."""
 
     length: int
-    """L."""
+    """Length L of a row, in positions of this level."""
     position_BL: Tensor | None
-    """Positions counted from the start of each document; None: 0, 1, 2, ... in every row."""
+    """Position from the start of the document; None: 0, 1, 2, ... in every row."""
     document_BL: Tensor | None
-    """Which document a position is of, not decreasing; None: one in each row."""
+    """Document id of each position, not decreasing; None: one document in each row."""
     mask_BL: Tensor | None
-    """Keys that may be seen, where later ones may be: in encoders, and as lucidrains does it."""
+    """True at keys that may be seen; only for encoders and ``legacy_mask``, else None."""
     shorten: int
-    """S, to the next level; 1 at the innermost."""
+    """Shorten factor S to the next level; 1 at the innermost."""
     size: int
-    """G, the positions of the next level."""
+    """Number G of positions of the next level."""
     buckets: Buckets | None
-    """None: bucket i ends at i*S."""
+    """Tables of irregular buckets; None: bucket i ends at position i*S."""
 
     def ends(self, device: torch.device) -> Tensor:
-        """(B or 1, G) the boundary of each bucket."""
+        """Return the boundary of each bucket, (B or 1, G)."""
         if self.buckets is not None:
             return self.buckets.end_BG
         return torch.arange(0, self.length, self.shorten, device=device)[None]
 
 
 def bucket_count(length: int, shorten: int) -> int:
-    """G, the buckets that ``length`` positions of one document need."""
+    """Return G, the number of buckets for ``length`` positions of one document."""
     return -(-length // shorten)
 
 
@@ -74,7 +74,7 @@ def row_layouts(
     mask_BL: Tensor | None = None,
     shortens: Sequence[int] | None = None,
 ) -> list[Rows]:
-    """The layout of every level, outermost first.
+    """Return the layout of every level, outermost first.
 
     ``documents_BL`` numbers the documents of packed rows. ``mask_BL`` (encoders and
     ``legacy_mask`` only) is True at real tokens. ``shortens`` replaces every level's ``shorten``,
@@ -104,7 +104,7 @@ def row_layouts(
 def missed_buckets(
     config: ModelConfig, tokens_BL: Tensor, documents_BL: Tensor | None = None
 ) -> tuple[int, int]:
-    """(word and document starts that got no bucket, all that wanted one), over all levels."""
+    """Return (boundaries that got no bucket, all that wanted one), summed over all levels."""
     missed = wanted = 0
     for rows in row_layouts(config, tokens_BL, documents_BL):
         if rows.buckets is not None:
@@ -114,8 +114,8 @@ def missed_buckets(
 
 
 def check_documents(documents_BL: Tensor, tokens_BL: Tensor) -> None:
-    """Raise ValueError unless ids have the tokens' shape and do not decrease (checked on the CPU,
-    where batches are made; elsewhere that would wait for the device)."""
+    """Raise ValueError unless ids have the tokens' shape and do not decrease. The order is checked
+    on the CPU only, where batches are made: elsewhere that would wait for the device."""
     if documents_BL.shape != tokens_BL.shape:
         raise ValueError(
             f"documents: expected shape {tuple(tokens_BL.shape)} as the tokens, "
@@ -131,7 +131,7 @@ def check_documents(documents_BL: Tensor, tokens_BL: Tensor) -> None:
 
 
 def document_positions(documents_BL: Tensor) -> Tensor:
-    """(B, L): positions counted from the start of each document: 0, 1, 2, ..."""
+    """Return positions counted from the start of each document, 0, 1, 2, ..., (B, L)."""
     index_L = torch.arange(documents_BL.shape[1], device=documents_BL.device)
     return index_L - _first_of_document(documents_BL, index_L)
 
@@ -143,11 +143,11 @@ def _first_of_document(documents_BL: Tensor, index_L: Tensor) -> Tensor:
 
 
 def word_starts(bytes_BL: Tensor) -> Tensor:
-    """(B, L) bool: a byte of another kind after a space-like one.
+    """Return (B, L) bool, True where a byte of another kind follows a space-like byte.
 
-    Space-like are all bytes but ASCII letters and digits and the continuation bytes of UTF-8
+    All bytes are space-like but ASCII letters, digits and the continuation bytes of UTF-8
     (SpaceByte). So English words, and each character of scripts written in longer UTF-8 sequences,
-    begin a bucket. A position depends on its byte and the one before only.
+    begin a bucket. A position depends only on its own byte and the previous one.
     """
     table_V = torch.ones(256, dtype=torch.bool, device=bytes_BL.device)
     for first, last in ((0x30, 0x39), (0x41, 0x5A), (0x61, 0x7A), (0x80, 0xBF)):
@@ -157,9 +157,9 @@ def word_starts(bytes_BL: Tensor) -> Tensor:
 
 
 def cut(x_BL: Tensor, shorten: int, causal: bool) -> Tensor:
-    """(B, L, ...) -> (B, G, S, ...), the regular buckets, with zeros (False) where nothing is.
+    """Cut rows (B, L, ...) into regular buckets (B, G, S, ...), padded with zeros (False).
 
-    A causal bucket i holds positions i*S-S+1 .. i*S, any other i*S .. i*S+S-1.
+    A causal bucket i holds positions i*S-S+1 .. i*S, otherwise i*S .. i*S+S-1.
     """
     length = x_BL.shape[1]
     buckets = bucket_count(length, shorten)
@@ -203,13 +203,13 @@ def _rows(
 
 
 def keep_boundaries(wanted_BL: Tensor, position_BL: Tensor, shorten: int, extra: int) -> Tensor:
-    """(B, L) bool: which of the wanted boundaries have room.
+    """Return (B, L) bool, True at wanted boundaries that have room.
 
-    Up to position p of a document there are at most p // S + 1 + ``extra``; further ones are passed
-    over until there is room again. That looks at earlier positions of the document only, whatever
-    the length of the row, so generation finds the same ones.
+    Up to position p of a document there are at most p // S + 1 + ``extra``; further ones are left
+    out until there is room again. The rule depends only on earlier positions of the document, not
+    on the length of the row, so generation keeps the same ones.
 
-    How many were kept is k_t = min(k_{t-1} + wanted_t, room_t), from 0 on in each document. Without
+    The number kept is k_t = min(k_{t-1} + wanted_t, room_t), from 0 on in each document. Without
     the recursion: wanted so far + min(0, min over earlier t of (room_t - wanted so far)).
     """
     length = wanted_BL.shape[1]
@@ -218,7 +218,7 @@ def keep_boundaries(wanted_BL: Tensor, position_BL: Tensor, shorten: int, extra:
     first_BL = (index_L - position_BL).expand_as(so_far_BL)
     so_far_BL = so_far_BL - so_far_BL.gather(1, first_BL) + 1  # a document begins with a boundary
     room_BL = position_BL // shorten + 1 + extra
-    # later documents lie lower by more than any room, so that no minimum reaches back
+    # each document is lowered by more than any room, so minima do not cross documents
     depth_BL = (position_BL == 0).cumsum(dim=1) * (2 * length + extra + 2)
     lowest_BL = (room_BL - so_far_BL - depth_BL).cummin(dim=1).values + depth_BL
     kept_so_far_BL = so_far_BL + lowest_BL.clamp(max=0)
@@ -246,7 +246,7 @@ def _buckets(kept_BL: Tensor, document_BL: Tensor | None, size: int, wanted: Ten
 
 
 def _same_document(document_BL: Tensor, ends_BG: Tensor, bucket_BL: Tensor, none: int) -> Tensor:
-    """``bucket_BL``, or ``none`` where that bucket is of another document."""
+    """Return ``bucket_BL``, with ``none`` where the bucket belongs to another document."""
     end_BL = ends_BG.gather(1, bucket_BL)
     theirs_BL = document_BL.gather(1, end_BL.clamp(max=document_BL.shape[1] - 1))
     same_BL = (theirs_BL == document_BL) & (end_BL < document_BL.shape[1])
@@ -254,10 +254,10 @@ def _same_document(document_BL: Tensor, ends_BG: Tensor, bucket_BL: Tensor, none
 
 
 def _inside(rows: Rows) -> tuple[Tensor | None, Tensor | None]:
-    """(position in the document, document) of the positions of the next level.
+    """Return (position in the document, document id) of the positions of the next level.
 
-    Slots that a row does not use come last; they count as the last document, at a position that is
-    no boundary, and nothing sees them.
+    Slots that a row does not use come last. They belong to the last document, at a position that
+    is no boundary, and no query sees them.
     """
     if rows.buckets is None or rows.document_BL is None:
         return None, None

@@ -1,11 +1,11 @@
 """A linear layer that does not hold its weight between the forward and the backward pass.
 
-``nn.Linear`` keeps a view of its weight for the backward pass. ZeRO-3 takes the weight away after
-the forward pass and brings it back before the backward pass; that view would hold the gathered copy
-of every layer in memory. Here the parameter itself is kept, which ZeRO-3 empties.
+``nn.Linear`` saves a view of its weight for the backward pass. ZeRO-3 frees the gathered weight
+after the forward pass and gathers it again for the backward pass; the view would keep every layer's
+gathered weight in memory. This layer saves the parameter itself, which ZeRO-3 empties.
 
-Under autocast and ``torch.compile`` this is ``nn.Linear``. In names: N rows, D input width, O
-output width.
+Under autocast and ``torch.compile`` it is ``nn.Linear``. Legend: N rows, D input width, O output
+width.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from torch.nn import functional as F
 
 
 class Linear(nn.Linear):
-    """``nn.Linear`` that holds no weight of its own for the backward pass."""
+    """``nn.Linear`` that saves its parameter, not a view of it, for the backward pass."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., D) -> (..., O)."""
+        """Map (..., D) to (..., O)."""
         casts = x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)
         if casts or torch.compiler.is_compiling():
             return super().forward(x)

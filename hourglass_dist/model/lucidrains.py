@@ -1,8 +1,8 @@
 """Weights to and from ``hourglass-transformer-pytorch`` 0.0.6 (``HourglassTransformerLM``).
 
-The functions are the same, so weights only change names and how matrices are joined: here
-self-attention has one ``qkv`` matrix (rows of q, k, v) and the other two attentions have three,
-there every attention has ``to_q`` and ``to_kv``. Both directions copy, and are exact.
+Both models compute the same, so only names and the joining of matrices differ: here self-attention
+has one ``qkv`` matrix (rows of q, k, v) and the other two attentions have three; there every
+attention has ``to_q`` and ``to_kv``. Both directions are exact copies.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from hourglass_dist.model.settings import ModelConfig
 
 
 def to_lucidrains(model: HourglassLM) -> dict[str, Tensor]:
-    """A state_dict for ``HourglassTransformerLM(**lucidrains_kwargs(model.config))``.
+    """Return a state_dict for ``HourglassTransformerLM(**lucidrains_kwargs(model.config))``.
 
     Raises ValueError for a model that cannot be built there.
     """
@@ -56,9 +56,9 @@ def from_lucidrains(state_dict: Mapping[str, Tensor], model: HourglassLM) -> Non
 
 
 def lucidrains_kwargs(config: ModelConfig) -> dict[str, Any]:
-    """The arguments of ``HourglassTransformerLM`` that make this model.
+    """Return the arguments of ``HourglassTransformerLM`` that make this model.
 
-    Dropout, activation checkpointing and the handling of masks have no weights and are left out.
+    Dropout, activation checkpointing and masks have no weights and are left out.
     Raises ValueError, naming the setting, when the model cannot be built there.
     """
     for name, theirs in _MODEL.items():
@@ -99,11 +99,11 @@ _MODEL = {
     "z_loss": 0.0,
     "skip": "plain",
 }
-"""Settings of a model that the reference can build."""
+"""Settings that a model must have for the reference to build it."""
 _LEVEL = {"pooling": "fixed", "shorten_choices": (), "ff_mult": 4, "window": None}
-"""Settings of each of its levels."""
+"""Settings that each of its levels must have."""
 _SAMPLING = {"mean": "repeat", "linear": "linear"}
-"""Downsampling -> upsampling."""
+"""Upsampling that the reference pairs with each downsampling."""
 
 
 def _require(setting: str, theirs: object, ours: object) -> None:
@@ -119,7 +119,7 @@ def _join(parts: list[Tensor]) -> Tensor:
 
 
 Names = dict[str, list[Tensor]]
-"""A key of the reference -> the rows of ours that it holds, top to bottom (views of parameters)."""
+"""Map from a key of the reference to our rows that it joins, top to bottom (parameter views)."""
 
 
 def _names(model: HourglassLM) -> Names:

@@ -1,8 +1,8 @@
-"""LayerNorm and RMSNorm, whichever a model has.
+"""The norms of a model: LayerNorm or RMSNorm.
 
-``torch.nn.RMSNorm`` is many operations on the CPU, each of which keeps fp32 copies for the backward
-pass. Here only the input and one number a position are kept; under ``torch.compile`` and on GPUs it
-is torch's own.
+``torch.nn.RMSNorm`` is many operations on the CPU, each of which saves fp32 copies for the backward
+pass. This one saves the input, the weight and one number for each position; under
+``torch.compile`` and on GPUs it is torch's own.
 """
 
 from __future__ import annotations
@@ -18,25 +18,25 @@ from torch.nn import functional as F
 from hourglass_dist.model.settings import ModelConfig
 
 EPS = 1e-5
-"""Added to the variance, or to the mean square."""
+"""Constant added to the variance (LayerNorm) or the mean square (RMSNorm)."""
 
 
 def make_norm(config: ModelConfig, dim: int) -> nn.Module:
-    """The norm of this model over vectors of width ``dim``."""
+    """Return a norm of this model's kind for vectors of width ``dim``."""
     if config.norm == "rms":
         return RMSNorm(dim)
     return nn.LayerNorm(dim, eps=EPS, bias=config.bias)
 
 
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) * weight, the mean in fp32 (Zhang and Sennrich 2019)."""
+    """RMSNorm: x / sqrt(mean(x^2) + eps) * weight, the mean in fp32 (Zhang, Sennrich 2019)."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., D) -> (..., D)."""
+        """Map (..., D) to (..., D)."""
         if x.device.type == "cuda" or torch.compiler.is_compiling():
             out: Tensor = F.rms_norm(x, self.weight.shape, self.weight, EPS)
             return out
@@ -67,7 +67,7 @@ class _RMSNorm(torch.autograd.Function):
 
 
 def _wide(x: Tensor) -> Tensor:
-    """At least fp32."""
+    """Return ``x`` in fp32, or in fp64 if it has that dtype."""
     return x if x.dtype == torch.float64 else x.float()
 
 

@@ -1,6 +1,6 @@
-"""Buckets in and out, without attention: gathered, pooled, widened; spread and laid out again.
+"""Resampling without attention: gather, pool and widen buckets; spread them and lay them out.
 
-Regular buckets are cut out of the row; others are gathered and scattered by the tables of
+Regular buckets are slices of the row; others are gathered and scattered by the tables of
 ``layout.Buckets``.
 
 Legend: B rows, L positions outside, S positions in a bucket, G buckets (the positions inside),
@@ -18,7 +18,7 @@ from hourglass_dist.model.linear import Linear
 
 
 def gather_buckets(x_BLD: Tensor, rows: Rows) -> Tensor:
-    """(B, L, D) -> (B, G, S, D): the S positions up to each boundary, zeros before the document."""
+    """Return the S positions up to each boundary, (B, G, S, D), zeros before the document."""
     if rows.buckets is None or rows.position_BL is None:
         return cut(x_BLD, rows.shorten, causal=True)
     end_BG1 = rows.buckets.end_BG.unsqueeze(-1)
@@ -34,7 +34,7 @@ def gather_buckets(x_BLD: Tensor, rows: Rows) -> Tensor:
 
 
 def bucket_means(x_BLD: Tensor, rows: Rows) -> Tensor:
-    """(B, L, D) -> (B, G, D): means of buckets of any size; zeros where there is none."""
+    """Return the means of buckets of any size, (B, G, D); zeros where there is no bucket."""
     assert rows.buckets is not None
     into_BL = rows.buckets.into_BL
     total_BGD = x_BLD.new_zeros(x_BLD.shape[0], rows.size + 1, x_BLD.shape[2])
@@ -45,9 +45,9 @@ def bucket_means(x_BLD: Tensor, rows: Rows) -> Tensor:
 
 
 def take(x_BLD: Tensor, index_BN: Tensor) -> Tensor:
-    """(B, L, D) -> (B, N, D): the positions of the indices.
+    """Return the positions ``index_BN`` of each row, (B, L, D) -> (B, N, D).
 
-    ``gather`` would keep all of ``x_BLD`` for the backward pass; this keeps the indices only.
+    ``gather`` would save all of ``x_BLD`` for the backward pass; this saves the indices only.
     """
     rows, length, _ = x_BLD.shape
     begin_B1 = torch.arange(rows, device=x_BLD.device)[:, None] * length
@@ -56,10 +56,10 @@ def take(x_BLD: Tensor, index_BN: Tensor) -> Tensor:
 
 
 class MeanPool(nn.Module):
-    """The mean of a bucket over the positions that are there."""
+    """Mean of a bucket over its present positions."""
 
     def forward(self, x_BGSD: Tensor, present_BGS: Tensor | None) -> Tensor:
-        """(B, G, S, D) -> (B, G, D). Positions that are not ``present_BGS`` hold zeros."""
+        """Map (B, G, S, D) to (B, G, D). Positions that are not ``present_BGS`` hold zeros."""
         if present_BGS is None:
             return x_BGSD.mean(dim=2)
         count_BG1 = present_BGS.sum(dim=2).clamp(min=1).unsqueeze(-1)
@@ -67,7 +67,7 @@ class MeanPool(nn.Module):
 
 
 class LinearPool(nn.Module):
-    """A learned projection of the positions of a bucket, side by side."""
+    """Learned projection of the concatenated positions of a bucket."""
 
     def __init__(self, dim: int, shorten: int, bias: bool) -> None:
         super().__init__()
@@ -75,43 +75,43 @@ class LinearPool(nn.Module):
 
     @torch.no_grad()
     def init_as_mean(self) -> None:
-        """Become the mean of the bucket."""
+        """Set the weight so that the output is the mean of the bucket (without the bias)."""
         dim, width = self.proj.weight.shape
         eye_DD = torch.eye(dim, dtype=self.proj.weight.dtype, device=self.proj.weight.device)
         self.proj.weight.copy_(eye_DD.repeat(1, width // dim) * (dim / width))
 
     def forward(self, x_BGSD: Tensor, present_BGS: Tensor | None) -> Tensor:
-        """(B, G, S, D) -> (B, G, D). Positions that are not ``present_BGS`` hold zeros."""
+        """Map (B, G, S, D) to (B, G, D). Positions that are not ``present_BGS`` hold zeros."""
         pooled_BGD: Tensor = self.proj(x_BGSD.flatten(2))
         return pooled_BGD
 
 
 class Pad(nn.Module):
-    """Widen by a learned vector, the same everywhere."""
+    """Change to a larger width by a learned vector, the same at every position."""
 
     def __init__(self, narrow: int, wide: int) -> None:
         super().__init__()
         self.vector = nn.Parameter(torch.zeros(wide - narrow))
 
     def forward(self, x_BGD: Tensor) -> Tensor:
-        """(B, G, D) -> (B, G, E)."""
+        """Append the vector: (B, G, D) -> (B, G, E)."""
         return torch.cat([x_BGD, self.vector.expand(*x_BGD.shape[:-1], -1)], dim=-1)
 
 
 class Gate(nn.Module):
-    """One factor for each channel, 1 at the start."""
+    """Learned factor for each channel, 1 at initialization."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x_BLD: Tensor) -> Tensor:
-        """(B, L, D) -> (B, L, D)."""
+        """Scale the channels of (B, L, D)."""
         return x_BLD * self.weight
 
 
 class LinearSpread(nn.Module):
-    """A learned projection of a pooled token to the S positions of its bucket."""
+    """Learned projection of a pooled token to the S positions of its bucket."""
 
     def __init__(self, dim: int, shorten: int, bias: bool) -> None:
         super().__init__()
@@ -120,19 +120,19 @@ class LinearSpread(nn.Module):
 
     @torch.no_grad()
     def init_as_repeat(self) -> None:
-        """Become a repeat."""
+        """Set the weight so that every position gets the pooled token (without the bias)."""
         dim = self.proj.weight.shape[1]
         eye_DD = torch.eye(dim, dtype=self.proj.weight.dtype, device=self.proj.weight.device)
         self.proj.weight.copy_(eye_DD.repeat(self.shorten, 1))
 
     def forward(self, inner_BGD: Tensor) -> Tensor:
-        """(B, G, D) -> (B, G, S, D)."""
+        """Map (B, G, D) to (B, G, S, D)."""
         spread_BGSD: Tensor = self.proj(inner_BGD).unflatten(-1, (self.shorten, -1))
         return spread_BGSD
 
 
 def lay_out(block_BGSD: Tensor, rows: Rows) -> Tensor:
-    """(B, G, S or 1, D) -> (B, L, D): each position gets its part of its bucket, if any."""
+    """Give each position its part of its bucket, (B, G, S or 1, D) -> (B, L, D); zeros if none."""
     buckets = rows.buckets
     if buckets is None:
         block_BGSD = block_BGSD.expand(-1, -1, rows.shorten, -1)

@@ -1,9 +1,9 @@
-"""Between two levels: pool the positions of a bucket, let pooled tokens look; and the way back.
+"""The resampling layers between two levels: downsampling by pooling, upsampling back.
 
     Downsample    x_BLD  ->  pool  ->  attention to the bucket, or to all before  ->  widen  ->  BGE
     Upsample   BGE  ->  narrow  ->  spread  ->  + the stream outside  ->  attention  ->  BLD
 
-Where buckets lie is said by ``layout.Rows``.
+``layout.Rows`` holds the positions of the buckets.
 
 Legend: B rows, L positions outside, S positions in a bucket, G buckets (the positions inside),
 D width outside, E width inside, H heads, K width of one head, I = H*K.
@@ -34,17 +34,17 @@ from hourglass_dist.model.pool import (
 from hourglass_dist.model.settings import LevelConfig, ModelConfig
 
 MANY_KEYS = 8
-"""From this many positions in a bucket on, the query is taken through the key projection, instead
-of every position. An early look found that slower at 2 positions and faster at 8; ``hourglass bench
-model`` measures both ways."""
+"""Smallest bucket, in positions, for which the key projection is applied to the query instead of
+every position. An early measurement found that slower at 2 positions and faster at 8; ``hourglass
+bench model`` measures both."""
 
 
 class HeadQueries(Linear):
-    """A key projection (I, D) that can be applied to the query instead: q.(W x) = (W^T q).x."""
+    """Key projection (I, D) that can be applied to the query instead: q.(W x) = (W^T q).x."""
 
     def forward(self, x: Tensor, to_queries: bool = False) -> Tensor:
-        """Queries (B, G, H, K) -> (B, G, H, D), the direction in which each head looks; positions
-        (B, G, S, D) -> (B, G, S, I)."""
+        """Project positions (B, G, S, D) to keys (B, G, S, I), or with ``to_queries`` queries
+        (B, G, H, K) to (B, G, H, D)."""
         if not to_queries:
             return super().forward(x)
         weight_HKD = self.weight.view(*x.shape[-2:], -1)
@@ -52,10 +52,10 @@ class HeadQueries(Linear):
 
 
 class HeadValues(Linear):
-    """A value projection (I, D) that can follow the mixing: sum a_j (W x_j) = W (sum a_j x_j)."""
+    """Value projection (I, D) that can follow the mixing: sum a_j (W x_j) = W (sum a_j x_j)."""
 
     def forward(self, x: Tensor, after_mixing: bool = False) -> Tensor:
-        """Mixed positions (B, G, H, D) -> (B, G, I); positions (B, G, S, D) -> (B, G, S, I)."""
+        """Map positions (B, G, S, D) to (B, G, S, I), or mixed ones (B, G, H, D) to (B, G, I)."""
         if not after_mixing:
             return super().forward(x)
         weight_HKD = self.weight.view(x.shape[2], -1, x.shape[3])
@@ -63,10 +63,10 @@ class HeadValues(Linear):
 
 
 class BucketAttention(nn.Module):
-    """Pooled tokens attend to the positions of their own bucket (lucidrains).
+    """Attention of pooled tokens to the positions of their own bucket (lucidrains).
 
-    A bucket has one query and S keys. Where S is large, keys and values are never made: the query
-    is taken through the key projection, and the mixed positions through the value projection.
+    A bucket has one query and S keys. Where S is large, keys and values are never computed: the key
+    projection is applied to the query, and the value projection to the mixed positions.
     """
 
     def __init__(self, config: ModelConfig, level: LevelConfig) -> None:
@@ -81,9 +81,9 @@ class BucketAttention(nn.Module):
         self.out = Linear(level.inner, level.dim, bias=config.bias)
 
     def forward(self, pooled_BGD: Tensor, x_BGSD: Tensor, present_BGS: Tensor | None) -> Tensor:
-        """(B, G, D), (B, G, S, D) -> (B, G, D). Only positions that are ``present_BGS`` are seen.
+        """Map (B, G, D), (B, G, S, D) to (B, G, D). Only ``present_BGS`` positions are seen.
 
-        A bucket with nothing in it holds zeros, and mixes them evenly.
+        An empty bucket holds zeros, which get equal weights.
         """
         many = x_BGSD.shape[2] >= MANY_KEYS
         query_BGI = self.query(self.norm(pooled_BGD)) * self.scale
@@ -108,10 +108,10 @@ class BucketAttention(nn.Module):
 
 
 class EarlierAttention(nn.Module):
-    """Attention from one level to another, over everything that lies before (paper, section 3.3).
+    """Attention from one level to another, over all earlier positions (paper, section 3.3).
 
-    Pooled tokens look at the positions outside, positions at the pooled tokens inside. Queries and
-    keys come normed; the sum is with the queries as they are.
+    Pooled tokens attend to outer positions, positions to inner pooled tokens. Queries and keys are
+    normed by the caller; the output is added to the queries as given.
     """
 
     def __init__(self, config: ModelConfig, level: LevelConfig) -> None:
@@ -124,16 +124,16 @@ class EarlierAttention(nn.Module):
         self.branch_dropout = level.dropout if config.residual_dropout else 0.0
 
     def project(self, x_BQD: Tensor, rotary: RotaryTable | None) -> Tensor:
-        """The queries of all heads."""
+        """Return the queries of all heads, (B, H, Q, K or 2K)."""
         return self.heads.queries(self.query(x_BQD), rotary)
 
     def project_keys(self, x_BJD: Tensor, rotary: RotaryTable | None) -> tuple[Tensor, Tensor]:
-        """The keys and values of all heads."""
+        """Return the keys and values of all heads, each (B, H, J, K or 2K)."""
         k_BJI, v_BJI = self.key_value(x_BJD).chunk(2, dim=-1)
         return self.heads.keys(k_BJI, rotary), self.heads.values(v_BJI)
 
     def finish(self, x_BQD: Tensor, mixed_BHQK: Tensor) -> Tensor:
-        """Add what the heads found to the queries."""
+        """Project the heads' output (B, H, Q, K or 2K) and add it to the queries (B, Q, D)."""
         out_BQD: Tensor = self.out(self.heads.join(mixed_BHQK))
         return x_BQD + drop(out_BQD, self.branch_dropout, self.training)
 
@@ -145,8 +145,8 @@ class EarlierAttention(nn.Module):
         rotary: tuple[RotaryTable | None, RotaryTable | None],
         known: KeyValues | None = None,
     ) -> Tensor:
-        """(B, Q, D), (B, J, D) -> (B, Q, D). ``rotary`` is for queries and for keys; ``known``,
-        if any, is filled with keys and values."""
+        """Map (B, Q, D), (B, J, D) to (B, Q, D). ``rotary``: tables of queries and of keys;
+        ``known``, if given, is filled with keys and values."""
         dropout = self.dropout if self.training else 0.0
         mask = rule.mask(x_BQD, takes_flex(x_BQD, self.dropout))
         k, v = self.project_keys(keys_BJD, rotary[1])
@@ -157,7 +157,7 @@ class EarlierAttention(nn.Module):
 
 
 class Downsample(nn.Module):
-    """One level in, from level ``index`` to the next: (B, L, D) -> (B, G, E)."""
+    """Downsampling from level ``index`` to the next: (B, L, D) -> (B, G, E)."""
 
     attention: BucketAttention | EarlierAttention
 
@@ -191,7 +191,7 @@ class Downsample(nn.Module):
         inputs: LevelInputs,
         bucket: BucketCache | None = None,
     ) -> Tensor:
-        """(B, L, D) -> (B, G, E). ``bucket``, if any, keeps what the next bucket begins with."""
+        """Map (B, L, D) to (B, G, E). ``bucket``, if given, keeps the start of the next bucket."""
         rows, cross = inputs.rows, inputs.cross
         x_BLD = self.prepare(x_BLD)
         if bucket is not None:
@@ -209,20 +209,20 @@ class Downsample(nn.Module):
         return self.finish(pooled_BGD)
 
     def prepare(self, x_BLD: Tensor) -> Tensor:
-        """What is pooled, and looked at."""
+        """Return the positions (B, L, D) to pool and attend to: normed for attention to earlier."""
         if self.attends == "earlier":
             x_BLD = self.key_norm(x_BLD)
         return x_BLD
 
     def finish(self, pooled_BGD: Tensor) -> Tensor:
-        """What follows the attention: the feed-forward layer and the change of width."""
+        """Apply the feed-forward layer and the change of width: (B, G, D) -> (B, G, E)."""
         if self.attends != "none":
             pooled_BGD = self.feed_forward(pooled_BGD)
         return self.widen(pooled_BGD) if self.widen is not None else pooled_BGD
 
     def _pool(self, x_BLD: Tensor, rows: Rows) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """(pooled tokens, the buckets where these have one size, which of their positions count;
-        None: all do, the zeros in front of a document, too)."""
+        """Return (pooled tokens, the buckets if they have one size, which of their positions count;
+        None: all do, zeros before a document too)."""
         if self.words:
             return bucket_means(x_BLD, rows), None, None
         if self.causal and not self.legacy:
@@ -242,11 +242,11 @@ class Downsample(nn.Module):
 
 
 class SingleKeyAttention(nn.Module):
-    """Positions attend to the pooled token of their bucket: one key, so every weight is 1.
+    """Attention of positions to the pooled token of their bucket: one key, so every weight is 1.
 
-    The result is W_o W_v v + b_o whatever the query, and is made once for each pooled token. The
-    query side (``norm``, ``query``, ``key``) has no influence and no gradient; it is kept frozen,
-    so that weights of the reference go in and come out whole.
+    The result is W_o W_v v + b_o for every query, computed once for each pooled token. The query
+    side (``norm``, ``query``, ``key``) has no effect and no gradient; it is kept frozen, so that
+    weights of the reference can be imported and exported completely.
     """
 
     def __init__(self, config: ModelConfig, level: LevelConfig) -> None:
@@ -262,7 +262,7 @@ class SingleKeyAttention(nn.Module):
             unused.requires_grad_(False)
 
     def forward(self, inner_BGD: Tensor, shorten: int) -> Tensor:
-        """(B, G, D) -> (B, G, 1, D), alike for all positions; with dropout (B, G, S, D)."""
+        """Map (B, G, D) to (B, G, 1, D), the same for all positions; with dropout (B, G, S, D)."""
         value_BG1I = self.value(inner_BGD).unsqueeze(2)
         if self.dropout and self.training:  # each position drops whole heads: its only weight
             value_BG1I = value_BG1I * self._kept(value_BG1I, shorten)
@@ -276,7 +276,7 @@ class SingleKeyAttention(nn.Module):
 
 
 class Upsample(nn.Module):
-    """One level out, to level ``index``: (B, G, E) and the positions outside -> (B, L, D)."""
+    """Upsampling to level ``index``: (B, G, E) and its positions (B, L, D) -> (B, L, D)."""
 
     attention: SingleKeyAttention | EarlierAttention
 
@@ -298,7 +298,7 @@ class Upsample(nn.Module):
             self.attention = SingleKeyAttention(config, outer)
         if self.attends != "none":
             self.feed_forward = FeedForward(config, outer)
-        normed = config.stack_norms and self.attends != "bucket"  # that ends in a feed-forward
+        normed = config.stack_norms and self.attends != "bucket"  # that one ends in a feed-forward
         self.branch_norm = make_norm(config, outer.dim) if normed else None
         self.gate = Gate(outer.dim) if config.skip == "gated" else None
 
@@ -309,7 +309,7 @@ class Upsample(nn.Module):
         inputs: LevelInputs,
         bucket: BucketCache | None = None,
     ) -> Tensor:
-        """(B, G, E), (B, L, D) -> (B, L, D). ``bucket``, if any, keeps the newest block."""
+        """Map (B, G, E), (B, L, D) to (B, L, D). ``bucket``, if given, keeps the newest block."""
         rows, cross = inputs.rows, inputs.cross
         keys_BGD, block_BGSD = self.blocks(inner_BGE, rows.shorten)
         if bucket is not None:
@@ -323,8 +323,8 @@ class Upsample(nn.Module):
         return self.combine(x_BLD, added_BLD)
 
     def blocks(self, inner_BGE: Tensor, shorten: int) -> tuple[Tensor, Tensor]:
-        """What a pooled token is to the positions of its bucket: (keys (B, G, D) for attention,
-        what is added (B, G, S or 1, D))."""
+        """Return (keys (B, G, D) for attention, blocks (B, G, S or 1, D) to add to the positions of
+        each bucket)."""
         inner_BGD = inner_BGE[..., : self.dim] if self.narrow is None else self.narrow(inner_BGE)
         if self.attends == "earlier":
             inner_BGD = self.key_norm(inner_BGD)
@@ -338,7 +338,7 @@ class Upsample(nn.Module):
         return inner_BGD, block
 
     def combine(self, x_BLD: Tensor, added_BLD: Tensor) -> Tensor:
-        """The stream outside and the branch become one."""
+        """Add the branch to the outer stream, both (B, L, D), with gate and feed-forward layer."""
         skipped_BLD = x_BLD if self.gate is None else self.gate(x_BLD)
         if self.attends == "bucket":
             out: Tensor = self.feed_forward(skipped_BLD + added_BLD)

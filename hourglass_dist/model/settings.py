@@ -1,8 +1,7 @@
-"""The settings of a model: its levels, and what the layers of all levels are made of.
+"""The settings of a model: its levels, and the kinds of layers that all levels share.
 
 Plain frozen dataclasses without defaults: ``config/model.py`` validates what a user writes, fills
-in what is left out, and builds these. The docstrings below are also what ``hourglass config`` says
-about a setting.
+in the defaults, and builds these. ``hourglass config --describe`` prints the docstrings below.
 
 Sources named below: *lucidrains* is hourglass-transformer-pytorch 0.0.6, *paper* is Nawrot et al.
 2021 (arXiv 2110.13711) with its Trax code, *SpaceByte* is Slagle 2024 (arXiv 2404.14408).
@@ -29,14 +28,13 @@ Skip = Literal["plain", "gated"]
 
 @dataclass(frozen=True)
 class LevelConfig:
-    """One resolution of the hourglass. The last level of the list is the innermost (shortest)
-    one."""
+    """One level of the hourglass. The last one of the list is the innermost (shortest) level."""
 
     layers: int | tuple[int, int]
-    """[pre, post]: layers on the way down and on the way up. Innermost level: one number."""
+    """Number of layers, [pre, post]: before and after the next level; innermost: one number."""
     shorten: int
-    """How many positions of the level above make one position here, on average at least. Level 0:
-    1. Others: 2 or more."""
+    """Positions of the next outer level for each position of this level (``spacelike``: on average,
+    at least). Level 0: 1. Others: 2 or more."""
     shorten_choices: tuple[int, ...]
     """Shorten-factor dropout (paper, section 3.2): each training step draws one of these; scoring
     and generation use ``shorten``. Empty: always ``shorten``."""
@@ -44,34 +42,34 @@ class LevelConfig:
     """Where buckets begin. ``fixed``: every ``shorten`` positions. ``spacelike``: at word starts,
     where a space-like byte is followed by another kind (SpaceByte); level 1 and bytes only."""
     extra_buckets: int
-    """Buckets that a document (and a row of packed documents) may have beyond length / shorten.
-    Word starts past that begin no bucket: their positions stay in the one before."""
+    """Number of buckets that a document (and a row of packed documents) may have beyond length /
+    shorten. Later word starts begin no bucket: their positions stay in the previous one."""
     dim: int
     """Width of the residual stream. Left out: model.dim."""
     heads: int
-    """Attention heads. Left out: model.heads."""
+    """Number of attention heads. Left out: model.heads."""
     dim_head: int
-    """Width of one head. Left out: model.dim_head, else dim / heads."""
+    """Width of one attention head. Left out: model.dim_head, else dim / heads."""
     ff_mult: float
     """Hidden width of the feed-forward layers, as a multiple of dim. Left out: model.ff_mult."""
     dropout: float
     """Probability of dropping an attention weight or a hidden unit. Left out: model.dropout."""
     window: int | None
-    """Positions of this level that a query sees, itself included; null: all earlier ones."""
+    """Number of positions of this level that a query sees, its own included; null: all earlier."""
     activation_checkpointing: str
-    """What the backward pass recomputes. ``full``: every layer, only its input is kept. ``every
-    K``: each K-th layer. ``selective``: all but attention and matrix products. ``offload``:
-    nothing, but what is kept waits in CPU memory (GPUs only). ``auto``: the cheapest of none,
+    """Activations that the backward pass recomputes. ``full``: every layer, only its input is kept.
+    ``every K``: each K-th layer. ``selective``: all but attention and matrix products. ``offload``:
+    none, but kept activations wait in CPU memory (GPUs only). ``auto``: the cheapest of none,
     selective and full that fits train.activation_memory."""
 
     @property
     def pre(self) -> int:
-        """Layers before the next level (all of them at the innermost level)."""
+        """Number of layers before the next level (at the innermost level: all of them)."""
         return self.layers if isinstance(self.layers, int) else self.layers[0]
 
     @property
     def post(self) -> int:
-        """Layers after the next level (none at the innermost level)."""
+        """Number of layers after the next level (at the innermost level: 0)."""
         return 0 if isinstance(self.layers, int) else self.layers[1]
 
     @property
@@ -90,9 +88,9 @@ class ModelConfig:
     """An hourglass language model; with one level, a plain transformer."""
 
     dim: int
-    """Width of the residual stream, at every level that does not say otherwise."""
+    """Width of the residual stream, at every level that does not set its own."""
     heads: int
-    """Attention heads."""
+    """Number of attention heads."""
     dim_head: int | None
     """Width of one attention head; null: dim / heads. heads x dim_head may differ from dim."""
     ff_mult: float
@@ -100,48 +98,48 @@ class ModelConfig:
     dropout: float
     """Probability of dropping an attention weight or a hidden unit."""
     levels: tuple[LevelConfig, ...]
-    """From full resolution inwards; the last one is the innermost. In place of levels,
+    """Levels from full resolution inwards; the last one is the innermost. In place of levels,
     ``hierarchy: "4@1 8@3 4@1"`` gives layers and strides in the paper's notation."""
     vocab_size: int
-    """Rows of the embedding table and of the output layer. At least the tokenizer's size."""
+    """Number of rows of the embedding table and the output layer. At least the tokenizer's size."""
     max_seq_len: int | None
-    """Length of the learned position table, in tokens; null where positions are not learned: then
-    the model takes any length."""
+    """Length of the learned position table, in tokens; null where positions are not learned: the
+    model then accepts any length."""
     positions: Positions
-    """``learned``: a table (lucidrains). ``relative``: Transformer-XL terms, distances times the
-    stride (paper). ``rope``: rotated queries and keys, counted per level (Su et al., arXiv
-    2104.09864)."""
+    """Position encoding. ``learned``: a table (lucidrains). ``relative``: Transformer-XL terms,
+    distances times the stride (paper). ``rope``: rotary embeddings, positions counted per level (Su
+    et al., arXiv 2104.09864)."""
     norm: Norm
-    """LayerNorm (lucidrains, paper) or RMSNorm (Zhang and Sennrich 2019, arXiv 1910.07467)."""
+    """Norm: LayerNorm (lucidrains, paper) or RMSNorm (Zhang, Sennrich 2019, arXiv 1910.07467)."""
     stack_norms: bool
-    """A norm at the end of every stack of layers and on the upsampled branch (paper)."""
+    """Whether every stack of layers and the upsampled branch end in a norm (paper)."""
     feed_forward: Activation
-    """GELU (lucidrains, paper) or SwiGLU (Shazeer 2020, arXiv 2002.05202)."""
+    """Activation: GELU (lucidrains, paper) or SwiGLU (Shazeer 2020, arXiv 2002.05202)."""
     bias: bool
-    """Biases in linear layers and norms (lucidrains); queries, keys and values never have any."""
+    """Whether linear layers and norms have biases (lucidrains); queries, keys, values never do."""
     qk_norm: bool
-    """RMSNorm on the queries and keys of each head (Henry et al. 2020, arXiv 2010.04245)."""
+    """Whether each head's queries and keys get an RMSNorm (Henry et al. 2020, arXiv 2010.04245)."""
     z_loss: float
-    """Weight of a penalty that keeps the output layer's normalizer near 1; 1e-4 is usual."""
+    """Weight of the z-loss, which keeps the softmax normalizer near 1; 1e-4 is usual."""
     residual_dropout: bool
-    """Drop from the embeddings and from what each branch adds, too (paper)."""
+    """Whether dropout also applies to the embeddings and the output of each branch (paper)."""
     downsampling: Downsampling
-    """How a bucket becomes one position: its mean, or a learned projection of its positions."""
+    """Pooling of a bucket to one position: its mean, or a learned projection of its positions."""
     upsampling: Upsampling
-    """How a position becomes a bucket again: repeated, or by a learned projection."""
+    """Expansion of a position to its bucket: repeated, or by a learned projection."""
     attention_resampling: ResamplingAttention
-    """Attention between two levels. ``bucket``: a pooled token sees its own bucket, a position its
-    own pooled token (lucidrains). ``earlier``: all earlier ones, too (paper)."""
+    """Attention between two levels. ``bucket``: a pooled token sees its own bucket, a position sees
+    its own pooled token (lucidrains). ``earlier``: both see all earlier ones, too (paper)."""
     width_change: WidthChange
-    """Where an inner level is wider: append a learned vector going in and cut it off coming out
-    (as H-Net, arXiv 2507.07955), or project both ways."""
+    """Change of width at an inner level: ``pad`` appends a learned vector on entry and cuts it off
+    on exit (as H-Net, arXiv 2507.07955), ``projection`` projects on entry and exit."""
     skip: Skip
-    """What the upsampled branch is added to: the stream outside, or that times a learned gate."""
+    """Skip connection around the next level: the residual stream, or that times a learned gate."""
     causal: bool
-    """False makes an encoder: no shift, every position sees every other. Training needs true."""
+    """Whether positions see earlier ones only. False: an encoder, without shift, not trainable."""
     legacy_mask: bool
-    """Treat key padding masks as lucidrains does, faults included: absolute positions, fully masked
-    queries see all keys, the mean of a bucket includes padding."""
+    """Whether key padding masks work as in lucidrains, faults included: absolute positions, fully
+    masked queries see all keys, the mean of a bucket includes padding."""
 
     @property
     def strides(self) -> list[int]:
@@ -150,7 +148,7 @@ class ModelConfig:
 
     @property
     def hierarchy(self) -> str:
-        """The paper's notation, e.g. ``4@1 8@3 4@1`` (layers @ stride)."""
+        """The hierarchy in the paper's notation, e.g. ``4@1 8@3 4@1`` (layers @ stride)."""
         sides = list(zip(self.levels, self.strides, strict=True))
         down = [f"{level.pre}@{stride}" for level, stride in sides]
         up = [f"{level.post}@{stride}" for level, stride in sides]
@@ -158,12 +156,11 @@ class ModelConfig:
 
     @property
     def checkpointing(self) -> list[str]:
-        """The activation checkpointing of every level, outermost first."""
+        """The activation checkpointing policy of every level, outermost first."""
         return [level.activation_checkpointing for level in self.levels]
 
     def with_checkpointing(self, policies: str | Sequence[str]) -> ModelConfig:
-        """The same model under another activation checkpointing: one for all levels, or one
-        each."""
+        """Return this model with another activation checkpointing: one policy, or one a level."""
         if isinstance(policies, str):
             policies = [policies] * len(self.levels)
         levels = tuple(
