@@ -1,12 +1,12 @@
-"""torchrun's agent, the process on each node that starts the ranks and looks after them.
+"""torchrun's agent, the process on each node that starts the ranks and monitors them.
 
-It is torch's, with other answers to what happens:
+It subclasses torch's agent and handles these events differently:
 
-    a rank ends with 2 or 75     torch starts it again; here the run ends, with that exit code
-    a node comes                 ranks save and end with 75 on all nodes, and start again with it
-    the store is lost            the node where all meet is down: the others wait for the next one
-    a node does not come         who is there, and who is not, in one line
-    a rank dies beside others    they have seconds to end in, not the minutes that saving may take
+    a rank exits with 2 or 75    torch restarts it; here the run ends with that exit code
+    a node joins                 ranks save and exit with 75 on all nodes, and restart with it
+    the store is lost            the node that serves it is down: the others wait for a new store
+    a node does not join         one line names the nodes that are there and those that are missing
+    a rank dies beside others    the others have seconds to end, not the minutes of saving
 """
 
 from __future__ import annotations
@@ -51,14 +51,14 @@ api: Any = untyped_api
 
 SIGNALS = ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT", "SIGUSR1")
 HOPELESS = 30
-"""Seconds that ranks have to end when others are gone: they can no longer save."""
+"""Seconds that ranks have to end when other ranks are gone: they can no longer save."""
 RESTART = "hourglass/restart"
-"""Key in the store of one round: nodes come or go, so ranks that end with 75 are wanted again."""
+"""Key in the store of one round, set when nodes join or leave: ranks that exit with 75 restart."""
 
 
 class Apart(SignalException):
-    """The nodes of this run are no longer, or not yet, together; the cause says why. A signal for
-    torch, which after any other exception would close the meeting for all of them."""
+    """Error: the nodes lost each other or never met; ``__cause__`` is the reason. A SignalException
+    because torch closes the rendezvous for all nodes after any other exception."""
 
     def __init__(self, cause: BaseException) -> None:
         super().__init__(str(cause), signal.SIGTERM)
@@ -66,12 +66,12 @@ class Apart(SignalException):
 
 
 class Agent(LocalElasticAgent):
-    """See the top of this file."""
+    """torch's agent with the event handling of this file's table."""
 
     meeting: Meeting | None = None
-    """Where the nodes meet; None: there is one node, or they are counted beforehand."""
+    """Rendezvous of the nodes; None with one node or with the static rendezvous backend."""
     watcher: Watcher | None = None
-    """Over the ranks of this node."""
+    """Watcher of this node's ranks, which ends those that hang."""
 
     def __init__(self, spec: WorkerSpec, *args: Any, **kwargs: Any) -> None:
         super().__init__(spec, *args, **kwargs)
@@ -80,7 +80,7 @@ class Agent(LocalElasticAgent):
             self.meeting.watch(spec.rdzv_handler)
 
     def run(self, role: str = DEFAULT_ROLE) -> RunResult:
-        """Until the run has ended on all nodes."""
+        """Run the ranks until the run has ended on all nodes, and return their result."""
         code = STOPPED
         try:
             result: RunResult = super().run(role)
@@ -158,8 +158,8 @@ class Agent(LocalElasticAgent):
 
 
 def worst(failures: Mapping[int, ProcessFailure]) -> tuple[int, int]:
-    """The rank and exit code that say most about why ranks failed: those that lost another fail,
-    too, and are then ended."""
+    """Return the rank and exit code of the likeliest cause: ranks that lose another one fail as
+    well, and are then ended."""
 
     def place(item: tuple[int, ProcessFailure]) -> tuple[int, int]:
         code = item[1].exitcode
@@ -177,7 +177,7 @@ def worst(failures: Mapping[int, ProcessFailure]) -> tuple[int, int]:
 
 
 def exit_code(failures: Mapping[int, ProcessFailure]) -> int:
-    """What this node ends with when its ranks do so: 128 + N after signal N, as in shells."""
+    """Return this node's exit code for these failures: 128 + N after signal N, as in shells."""
     rank, code = worst(failures)
     if Agent.watcher and failures[rank].pid in Agent.watcher.ended:
         return 1  # as a rank that ends itself when it hangs
@@ -185,7 +185,7 @@ def exit_code(failures: Mapping[int, ProcessFailure]) -> int:
 
 
 def describe(failures: Mapping[int, ProcessFailure]) -> str:
-    """Which rank failed first, and how."""
+    """Return one line that names the rank of ``worst`` and how it ended."""
     rank, code = worst(failures)
     hung = Agent.watcher is not None and failures[rank].pid in Agent.watcher.ended
     where = f"rank {rank}" + (f" on {socket.gethostname()}" if Agent.meeting else "")
@@ -197,9 +197,9 @@ def describe(failures: Mapping[int, ProcessFailure]) -> str:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """torchrun with these arguments; returns the exit code: the ranks', 1 when nodes do not come
-    together, 2 for settings under which they cannot."""
-    logging.disable(logging.ERROR)  # what torch has to say is said below, in fewer words
+    """Run torchrun with these arguments and return the exit code: that of the ranks, 1 when nodes
+    do not meet, 2 for settings under which they cannot."""
+    logging.disable(logging.ERROR)  # torch's messages are replaced by the shorter ones below
     for name in SIGNALS:  # torch listens only while ranks run
         signal.signal(signal.Signals[name], _raise)
     args = run.parse_args(list(arguments))
@@ -213,10 +213,10 @@ def main(arguments: Sequence[str]) -> int:
         if code not in (BAD_INPUT, STOPPED):
             say(describe(error.failures))
         return code
-    except Apart as error:  # of one node: its own store is lost
+    except Apart as error:  # on a single node: its own store is lost
         say(f"error: {error}")
         return 1
-    except SignalException as error:  # the ranks had the signal, too, and time to save
+    except SignalException as error:  # the ranks got the signal too, and had time to save
         stopped = error.sigval in (signal.SIGTERM, signal.SIGUSR1)
         return STOPPED if stopped else 128 + error.sigval.value
     except ValueError as error:
@@ -229,7 +229,7 @@ def _raise(number: int, _: FrameType | None) -> None:
 
 
 def attend(args: Any) -> int:
-    """Run torchrun; on several nodes, again when they have lost each other."""
+    """Run torchrun, again when several nodes lost each other, and return the exit code."""
     fewest, most = run.parse_min_max_nnodes(args.nnodes)
     interface = os.environ.get("NETWORK_INTERFACE")
     if most == 1:
@@ -257,14 +257,14 @@ def attend(args: Any) -> int:
 
 
 def meet(args: Any, meeting: Meeting) -> int:
-    """Wait for the place, and run torchrun there."""
+    """Wait until the rendezvous endpoint can be reached, run torchrun with it and return 0."""
     meeting.find(args.rdzv_id)
     left = max(1, round(meeting.left()))
     if args.rdzv_backend == "static":
         args.rdzv_conf = f"timeout={left}"
     else:
         Agent.meeting = meeting
-        last_call = max(1, min(30, int(meeting.seconds / 2)))  # for more nodes than are needed
+        last_call = max(1, min(30, int(meeting.seconds / 2)))  # wait for more than the fewest nodes
         where = f"is_host={int(meeting.serves)}"
         args.rdzv_conf = f"join_timeout={left},last_call_timeout={last_call},{where}"
     run.run(args)
@@ -272,7 +272,7 @@ def meet(args: Any, meeting: Meeting) -> int:
 
 
 def apart(error: Exception, meeting: Meeting, args: Any) -> int | None:
-    """The nodes have lost each other, or never met: the exit code; None to try again."""
+    """Return the exit code after nodes lost each other or never met; None to try again."""
     cause = error.__cause__ if isinstance(error, Apart) else error
     if isinstance(cause, (RendezvousClosedError, RendezvousGracefulExitError)):
         code = meeting.ended()

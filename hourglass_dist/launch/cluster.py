@@ -1,6 +1,6 @@
-"""What the machines of a cluster are like: ``launch/cluster.yaml``, or a file of one's own.
+"""The settings of a cluster's machines: ``launch/cluster.yaml``, or another file.
 
-Everything that differs between clusters is here; the scripts in ``launch/`` are the same for all.
+They hold everything that differs between clusters; the scripts in ``launch/`` are always the same.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from hourglass_dist.config.model import PositiveFloat, PositiveInt
 from hourglass_dist.config.schema import Config
 
 END_SECONDS = 60
-"""What a Slurm job has after the seconds for saving, to end and to be queued again."""
+"""Seconds that a Slurm job has after ``save_seconds`` to end and to be queued again."""
 
 Port = Annotated[int, Field(ge=1024, le=65535)]
 
@@ -45,84 +45,84 @@ Label = Annotated[str, AfterValidator(_label)]
 
 
 class SlurmConfig(Section):
-    """What ``sbatch`` is told."""
+    """Options of ``sbatch``."""
 
     partition: str | None = None
-    """Where jobs go; null: Slurm's default."""
+    """Partition of the jobs; null: Slurm's default."""
     account: str | None = None
-    """Who pays."""
+    """Account that is charged for the jobs; null: Slurm's default."""
     qos: str | None = None
-    """Quality of service."""
+    """Quality of service of the jobs; null: Slurm's default."""
     time: str | None = None
-    """Time limit of a job, as 23:30:00 or 2-00:00:00. The run saves itself before and is queued
+    """Time limit of a job, such as 23:30:00 or 2-00:00:00. The run is saved before it and queued
     again."""
     options: list[str] = Field(default_factory=list)
-    """More options of sbatch, such as --constraint=h100."""
+    """Further options of sbatch, such as --constraint=h100."""
 
 
 class SshConfig(Section):
-    """How nodes without a scheduler are reached."""
+    """Settings for nodes without a scheduler, which are reached over ssh."""
 
     hostfile: str | None = None
-    """File with a line ``HOST slots=RANKS`` for each node, as DeepSpeed has it."""
+    """File with a line ``HOST slots=RANKS`` for each node, as for DeepSpeed."""
     options: list[str] = Field(default_factory=list)
-    """More options of ssh, such as -p2222."""
+    """Further options of ssh, such as -p2222."""
 
 
 class VolumeConfig(Section):
-    """A persistent volume claim that every pod sees."""
+    """A persistent volume claim that every pod mounts."""
 
     claim: Label
-    """Its name."""
+    """Name of the claim."""
     path: Annotated[str, AfterValidator(_folder)]
-    """Where in the pod."""
+    """Mount path in the pod."""
 
 
 class KubernetesConfig(Section):
-    """What a manifest is filled with."""
+    """The values that a manifest is filled with."""
 
     kind: Literal["job", "jobset", "trainjob", "pytorchjob"] = "job"
-    """Which file in launch/k8s: an Indexed Job needs no operator, the others do."""
+    """Manifest in launch/k8s: an Indexed Job (job) needs no operator, the others do."""
     namespace: Label | None = None
-    """Null: kubectl's own."""
+    """Namespace of all objects; null: kubectl's current one."""
     image: str = "hourglass-dist:latest"
-    """Made with ``docker build -f launch/Dockerfile``."""
+    """Container image, built with ``docker build -f launch/Dockerfile``."""
     cpus: PositiveInt = 8
-    """Of each pod."""
+    """CPU cores that each pod requests."""
     memory: Quantity = "64Gi"
-    """Of each pod."""
+    """Memory that each pod requests, and its limit."""
     shared_memory: Quantity = "16Gi"
-    """/dev/shm of each pod: NCCL and data workers use it."""
+    """Size of /dev/shm in each pod: NCCL and data workers use it."""
     volumes: list[VolumeConfig] = Field(default_factory=list)
-    """The run folder and the data lie there."""
+    """Volumes that hold the run folder and the data."""
     node_selector: dict[str, str] = Field(default_factory=dict)
-    """Labels that nodes must have."""
+    """Labels that the nodes of pods must have."""
 
 
 class ClusterConfig(Section):
-    """The machines of a cluster and how to start there."""
+    """The machines of a cluster and how runs start on them."""
 
     nodes: PositiveInt = 1
-    """Machines of a run."""
+    """Number of machines of a run."""
     min_nodes: PositiveInt | None = None
-    """With as few the run goes on when nodes are lost, and takes up those that come; null: only
-    with all."""
+    """Fewest nodes with which the run continues when nodes are lost; nodes that come later join it.
+    Null: all nodes."""
     gpus_per_node: PositiveInt | None = None
-    """Ranks on each; null: one for each of its GPUs, or two on CPUs."""
+    """Ranks on each node; null: one for each of its GPUs, or two on CPUs."""
     network_interface: str | None = None
-    """Between nodes, such as eth0; null: what NCCL and gloo choose."""
+    """Network interface between nodes, such as eth0; null: the choice of NCCL and gloo."""
     port: Port = 29500
-    """Where ranks meet, on the first node. Under Slurm the default stands for one made of the
-    job's number."""
+    """Port of the rendezvous on the first node. Under Slurm the default is replaced by one computed
+    from the job's number."""
     restarts: Annotated[int, Field(ge=0)] = 100
-    """How often torchrun starts the ranks again after one was lost. Starts that get nowhere are
-    few: see run.max_fruitless_starts."""
+    """Number of times that torchrun restarts the ranks after one was lost. run.max_fruitless_starts
+    limits starts without progress."""
     join_minutes: PositiveFloat = 10.0
-    """How long a node waits for the others."""
+    """Longest time that a node waits for the others, minutes."""
     save_seconds: PositiveInt = 300
-    """What ranks have after a signal, to save: more than a checkpoint takes."""
+    """Time that ranks have to save after a signal, seconds: more than a checkpoint takes."""
     environment: dict[str, str] = Field(default_factory=dict)
-    """Variables for every rank, such as NCCL_IB_HCA."""
+    """Environment variables of every rank, such as NCCL_IB_HCA."""
     slurm: SlurmConfig = SlurmConfig()
     ssh: SshConfig = SshConfig()
     kubernetes: KubernetesConfig = KubernetesConfig()
@@ -146,12 +146,12 @@ class ClusterConfig(Section):
 
     @property
     def node_counts(self) -> range:
-        """Every number of nodes that the run may go on with."""
+        """Every number of nodes that the run may continue with."""
         return range(self.min_nodes or self.nodes, self.nodes + 1)
 
 
 def seconds_of(limit: str) -> int:
-    """A time limit as Slurm reads it. Raises ValueError when it is none."""
+    """Return the seconds of a time limit in Slurm's format. Raises ValueError for other text."""
     if not re.fullmatch(r"(\d+-)?\d+(:\d\d?){0,2}", limit):
         raise ValueError(f"slurm.time: expected such as 23:30:00 or 2-00:00:00, given {limit}")
     days, dash, clock = limit.rpartition("-")
@@ -170,8 +170,8 @@ def load_cluster(path: Path) -> ClusterConfig:
 
 
 def require_ranks(cluster: ClusterConfig, config: Config) -> None:
-    """Raise ConfigError when the batch cannot be divided among the ranks of a number of nodes that
-    the run may have. Where ``gpus_per_node`` is left open, the ranks look themselves."""
+    """Raise ConfigError when the batch cannot be divided among the ranks of any number of nodes
+    that the run may have. Without ``gpus_per_node`` the ranks check this themselves."""
     for nodes in cluster.node_counts if cluster.gpus_per_node else ():
         try:
             config.accumulation_steps(nodes * (cluster.gpus_per_node or 1))

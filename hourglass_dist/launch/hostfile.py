@@ -1,4 +1,4 @@
-"""A hostfile, as DeepSpeed and MPI have it: a line ``HOST slots=RANKS`` for each node."""
+"""Hostfiles in the format of DeepSpeed and MPI: a line ``HOST slots=RANKS`` for each node."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from typing import NamedTuple
 
 
 class Hostfile(NamedTuple):
-    """What it says."""
+    """The contents of a hostfile."""
 
     hosts: list[str]
     slots: int
-    """Ranks on each."""
+    """Number of ranks on each host."""
 
 
 def read_hostfile(path: Path) -> Hostfile:
-    """Raises ValueError for the first line that is wrong."""
+    """Read a hostfile. Raises ValueError for the first line that is wrong."""
     found: dict[str, int] = {}
     for number, line in enumerate(path.read_text().splitlines(), start=1):
         words, where = line.partition("#")[0].strip(), f"{path}, line {number}"

@@ -1,12 +1,12 @@
-"""Fills a manifest of ``launch/k8s/`` with a run and the facts of a cluster.
+"""Fills a manifest of ``launch/k8s/`` with the settings of a run and of a cluster.
 
-    launch/k8s/KIND.yaml + cluster file + CONFIG key=value ...  ->  what kubectl is given
+    launch/k8s/KIND.yaml + cluster file + CONFIG key=value ...  ->  the input of kubectl
 
-The file is read as YAML and filled by structure: what it says besides stays. The settings file goes
-along as a ConfigMap, so that pods train with exactly what was checked here.
+The file is read as YAML, and fields are set by their paths: all other fields stay. The settings
+file is added as a ConfigMap, so that pods train with exactly the settings checked here.
 
-Pods meet by torchrun's c10d rendezvous at pod 0, by its name: every kind then needs the same
-variables, a pod that is made again takes the place of the one before, and nodes may be fewer.
+Pods meet by torchrun's c10d rendezvous at the host name of pod 0. So every kind needs the same
+variables, a recreated pod replaces the one before it, and there may be fewer nodes.
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ from hourglass_dist.config.schema import Config
 from hourglass_dist.launch.cluster import ClusterConfig
 
 CONFIG_FOLDER = "/etc/hourglass"
-LONGEST_NAME = 41  # host names have 63 letters, and some are NAME-preflight-worker-1234
-GRACE_SECONDS = 30  # what a pod has to end in besides saving
-RETRY_EXIT_CODE = "203"  # a PyTorchJob starts again after 128 and more, and gives up after others
+LONGEST_NAME = 41  # host names have at most 63 letters; some are NAME-preflight-worker-1234
+GRACE_SECONDS = 30  # time that a pod has to end after saving
+RETRY_EXIT_CODE = "203"  # a PyTorchJob retries after exit codes of 128 and more only
 
 
 @dataclass(frozen=True)
 class _Places:
-    """Where a kind has what is filled in: a document, and paths in it."""
+    """The document of a kind that is filled in, and the dotted paths in it."""
 
     document: str
     pod: str
     job: str | None = None
     group: str | None = None
-    """Whose name is part of those of pods."""
+    """Path of the replicated job whose name is part of the pods' names."""
 
 
 PLACES = {
@@ -59,15 +59,15 @@ PLACES = {
 
 
 class Manifest:
-    """The documents of a template, and places in them."""
+    """The YAML documents of a template."""
 
     def __init__(self, path: Path) -> None:
-        """Raises ConfigError when it is no YAML."""
+        """Read the template. Raises ConfigError when it is not YAML."""
         self._path, self.documents = path, read_documents(path)
 
     def at(self, kind: str, path: str) -> Any:
-        """What is at a dotted path in the document of a kind. Raises ValueError when it is not
-        there."""
+        """Return the dict or list at a dotted path in the document of a kind. Raises ValueError
+        when there is none."""
         found: Any = next((d for d in self.documents if d.get("kind") == kind), None)
         if found is None:
             raise ValueError(f"{self._path}: has no document 'kind: {kind}' to fill")
@@ -85,12 +85,12 @@ class Manifest:
         return found
 
     def text(self) -> str:
-        """All documents, as YAML."""
+        """Return all documents as YAML."""
         return yaml.dump_all(self.documents, Dumper=_Dumper, sort_keys=False, width=1000)
 
 
 class _Dumper(yaml.SafeDumper):
-    """Text that any reader of YAML takes for text, and texts of several lines as they are."""
+    """A YAML dumper that quotes ambiguous text and writes text of several lines as a block."""
 
 
 def _text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
@@ -103,7 +103,7 @@ _Dumper.add_representer(str, _text)
 
 
 def run_name(config: Config, suffix: str = "") -> str:
-    """The name of the run folder as Kubernetes has names: a to z, 0 to 9 and -, short."""
+    """Return the run folder's name as a short Kubernetes name of a to z, 0 to 9 and -."""
     folder = PurePosixPath(config.run.dir).name
     name = re.sub(r"[^a-z0-9]+", "-", folder.lower()).strip("-")
     if not name[:1].isalpha():
@@ -120,8 +120,8 @@ def manifest(
     arguments: Sequence[str],
     environment: Mapping[str, str],
 ) -> str:
-    """The manifest, as YAML. Raises ValueError when the template lacks a place to fill, or the run
-    folder would go with the pod."""
+    """Return the filled manifest as YAML. Raises ValueError when the template lacks a field to fill
+    or the run folder is not on a volume."""
     settings = cluster.kubernetes
     is_preflight = environment.get("HOURGLASS_PROGRAM") == "preflight"
     name = run_name(config, "-preflight" if is_preflight else "")
@@ -139,7 +139,7 @@ def manifest(
 
 
 def _name(document: dict[str, Any], name: str, namespace: str | None, own: str | None) -> None:
-    """Give a document its name, if it had that of the template (``own``), and its namespace."""
+    """Set a document's namespace, and its name if that was the template's (``own``)."""
     given = document.pop("metadata", None) or {"name": own}
     about = {key: document.pop(key, "") for key in ("apiVersion", "kind")}
     found = {**given, "name": name if given.get("name") == own else given.get("name")}
@@ -153,7 +153,7 @@ def _name(document: dict[str, Any], name: str, namespace: str | None, own: str |
 def _meeting(
     filled: Manifest, places: _Places, cluster: ClusterConfig, name: str
 ) -> dict[str, str]:
-    """How pods find each other."""
+    """Return the variables by which pods find each other."""
     if places.group:
         pods = f"{name}-{filled.at(places.document, places.group).get('name')}-0"
     else:
@@ -200,7 +200,7 @@ def _fill_container(
     overrides: Sequence[str],
     variables: Mapping[str, str],
 ) -> None:
-    """What runs in a pod, and with how much."""
+    """Set the image, arguments, port, environment and resources of a pod's container."""
     kind, pod = places.document, places.pod
     settings, path = cluster.kubernetes, f"{pod}.spec.containers.0"
     container = filled.at(kind, path)
@@ -221,7 +221,7 @@ def _fill_container(
 def _fill_volumes(
     filled: Manifest, places: _Places, cluster: ClusterConfig, name: str, config: Config
 ) -> None:
-    """What a pod sees, where it may be, and how long it has to end."""
+    """Set a pod's volumes, node selector and grace period."""
     kind, path = places.document, places.pod
     settings, spec = cluster.kubernetes, filled.at(kind, f"{path}.spec")
     container = filled.at(kind, f"{path}.spec.containers.0")
@@ -253,14 +253,14 @@ def _fill_volumes(
 
 
 def _merged(there: list[Any], new: list[dict[str, Any]], key: str) -> list[Any]:
-    """What the template has, then what is filled in; of equal names the latter."""
+    """Return the template's items, then the new ones, which replace items of the same name."""
     names = {item[key] for item in new}
     kept = [item for item in there if not isinstance(item, dict) or item.get(key) not in names]
     return kept + new
 
 
 def _require_volume(run: str, places: Sequence[str]) -> None:
-    """Raise ValueError when a run folder would be gone with its pod."""
+    """Raise ValueError when a run folder is on no volume and would be lost with its pod."""
     folder = PurePosixPath(run)
     kept = [place for place in places if place not in (CONFIG_FOLDER, "/dev/shm")]
     if ".." in folder.parts or not any(folder.is_relative_to(place) for place in kept):

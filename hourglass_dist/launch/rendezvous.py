@@ -1,4 +1,4 @@
-"""Where and how the nodes of a run find each other, and words for when they do not.
+"""The rendezvous of a run's nodes, and its messages when nodes do not meet.
 
 Every node runs torchrun; they meet at MASTER_ADDR:MASTER_PORT, in a store that the torchrun of that
 node serves.
@@ -22,29 +22,29 @@ from typing import Any
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 PATIENCE = 60.0
-"""Seconds without an answer after which a connection to the store is given up. Longer than a switch
+"""Seconds without an answer after which a connection to the store is given up: longer than a switch
 takes to restart a link."""
 NOTICE = 10.0
-"""Seconds of waiting after which a line says for what."""
+"""Seconds of waiting after which one line says what is waited for."""
 ENDED, GONE = "hourglass/ended", "hourglass/gone"
-"""Keys in the store: the exit code of a node whose ranks have ended for good; how many have."""
+"""Keys in the store: exit code of a node whose ranks ended for good; number of such nodes."""
 LINGER = 40.0
-"""Seconds for which the store is served after a bad end, so that other nodes learn of it."""
+"""Seconds for which the store is served after a failure, so that other nodes learn of it."""
 
 
 def say(line: str) -> None:
-    """A line for the person who looks after the run."""
+    """Print a line to standard error."""
     print(line, file=sys.stderr, flush=True)
 
 
 class Meeting:
-    """The place, who is expected there, and who has come."""
+    """The rendezvous endpoint, the nodes expected there and those that have joined."""
 
     def __init__(
         self, endpoint: str, nodes: tuple[int, int], seconds: float, names: Sequence[str] = ()
     ) -> None:
-        """``endpoint``: HOST:PORT; ``nodes``: the fewest and the most; ``names``: theirs, where
-        they are known beforehand."""
+        """Take ``endpoint`` (HOST:PORT), the fewest and most ``nodes``, the ``seconds`` that they
+        wait for each other, and their ``names`` where known."""
         self.host, _, port = endpoint.rpartition(":")
         self.port = int(port)
         self.fewest, self.most, self.seconds = *nodes, seconds
@@ -55,15 +55,15 @@ class Meeting:
 
     @property
     def place(self) -> str:
-        """As one writes it."""
+        """The endpoint as HOST:PORT."""
         return f"{self.host}:{self.port}"
 
     def left(self) -> float:
-        """Seconds until nodes that are apart give up."""
+        """Return the seconds until nodes that have not met give up."""
         return self._until - time.monotonic()
 
     def begin(self, is_first: bool) -> None:
-        """Nodes are apart, or were never together; ``is_first``: for the first time."""
+        """Start an attempt to meet; the first, or one after a meeting, restarts the time limit."""
         if is_first or self.has_met:
             self._until = time.monotonic() + self.seconds
         self._here, self.has_met = set(), False
@@ -71,7 +71,7 @@ class Meeting:
     # --- before torchrun ------------------------------------------------------------------------
 
     def find(self, job: str) -> None:
-        """Wait until the place can be reached, or this node is to serve the store there.
+        """Wait until the endpoint can be reached, or turns out to be on this machine.
 
         Raises ValueError when its port is taken, TimeoutError when nothing answers in time.
         """
@@ -101,7 +101,7 @@ class Meeting:
         return ""
 
     def _free_port(self, job: str) -> bool:
-        """Whether the port is free; False when another node of this job on this machine serves."""
+        """Return False when a node of this job here serves the port. Raises ValueError if taken."""
         for _ in range(20):  # an earlier run may be about to end
             with socket.socket() as tried, suppress(OSError):
                 tried.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -113,7 +113,7 @@ class Meeting:
             with socket.socket(socket.AF_UNIX) as sign:
                 try:
                     sign.bind(f"\0hourglass/{self.port}/{job}")
-                except OSError:  # held by the one who serves
+                except OSError:  # held by the node that serves the store
                     return False
             time.sleep(0.5)
         raise ValueError(
@@ -124,14 +124,14 @@ class Meeting:
     # --- while torchrun waits -------------------------------------------------------------------
 
     def watch(self, handler: Any) -> None:
-        """Look at who is there whenever torch's c10d rendezvous does."""
+        """Update the list of joined nodes whenever torch's c10d rendezvous syncs its state."""
         holder, this = handler._state_holder, handler._this_node
         sync = holder.sync
 
         def look() -> Any:
             result = sync()
             there = {*holder.state.participants, *holder.state.wait_list}
-            if this in there:  # who gives up has left before it says so
+            if this in there:  # a node that gives up leaves before its message is printed
                 self._here = {node.addr for node in there}
             late = time.monotonic() - self._since > NOTICE
             if self._is_waiting and late and not self._noticed:
@@ -143,14 +143,14 @@ class Meeting:
         impatient(self.port)
 
     def gather(self, handler: Any) -> None:
-        """Nodes are about to meet, for the first time or after they were together."""
+        """Start to wait for the nodes; after an earlier meeting the time limit starts again."""
         if self.has_met:
             self._until = time.monotonic() + self.seconds
             handler.settings.timeout._join = timedelta(seconds=self.seconds)
         self._since, self._is_waiting, self._noticed = time.monotonic(), True, False
 
     def roll(self) -> str:
-        """How many are there of how many, and who."""
+        """Return how many nodes have joined of how many, with the names of joined and missing."""
         fewest = f"{self.fewest} to " if self.fewest < self.most else ""
         known = {short(name) for name in self._here}
         missing = [name for name in self._expected if short(name) not in known]
@@ -161,7 +161,7 @@ class Meeting:
         )
 
     def complete(self, names: Mapping[str, int], is_main: bool) -> None:
-        """All that are needed have met: ``names`` of nodes, and their ranks."""
+        """Record that enough nodes have met; ``names`` maps their addresses to ranks."""
         self.has_met, self._is_waiting = True, False
         if is_main and len(names) < self.most:
             say(f"{len(names)} of {self.most} nodes: {', '.join(sorted(names))}")
@@ -169,7 +169,7 @@ class Meeting:
     # --- afterwards -----------------------------------------------------------------------------
 
     def part(self, store: Any, code: int, nodes: int) -> None:
-        """Leave with an exit code; the node that serves the store waits for the others."""
+        """Store the exit code and leave; the node that serves the store waits for the others."""
         until = time.monotonic() + LINGER
         with suppress(RuntimeError):
             store.set(ENDED, str(code))
@@ -178,7 +178,7 @@ class Meeting:
                 time.sleep(0.2)
 
     def ended(self) -> int:
-        """The exit code of the node that has ended the run; 1 when it is not to be had."""
+        """Return the exit code of the node that has ended the run; 1 when it cannot be read."""
         with suppress(RuntimeError, ValueError):
             store = TCPStore(
                 *(self.host, self.port, None, False, timedelta(seconds=5)), wait_for_workers=False
@@ -189,17 +189,17 @@ class Meeting:
 
 
 def short(name: str) -> str:
-    """A host's name without its domain; addresses as they are."""
+    """Return a host's name without its domain, or an address unchanged."""
     return name if re.fullmatch(r"[\d.]+|.*:.*", name) else name.partition(".")[0]
 
 
 def addresses_of(host: str) -> list[str]:
-    """All addresses of a host. Raises socket.gaierror when its name is not known."""
+    """Return all addresses of a host. Raises socket.gaierror when its name is not known."""
     return [str(found[4][0]) for found in socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)]
 
 
 def is_own(address: str) -> bool:
-    """Whether an address is one of this machine: nothing can be bound to those of others."""
+    """Return whether an address is one of this machine: only its own addresses can be bound."""
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     with socket.socket(family) as tried, suppress(OSError):
         tried.bind((address, 0))
@@ -208,7 +208,7 @@ def is_own(address: str) -> bool:
 
 
 def interfaces() -> dict[str, str]:
-    """The network interfaces of this machine that have an IPv4 address, and that."""
+    """Return the IPv4 address of each network interface of this machine that has one."""
     found = {}
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as any_socket:
         for _, name in socket.if_nameindex():
@@ -223,10 +223,10 @@ _SIOCGIFADDR = 0x8915
 
 
 def own_address(interface: str | None) -> str | None:
-    """The address under which other nodes reach this one, where its name does not lead to it (that
-    of Debian's is 127.0.1.1); None: the name does.
+    """Return the address at which other nodes reach this one; None when its host name resolves to
+    one (on Debian it resolves to 127.0.1.1).
 
-    Raises ValueError when the interface is not there, or several might be meant.
+    Raises ValueError when the interface does not exist, or none is named and there are several.
     """
     there = interfaces()
     outside = {name: address for name, address in there.items() if not address.startswith("127.")}
@@ -250,8 +250,8 @@ def own_address(interface: str | None) -> str | None:
 
 
 def impatient(port: int) -> None:
-    """Let Linux end this process's connections to a port that get no answer within ``PATIENCE``:
-    torch would wait at a cut cable for a quarter of an hour, or for ever."""
+    """Make Linux close this process's connections to a port after ``PATIENCE`` seconds without an
+    answer: after a cut cable torch would wait for a quarter of an hour, or for ever."""
     milliseconds = round(1000 * PATIENCE)
     for entry in Path("/proc/self/fd").iterdir():
         with suppress(OSError):

@@ -1,13 +1,13 @@
-"""Starts launch/torchrun.sh on every host of a hostfile over ssh, and looks after it.
+"""Starts launch/torchrun.sh on every host of a hostfile over ssh, and monitors it.
 
     python -m hourglass_dist.launch.ssh HOSTFILE CONFIG key=value ...
 
     a host or its connection is lost     started there again as soon as it answers
-    the node where all meet stays away   the others start again without it, where min_nodes allows
-    this program gets a signal           all save and stop: exit code 75
-    this program is killed               so do they: launch/lifeline.sh on each host notices
+    the rendezvous node stays away       the others start again without it, where min_nodes allows
+    this program gets a signal           all hosts save and stop: exit code 75
+    this program is killed               all hosts save and stop: launch/lifeline.sh notices
 
-What the hosts say is shown after their name. Needs no more than this package and OpenSSH.
+The output of a host is shown after its name. Needs only this package and OpenSSH.
 """
 
 from __future__ import annotations
@@ -36,32 +36,32 @@ SSH = [
     *("-o", "ServerAliveInterval=15", "-o", "ServerAliveCountMax=8"),
 ]
 SSH_FAILED = 255
-"""Exit code of ssh when the connection was not made, or was lost."""
+"""Exit code of ssh when the connection failed or was lost."""
 NODE_VARIABLES = (
     *("NPROC_PER_NODE", "MASTER_PORT", "JOIN_TIMEOUT", "NETWORK_INTERFACE", "MAX_RESTARTS"),
     *("SHUTDOWN_TIMEOUT", "HOURGLASS_PROGRAM", "VIRTUAL_ENV", "CUDA_VISIBLE_DEVICES"),
 )
 PREFIXES = ("NCCL_", "GLOO_", "TORCH_", "OMP_", "PYTHON", "UCX_", "FI_")
-"""Variables of this process that the hosts get, too."""
+"""Prefixes of further variables of this process that are passed to the hosts."""
 SIGN_OF_LIFE, RETRY, SETTLED = 5.0, 10.0, 30.0
-"""Seconds between them; between attempts to reach a host again; after which one has succeeded."""
+"""Seconds between keep-alive bytes, between attempts at a lost host, until it counts as back."""
 
 
 class Host:
-    """A host, and the ssh that runs torchrun.sh there, if any does."""
+    """A host, and the ssh process that runs torchrun.sh there, if there is one."""
 
     def __init__(self, name: str, ssh: Sequence[str]) -> None:
         self.name, self._ssh = name, ssh
         self.lost_at: float | None = None
-        """When the connection was lost, until it is there again."""
+        """Time at which the host was lost, seconds of time.monotonic; None: it is not lost."""
         self.reason = ""
-        """What ssh said last."""
+        """Last line of ssh's standard error."""
         self._process: subprocess.Popen[bytes] | None = None
         self._reader: threading.Thread | None = None
         self._tried = self._told = 0.0
 
     def start(self, command: str) -> None:
-        """Run ``command`` there, in a session of its own: a Ctrl-C here must not end ssh."""
+        """Run ``command`` on the host; ssh has its own session, so that Ctrl-C does not end it."""
         self._tried = time.monotonic()
         self._process = subprocess.Popen(
             [*self._ssh, self.name, command],
@@ -79,7 +79,7 @@ class Host:
             tell(f"{self.name}: {line.decode(errors='replace').rstrip()}")
 
     def live(self) -> bool:
-        """Whether something runs there; it gets a sign of life."""
+        """Return whether ssh still runs, and send the host a keep-alive byte when one is due."""
         if self._process is None or self._process.poll() is not None:
             return False
         if time.monotonic() - self._tried > SETTLED:
@@ -92,7 +92,7 @@ class Host:
         return True
 
     def ended(self) -> int | None:
-        """The exit code of what has just ended; None when nothing has."""
+        """Return the exit code of an ssh that has ended since the last call, or None."""
         if self._process is None or self.live():
             return None
         code = self._process.returncode
@@ -105,32 +105,32 @@ class Host:
 
     @property
     def is_there(self) -> bool:
-        """Whether an ssh to it runs, or has ended unnoticed."""
+        """Whether an ssh process runs, or has ended without ``ended`` having reported it."""
         return self._process is not None
 
     def is_due(self) -> bool:
-        """Whether it is time to try a lost host again."""
+        """Return whether it is time to try a lost host again."""
         return self._process is None and time.monotonic() - self._tried > RETRY
 
     def let_go(self) -> None:
-        """Cut the line: what runs there saves, and ends."""
+        """Close ssh's input, after which the ranks on the host save and end."""
         if self._process and self._process.stdin:
             with suppress(OSError):
                 self._process.stdin.close()
 
     def kill(self) -> None:
-        """End the ssh here."""
+        """Kill the ssh process on this machine."""
         if self._process and self._process.poll() is None:
             self._process.kill()
 
 
 class Launcher:
-    """All hosts of a run."""
+    """The launcher of a run on all its hosts."""
 
     def __init__(
         self, hosts: Sequence[Host], slots: int, arguments: Sequence[str], passed: Sequence[str]
     ) -> None:
-        """``passed``: more variables of this process that the hosts get."""
+        """Take hosts, ranks per host, arguments and further variables to be ``passed`` to hosts."""
         self.hosts, self._slots, self._arguments = list(hosts), slots, list(arguments)
         self._passed = {*NODE_VARIABLES, *passed}
         fewest = os.environ.get("NNODES", "").partition(":")[0] or str(len(hosts))
@@ -152,7 +152,7 @@ class Launcher:
         self._stop_asked = True
 
     def run(self) -> int:
-        """Until the run has ended; returns its exit code."""
+        """Run until the run has ended, and return its exit code."""
         while True:
             code = self._once()
             was_lost = time.monotonic() - self._last_loss < self._join_seconds + 60
@@ -163,7 +163,7 @@ class Launcher:
             tell(f"starting again; all meet on {self.hosts[0].name}")
 
     def _once(self) -> int:
-        """One start on all hosts, on lost ones as they come back; returns the exit code."""
+        """Start on all hosts, on lost ones when they come back, and return the exit code."""
         self._attempt += 1
         self._codes, self._ends_since = [], None
         for host in self.hosts:
@@ -182,14 +182,14 @@ class Launcher:
         return outcome(self._codes, self._stop_asked)
 
     def _is_waiting(self) -> bool:
-        """Whether there are lost hosts that are wanted again."""
+        """Return whether there are lost hosts that are still waited for."""
         lost = [host.lost_at for host in self.hosts if host.lost_at is not None]
         is_running = any(host.is_there for host in self.hosts if host.lost_at is None)
         recently = time.monotonic() - max(lost, default=-math.inf) < self._join_seconds
         return not self._codes and not self._stop_asked and bool(lost) and (is_running or recently)
 
     def _look(self, host: Host, code: int) -> None:
-        """The torchrun.sh of a host, or the ssh to it, has ended."""
+        """Handle the exit code of a host's torchrun.sh, or of the ssh to it."""
         is_over = bool(self._codes) or self._stop_asked
         if (code == SSH_FAILED or code > 128) and not is_over:
             if host.lost_at is not None:  # one more attempt in vain
@@ -205,7 +205,7 @@ class Launcher:
         self._codes.append(code)
 
     def _end(self) -> None:
-        """Let all hosts end: at once when one has failed, after a while when one is done."""
+        """End all hosts: at once after a failure or a signal, 60 s after the first is done."""
         self._ends_since = self._ends_since or time.monotonic()
         seconds = time.monotonic() - self._ends_since
         for host in self.hosts:
@@ -215,7 +215,7 @@ class Launcher:
                 host.kill()
 
     def _command(self) -> str:
-        """What a host is told."""
+        """Return the shell command that a host runs."""
         names = [host.name for host in self.hosts]
         nodes = str(len(names)) if self.fewest == len(names) else f"{self.fewest}:{len(names)}"
         passed = {
@@ -240,24 +240,24 @@ class Launcher:
 
 
 def outcome(codes: Sequence[int], is_stopped: bool) -> int:
-    """The exit code of a run whose hosts ended with these, in this order."""
+    """Return the exit code of a run whose hosts ended with ``codes``, in this order."""
     bad = [code for code in codes if code]
     if BAD_INPUT in bad:
         return BAD_INPUT
     if is_stopped and all(code in (STOPPED, 128 + signal.SIGTERM) for code in bad):
         return STOPPED
     if 0 in codes and all(code == SSH_FAILED for code in bad):
-        return 0  # the run is done, whatever has become of the connection
+        return 0  # the run is done, even where the connection was lost
     return 1 if SSH_FAILED in bad[:1] or not codes else bad[0]
 
 
 def last_line(text: str) -> str:
-    """Of what a program said; empty when it said nothing."""
+    """Return the last line of a text, without surrounding spaces; empty for an empty text."""
     return (text.strip().splitlines() or [""])[-1].strip()
 
 
 def unfit(ssh: Sequence[str], host: str) -> str | None:
-    """Why nothing can be started on a host; None when it can."""
+    """Return why nothing can be started on a host; None when it can."""
     folder, script = shlex.quote(str(Path.cwd())), shlex.quote(str(LAUNCH / "torchrun.sh"))
     command = f"cd {folder} && test -f {script}"
     done = subprocess.run(
@@ -273,13 +273,13 @@ def unfit(ssh: Sequence[str], host: str) -> str | None:
 
 
 def tell(line: str) -> None:
-    """A whole line at a time, from any thread."""
+    """Print a whole line at a time, from any thread."""
     with suppress(OSError):
         os.write(sys.stdout.fileno(), f"{line}\n".encode())
 
 
 def main(arguments: Sequence[str]) -> int:
-    """``[--ssh-option=-p2222] HOSTFILE CONFIG key=value ...``; returns the exit code of the run."""
+    """Run ``[--ssh-option=-p2222] HOSTFILE CONFIG key=value ...`` and return the exit code."""
     parser = argparse.ArgumentParser(prog="python -m hourglass_dist.launch.ssh")
     parser.add_argument("--ssh-option", action="append", default=[], help="such as -p2222")
     parser.add_argument("--pass", dest="passed", action="append", default=[], help="a variable")

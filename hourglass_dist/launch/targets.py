@@ -1,6 +1,6 @@
-"""``hourglass launch TARGET CONFIG``: a cluster file and a run in, one command out.
+"""``hourglass launch TARGET CONFIG``: makes one command of a cluster file and a run's settings.
 
-    TARGET     the command                                        on every node it ends in
+    TARGET     the command                                        what runs on every node
     torchrun   bash launch/torchrun.sh CONFIG                     launch/torchrun.sh
     ssh        python -m hourglass_dist.launch.ssh HOSTS CONFIG   launch/torchrun.sh
     slurm      sbatch launch/slurm.sbatch CONFIG                  launch/torchrun.sh
@@ -30,29 +30,29 @@ from hourglass_dist.launch.kubernetes import manifest
 
 @dataclass(frozen=True)
 class Launch:
-    """A command, the variables that it is given besides those of this process, and its input."""
+    """A command, its variables in addition to those of this process, and its standard input."""
 
     command: list[str]
     environment: dict[str, str] = field(default_factory=dict)
     input: str | None = None
     output: Path | None = None
-    """Of sbatch: the file in the run folder that gets what the job says; %j is its number."""
+    """File in the run folder for a Slurm job's output; %j stands for the job's number."""
 
 
 @dataclass(frozen=True)
 class Request:
-    """What is to be started."""
+    """The run that is to be started, and its cluster."""
 
     cluster: ClusterConfig
     config: Config
     arguments: Sequence[str]
-    """CONFIG.yaml key=value ..., as the ranks get them."""
+    """Arguments of the ranks: CONFIG.yaml key=value ..."""
     preflight_only: bool = False
 
 
 def node_environment(request: Request) -> dict[str, str]:
-    """The variables that launch/torchrun.sh makes its command of, without those that differ from
-    node to node."""
+    """Return the variables from which launch/torchrun.sh builds its command, without those that
+    differ from node to node."""
     cluster = request.cluster
     counts = cluster.node_counts
     found = {
@@ -72,9 +72,9 @@ def node_environment(request: Request) -> dict[str, str]:
 
 
 def counted(target: str, cluster: ClusterConfig) -> ClusterConfig:
-    """The cluster with as many nodes, and ranks on each, as ``target`` has: a hostfile says both.
+    """Return the cluster with the numbers of nodes and ranks of ``target``: for ssh the hostfile's.
 
-    Raises ValueError when that is missing or wrong.
+    Raises ValueError when the hostfile is missing or wrong.
     """
     if target != "ssh":
         return cluster
@@ -87,13 +87,13 @@ def counted(target: str, cluster: ClusterConfig) -> ClusterConfig:
 
 
 def torchrun(request: Request) -> Launch:
-    """On this node; with several, the same line on each, and MASTER_ADDR set."""
+    """Return the command for this node; with several nodes, each runs it with MASTER_ADDR set."""
     script = str(LAUNCH / "torchrun.sh")
     return Launch(["bash", script, *request.arguments], node_environment(request))
 
 
 def ssh(request: Request) -> Launch:
-    """On every node of the hostfile, over ssh."""
+    """Return the command that starts every node of the hostfile over ssh."""
     settings = request.cluster.ssh
     assert settings.hostfile  # see ``counted``
     options = [f"--ssh-option={option}" for option in settings.options]
@@ -104,7 +104,7 @@ def ssh(request: Request) -> Launch:
 
 
 def slurm(request: Request) -> Launch:
-    """Into the queue of Slurm; what the job says goes into the run folder."""
+    """Return the sbatch command; the job's output goes into the run folder."""
     cluster, settings, run = request.cluster, request.cluster.slurm, Path(request.config.run.dir)
     name = "preflight-%j.out" if request.preflight_only else "slurm-%j.out"
     given = {
@@ -133,8 +133,8 @@ def slurm(request: Request) -> Launch:
 
 
 def k8s(request: Request) -> Launch:
-    """To the cluster that kubectl talks to; with ``create``, which refuses a name that is taken:
-    ``apply`` would leave a job that has ended as it is."""
+    """Return the kubectl command with the manifest as its input. ``create`` refuses a name that is
+    taken; ``apply`` would leave a job that has ended unchanged."""
     space = request.cluster.kubernetes.namespace
     command = ["kubectl", "create", *([f"--namespace={space}"] if space else []), "-f", "-"]
     text = manifest(
@@ -148,7 +148,7 @@ TARGETS = {"torchrun": torchrun, "ssh": ssh, "slurm": slurm, "k8s": k8s}
 
 
 def show(launch: Launch) -> str:
-    """What would be run, as a shell would take it; for Kubernetes the manifest alone."""
+    """Return the command as a shell line; for Kubernetes the manifest alone."""
     if launch.input is not None:
         return launch.input
     variables = [f"{name}={shlex.quote(value)}" for name, value in launch.environment.items()]
@@ -156,9 +156,9 @@ def show(launch: Launch) -> str:
 
 
 def start(launch: Launch) -> int:
-    """Run it, in the place of this process where it has no input; returns its exit code.
+    """Run the command and return its exit code; one without input replaces this process.
 
-    Raises ValueError when the program is not there.
+    Raises ValueError when the program is not installed.
     """
     program = launch.command[0]
     if not shutil.which(program):
@@ -173,7 +173,7 @@ def start(launch: Launch) -> int:
 
 
 def submit(launch: Launch, environment: dict[str, str]) -> int:
-    """Run sbatch; say where to look, or show what the job said when it was waited for."""
+    """Run sbatch and return its exit code; print where to look, or the output if waited for."""
     assert launch.output
     run = launch.output.parent
     run.mkdir(parents=True, exist_ok=True)  # Slurm makes no folders
