@@ -1,8 +1,8 @@
-"""What happens to one document on its own: repaired, normalised, filtered, its duplicates' keys
-taken, masked.
+"""The cleaning of single documents: repair, normalisation, filters, keys that find duplicates,
+masking.
 
-The filters and the masking are datatrove's, with words split at white space instead of by spaCy
-(6 times as fast on English, and the same documents kept but for 2 in 5,400).
+The filters and the masking are datatrove's, with words split at white space instead of by spaCy:
+6 times as fast on English, with the same documents kept except 2 of 5,400.
 """
 
 from __future__ import annotations
@@ -28,24 +28,24 @@ from datatrove.utils.word_tokenizers import WordTokenizer
 from data_tools.pipeline.settings import Filters, Language, MinHash, Normalise, Pii, Prepare
 
 _SHINGLES_AT_ONCE = 4096
-"""Rows of the table of hashes that exist at a time: a long text would fill the memory."""
+"""Shingles that are hashed at once: all of a long text would fill the memory."""
 LONGEST_FOR_RULES = 1_000_000
-"""Characters. Rules count n-grams of words, which takes minutes and gigabytes for longer texts."""
+"""Longest text that rules see, characters. They count n-grams: minutes and GB for longer ones."""
 
 
 class Words(WordTokenizer):  # type: ignore[misc]
-    """Words by white space, sentences by their last character."""
+    """A datatrove tokenizer: words are split at white space, sentences after .!? marks."""
 
     def word_tokenize(self, text: str) -> list[str]:
-        """The words."""
+        """Return the words of a text."""
         return text.split()
 
     def sent_tokenize(self, text: str) -> list[str]:
-        """The sentences."""
+        """Return the sentences of a text."""
         return [text[begin:end] for begin, end in self.span_tokenize(text)]
 
     def span_tokenize(self, text: str) -> list[tuple[int, int]]:
-        """Where the sentences are."""
+        """Return the (begin, end) of every sentence, in characters."""
         ends = [match.end() for match in re.finditer(r"[.!?]+[\"')\]]*(?=\s|$)", text)]
         if text[ends[-1] if ends else 0 :].strip():
             ends.append(len(text))
@@ -53,10 +53,10 @@ class Words(WordTokenizer):  # type: ignore[misc]
 
 
 class Cleaner:
-    """Made once per task from the settings; every document is seen on its own."""
+    """The filters and changes of the settings, applied to each document independently."""
 
     def __init__(self, settings: Prepare) -> None:
-        """Raises ValueError when the language model cannot be read."""
+        """Load the filters. Raises ValueError when the language model cannot be read."""
         self._normalise = _normaliser(settings.normalise)
         self._drop = _droppers(settings.filters)
         self._filters = settings.filters
@@ -66,8 +66,8 @@ class Cleaner:
         self.bands = minhash.bands if minhash else 0
 
     def clean(self, text: str, size: int) -> tuple[str, str]:
-        """(text, "") of a document that is kept, (text, reason) of one that is dropped; ``size``
-        is that of the text as it is given, in bytes."""
+        """Return the cleaned text and the reason to drop it, "" when it is kept; ``size`` is the
+        UTF-8 size of ``text`` in bytes."""
         if self._normalise:
             for change in self._normalise:
                 text = change(text)
@@ -85,12 +85,12 @@ class Cleaner:
         return text, ""
 
     def keys(self, text: str, data: bytes) -> tuple[bytes, npt.NDArray[np.uint64] | None]:
-        """What duplicates share, of a text and its UTF-8: (hash, hashes of its bands or none)."""
+        """Return the 128-bit hash of ``data``, the text's UTF-8, and the hashes of its bands."""
         digest = xxhash.xxh3_128_digest(data)
         return digest, self._signature(text) if self._signature else None
 
     def mask(self, text: str) -> str:
-        """The text without personal data."""
+        """Return the text with personal data masked."""
         return self._mask(text) if self._mask else text
 
 
@@ -169,12 +169,12 @@ def _masker(settings: Pii) -> Callable[[str], str] | None:
     masking = PIIFormatter(
         remove_emails=settings.emails,
         remove_ips=settings.ips,
-        email_replacement="email@example.com",  # one of each: no memory of other documents
+        email_replacement="email@example.com",  # a single one: independent of other documents
         ip_replacement="22.214.171.124",
     )
 
     def mask(text: str) -> str:
-        if settings.emails and "@" not in text:  # the pattern is slow, and quadratic without it
+        if settings.emails and "@" not in text:  # the pattern is slow: quadratic without an @
             return masking.ip_replacer.replace(text) if settings.ips else text
         return str(masking.format(text))
 
@@ -182,7 +182,7 @@ def _masker(settings: Pii) -> Callable[[str], str] | None:
 
 
 class Signature:
-    """The hashes of a document's bands: two documents that share one are near duplicates."""
+    """A function from text to the hashes of its bands; near duplicates share one of them."""
 
     def __init__(self, settings: MinHash, seed: int) -> None:
         self._words = settings.words
@@ -193,7 +193,7 @@ class Signature:
         )
 
     def __call__(self, text: str) -> npt.NDArray[np.uint64] | None:
-        """One hash for each band; none for a text of fewer words than a shingle has."""
+        """Return a hash for each band, or None for a text with fewer words than a shingle."""
         config = self._hasher.config
         words = simplify_text(text, config.norm_config).split()
         encoded = (" ".join(n_gram).encode() for n_gram in ngrams(words, self._words))

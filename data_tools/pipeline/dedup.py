@@ -1,10 +1,10 @@
-"""Which documents are dropped because they were there before.
+"""The search for documents that repeat earlier ones.
 
-    exact      every bucket of hashes: sorted; of equal ones the first stays
-    bands      every band of MinHash of what is left: sorted; equal ones make pairs with the first
-    clusters   pairs -> connected groups; of each the first stays
+    exact      sort the hashes of each bucket; of equal ones the first document stays
+    bands      sort each band's hashes of the rest; equal ones make pairs with the first document
+    clusters   pairs -> connected groups; the first document of each group stays
 
-A document is a number: its task above its row, so that numbers follow the order of the inputs.
+A document's number is task << 32 | row, so that numbers follow the order of the inputs.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from data_tools.pipeline.inputs import Inputs
 from data_tools.pipeline.workspace import Counts, Spec, Tick, Work
 
 BUCKET_DOCUMENTS = 1 << 23
-"""About how many documents one task sorts."""
+"""Approximate number of documents that one task sorts."""
 _ROW_BITS = 32
 Int64s = npt.NDArray[np.int64]
 
@@ -32,13 +32,13 @@ def _buckets(work: Work) -> int:
 
 
 def exact_specs(work: Work, inputs: Inputs) -> list[Spec]:
-    """A task for each bucket of hashes."""
+    """Return a task for each bucket of hashes."""
     count = _buckets(work) if work.settings.dedup.exact else 0
     return [{"bucket": bucket, "of": count} for bucket in range(count)]
 
 
 def find_exact(work: Work, spec: Spec, folder: Path, tick: Tick) -> Counts:
-    """Find documents whose hash an earlier one has."""
+    """Write the numbers of documents whose hash equals that of an earlier one, and count them."""
     numbers, hashes = [], []
     for task in range(len(work.tasks("read"))):
         digests = Documents(work.folder("read", task)).digests
@@ -55,14 +55,14 @@ def find_exact(work: Work, spec: Spec, folder: Path, tick: Tick) -> Counts:
 
 
 def _sizes(group_of: Int64s) -> dict[str, int]:
-    """How many groups of more than one there are, by size."""
+    """Return the number of groups of each size above one."""
     sizes, counts = np.unique(np.unique(group_of, return_counts=True)[1], return_counts=True)
     pairs = zip(sizes.tolist(), counts.tolist(), strict=True)
     return {str(size): count for size, count in pairs if size > 1}
 
 
 def band_specs(work: Work, inputs: Inputs) -> list[Spec]:
-    """A task for each bucket of each band."""
+    """Return a task for each bucket of each band."""
     minhash = work.settings.dedup.minhash
     count = _buckets(work)
     return [
@@ -73,7 +73,7 @@ def band_specs(work: Work, inputs: Inputs) -> list[Spec]:
 
 
 def find_pairs(work: Work, spec: Spec, folder: Path, tick: Tick) -> Counts:
-    """Find documents whose hash of a band an earlier one has: pairs (first, other)."""
+    """Write the pairs (first, other) of documents that share the hash of a band, and count them."""
     numbers, hashes = [], []
     for task in range(len(work.tasks("read"))):
         documents = Documents(work.folder("read", task))
@@ -94,19 +94,19 @@ def find_pairs(work: Work, spec: Spec, folder: Path, tick: Tick) -> Counts:
 
 
 def cluster_specs(work: Work, inputs: Inputs) -> list[Spec]:
-    """One task."""
+    """Return one task, or none without MinHash."""
     return [{}] if work.settings.dedup.minhash else []
 
 
 def find_clusters(work: Work, spec: Spec, folder: Path, tick: Tick) -> Counts:
-    """Connect pairs into groups."""
+    """Connect pairs into groups, and write the numbers of all but the first of each group."""
     tick(pairs=0)
     tables = [np.load(path) for path in _outputs(work, "bands", "pairs.npy")]
     pairs = np.concatenate([np.zeros((0, 2), np.int64), *tables])
     numbers, flat = np.unique(pairs, return_inverse=True)
     first, other = flat.reshape(-1, 2).T
     group = np.arange(len(numbers))
-    while True:  # every round at least one group takes the number of an earlier one
+    while True:  # in every round at least one group takes the number of an earlier one
         before = group.copy()
         np.minimum.at(group, first, before[other])
         np.minimum.at(group, other, before[first])
@@ -125,7 +125,7 @@ def _outputs(work: Work, step: str, name: str) -> Iterator[Path]:
 
 
 def _duplicates(work: Work, step: str, task: int, size: int) -> npt.NDArray[np.bool_]:
-    """Which documents of a task a step found to be duplicates."""
+    """Return a mask of the ``size`` documents of a task that a step found to be duplicates."""
     found = np.zeros(size, bool)
     for path in _outputs(work, step, "duplicates.npy"):
         numbers: Any = np.load(path, mmap_mode="r")
@@ -135,7 +135,7 @@ def _duplicates(work: Work, step: str, task: int, size: int) -> npt.NDArray[np.b
 
 
 def parted(work: Work, task: int, size: int) -> dict[str, Int64s]:
-    """Rows of the ``size`` documents of a task by the reason to drop them; "" is left."""
+    """Return the rows of a task's ``size`` documents by reason to drop them, "" for the kept."""
     exact = _duplicates(work, "exact", task, size)
     near = _duplicates(work, "clusters", task, size)
     reasons = {"": ~(exact | near), "exact duplicate": exact, "near duplicate": near}

@@ -1,12 +1,12 @@
-"""Kept documents on disk, as the tasks that read them leave them for those that come later.
+"""Kept documents on disk: written by the tasks of the read step, used by later steps.
 
-text.bin        UTF-8 of all documents, end to end
-starts.npy      where each begins, and where the last one ends
+text.bin        UTF-8 of all n documents, end to end
+starts.npy      (n + 1): byte offset of each document, and the end of the last
 origins.npy     (n, 3): number of the input file within the source, position in the file, number of
-                the record among those of the task
+                the record within the task
 digests.npy     (n, 2): 128-bit hash of the text before masking
-bands.npy       (bands, n): hashes that near duplicates share
-has_bands.npy   (n): whether there are any
+bands.npy       (bands, n): MinHash band hashes, which near duplicates share
+has_bands.npy   (n): whether the document has band hashes
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Array = npt.NDArray[Any]
 
 
 class DocumentWriter:
-    """Writes the documents of one task."""
+    """A writer of the documents of one task."""
 
     def __init__(self, folder: Path, bands: int) -> None:
         self._folder, self._band_count = folder, bands
@@ -50,7 +50,7 @@ class DocumentWriter:
             self._bands.append(bands)
 
     def close(self) -> None:
-        """Write what is left."""
+        """Close text.bin and write the arrays."""
         self._file.close()
         count = len(self._lengths)
         starts = np.zeros(count + 1, np.int64)
@@ -71,7 +71,7 @@ class DocumentWriter:
 
 
 class Documents:
-    """The documents of one task, read back."""
+    """A reader of the documents of one task."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -81,31 +81,31 @@ class Documents:
 
     @cached_property
     def starts(self) -> Array:
-        """Where each begins, and where the last one ends."""
+        """(n + 1) byte offsets: the start of each document, and the end of the last."""
         return self._load("starts")
 
     @cached_property
     def origins(self) -> Array:
-        """(n, 3): file, position, record."""
+        """(n, 3): file number, position in the file, record number."""
         return self._load("origins")
 
     @property
     def digests(self) -> Array:
-        """(n, 2) hashes."""
+        """(n, 2): the halves of 128-bit hashes."""
         return self._load("digests")
 
     def band(self, band: int) -> tuple[Array, Array]:
-        """(rows, hashes) of the documents that have near duplicates' hashes."""
+        """Return the rows and the hashes of one band of the documents that have them."""
         bands = np.load(self._folder / "bands.npy", mmap_mode="r")[band]
         rows = np.flatnonzero(self._load("has_bands"))
         return rows, np.asarray(bands)[rows]
 
     def texts(self, rows: Array) -> Iterator[str]:
-        """The documents in some rows."""
+        """Yield the texts of the documents in ``rows``."""
         return (str(data, "utf-8") for data in self.contents(rows))
 
     def contents(self, rows: Array) -> Iterator[bytes]:
-        """The UTF-8 of the documents in some rows."""
+        """Yield the UTF-8 of the documents in ``rows``."""
         starts = self.starts
         if not len(rows) or not starts[-1]:
             return

@@ -1,4 +1,4 @@
-"""What a pipeline would read and make, and how long it might take, from a small sample."""
+"""An estimate of a pipeline's input, output and time, from a small sample."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from hourglass_dist.data.tokenizer import ByteTokenizer, Tokenizer, load_tokeniz
 
 SAMPLE_FILES, SAMPLE_BYTES, SAMPLE_SECONDS = 12, 2_000_000, 3.0
 GUESSED_BYTES_PER_TOKEN, GUESSED_BYTES_PER_S = 4.0, 12e6
-"""For a sentencepiece model that is still to be made."""
+"""Assumed figures of a sentencepiece model that is not trained yet."""
 
 
 @dataclass
@@ -33,7 +33,7 @@ class _Sample:
 
 
 def plan(settings: Prepare, inputs: Inputs) -> list[str]:
-    """Lines about inputs, a sample of them, tasks, output and time. Nothing is written."""
+    """Return lines about inputs, a sample of them, tasks, output, disk and time; write nothing."""
     lines, text_bytes = [], 0
     for source in settings.sources:
         files = inputs.files[source.name]
@@ -69,13 +69,13 @@ def plan(settings: Prepare, inputs: Inputs) -> list[str]:
 
 
 def _seconds(settings: Prepare, sample: _Sample, text_bytes: int) -> float:
-    """Reading and encoding as fast as the sample; sorting and writing at 100 MB/s; the start."""
+    """Return the time, seconds: 10 for the start, the sample's rate, and sorting at 100 MB/s."""
     work = text_bytes * (sample.seconds / max(sample.read_bytes, 1) + 1e-8)
     return 10 + work / settings.workers
 
 
 def _take_sample(settings: Prepare, inputs: Inputs) -> _Sample:
-    """Clean and encode a little of every source."""
+    """Clean and encode a little of every source, and return the counts and times."""
     sample, cleaner = _Sample(), Cleaner(settings)
     tokenizer: Tokenizer | None = None
     if settings.tokenizer.kind == "bytes":
@@ -95,7 +95,7 @@ def _take_sample(settings: Prepare, inputs: Inputs) -> _Sample:
 
 
 def _records(source: Source, files: list[InputFile]) -> Iterator[str | Problem]:
-    """The first records of some files from everywhere in the source."""
+    """Yield the first records of files spread evenly over the source."""
     step = max(1, len(files) // SAMPLE_FILES)
     for file in files[::step]:
         read = 0

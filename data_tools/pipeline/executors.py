@@ -1,9 +1,9 @@
-"""Who does the tasks of a step: processes here, a Ray cluster, or an array job of Slurm.
+"""Executors of a step's tasks: local processes, a Ray cluster, or an array job of Slurm.
 
-An executor promises one thing: after ``run``, every task has been tried once. Which of them are
-done stands in the folder, and so does why others failed; a task without either was killed. The
-pipeline looks there and calls ``run`` again. ``tick`` is called a few times a second; when it
-raises, the executor stops what it started.
+After ``run``, every task has been tried once. The work folder then holds the outputs of finished
+tasks and the errors of failed ones; a task with neither was killed. The pipeline reads the folder
+and calls ``run`` again for tasks that were killed. ``tick`` is called a few times a second; when it
+raises, the executor stops the tasks that it started.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ PAUSE_S = 0.2
 
 
 class Executor(Protocol):
-    """Tries tasks."""
+    """The interface of executors."""
 
     def run(self, step: str, indices: Sequence[int], tick: Tick) -> None:
         """Try every task once."""
@@ -37,14 +37,14 @@ class Executor(Protocol):
 
 @contextmanager
 def open_executor(settings: Prepare, root: Path) -> Iterator[Executor]:
-    """The executor of the settings. Raises ValueError when it cannot be had."""
+    """Open the executor of the settings. Raises ValueError when it is not available."""
     kinds = {"local": _local, "ray": _ray, "slurm": _slurm}
     with kinds[settings.executor.kind](settings, root) as executor:
         yield executor
 
 
 def _environment() -> dict[str, str]:
-    """One thread for every library: the workers are as many as the cores."""
+    """Return the variables of workers: one thread for each library, as every core has a worker."""
     return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
 
 
@@ -65,7 +65,7 @@ class _Local:
                     worker = self._idle.pop() if self._idle else self._start()
                     self._busy.append(worker)
                     selector.register(worker.stdout, selectors.EVENT_READ, worker)  # type: ignore[arg-type]
-                    with suppress(BrokenPipeError):  # it is dead: its stdout says so, too
+                    with suppress(BrokenPipeError):  # it is dead: its stdout is then at its end
                         print(step, waiting.pop(0), file=worker.stdin, flush=True)
                 for key, _ in selector.select(PAUSE_S):
                     worker = key.data
@@ -153,7 +153,7 @@ def _ray(settings: Prepare, root: Path) -> Iterator[Executor]:
 
 
 def _require_listener(address: str | None) -> None:
-    """Raise ValueError when nobody answers at HOST:PORT; Ray itself tries for minutes."""
+    """Raise ValueError when nothing answers at HOST:PORT; Ray itself would try for minutes."""
     found = re.fullmatch(r"(.+):([0-9]+)", address or "")
     if not found or "://" in found[1]:
         return
@@ -202,7 +202,7 @@ class _Slurm:
         done = subprocess.run(
             words, input=script, capture_output=True, text=True, env=_environment(), check=False
         )
-        if done.returncode and not re.search("Invalid job id", done.stderr):  # it is long over
+        if done.returncode and not re.search("Invalid job id", done.stderr):  # that is: job over
             raise ValueError(f"{words[0]}: {' '.join(done.stderr.split()) or done.returncode}")
         return done.stdout
 

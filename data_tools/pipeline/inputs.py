@@ -1,6 +1,6 @@
-"""Which files a pipeline reads, and how they are cut into tasks.
+"""The files that a pipeline reads, and their division into tasks.
 
-The cut depends on the files and on ``task_bytes`` alone, never on how many workers there are.
+The division depends on the files and on ``task_bytes`` alone, never on the number of workers.
 """
 
 from __future__ import annotations
@@ -18,27 +18,27 @@ from hourglass_dist.config.loader import Section
 from hourglass_dist.data.tokenizer import load_tokenizer
 
 UNPACKED = {".gz": 4, ".zst": 4, ".parquet": 3}
-"""About how many bytes of text a byte of such a file holds."""
+"""Approximate bytes of text in a byte of a file with this ending."""
 
 
 class InputFile(Section):
-    """A file as it was when the pipeline was begun."""
+    """The state of an input file when the pipeline was started."""
 
     path: str
-    """Where it is."""
+    """Absolute path of the file."""
     bytes: NonNegativeInt
-    """Its size."""
+    """Size of the file, bytes."""
     modified_ns: int
-    """When it was written last."""
+    """Modification time of the file, nanoseconds since the epoch."""
 
     @classmethod
     def look(cls, path: Path) -> InputFile:
-        """The file as it is now."""
+        """Return the present state of a file."""
         about = path.stat()
         return cls(path=str(path), bytes=about.st_size, modified_ns=about.st_mtime_ns)
 
     def require_unchanged(self) -> None:
-        """Raise ValueError when the file is gone or another one."""
+        """Raise ValueError when the file is gone or has changed."""
         path = Path(self.path)
         if not path.exists():
             raise ValueError(f"{path}: has been removed since this was begun")
@@ -50,21 +50,21 @@ class InputFile(Section):
 
     @property
     def text_bytes(self) -> int:
-        """About how much text it holds."""
+        """Approximate size of the file's text, bytes."""
         return self.bytes * UNPACKED.get(Path(self.path).suffix.lower(), 1)
 
 
 class Inputs(Section):
-    """All that a pipeline reads."""
+    """The inputs of a pipeline."""
 
     files: dict[str, list[InputFile]]
-    """Of every source, in order."""
+    """Input files of every source, in order."""
     tokenizer: str
-    """Hash of the tokenizer that is there already, or nothing."""
+    """sha256 of the model in ``tokenizer.folder``; empty without a folder."""
 
 
 def find(settings: Prepare) -> Inputs:
-    """Look for all inputs. Raises ValueError when one is missing, or of an unknown kind."""
+    """Return all inputs. Raises ValueError when one is missing or of an unknown kind."""
     files = {}
     for source in settings.sources:
         suffixes = tuple(suffix.lower() for suffix in source.suffixes) or ALL_SUFFIXES
@@ -77,7 +77,7 @@ def find(settings: Prepare) -> Inputs:
 
 
 def changes(old: Inputs, new: Inputs) -> list[str]:
-    """What differs, a few words for every file."""
+    """Return the differences between two inputs, a phrase for every file."""
     found = []
     for source in dict.fromkeys([*old.files, *new.files]):
         before = {file.path: file for file in old.files.get(source, [])}
@@ -98,7 +98,7 @@ def changes(old: Inputs, new: Inputs) -> list[str]:
 
 
 def read_tasks(settings: Prepare, inputs: Inputs) -> list[Spec]:
-    """The tasks of reading: parts [number of the file in its source, file, begin, end] each."""
+    """Return the read tasks; a part is [number of the file in its source, file, begin, end]."""
     tasks = []
     for source in settings.sources:
         parts: list[list[object]] = []
@@ -116,7 +116,7 @@ def read_tasks(settings: Prepare, inputs: Inputs) -> list[Spec]:
 
 
 def _ranges(file: InputFile, task_bytes: int) -> Iterator[tuple[int, int | None]]:
-    """A file whole, or in parts of about ``task_bytes`` when it can be cut."""
+    """Yield byte ranges of about ``task_bytes``, or (0, None) for a file that is read whole."""
     if not can_be_cut(Path(file.path)) or file.bytes <= task_bytes:
         yield 0, None
         return

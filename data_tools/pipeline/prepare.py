@@ -1,13 +1,13 @@
-"""The story of ``hourglass data prepare``: settings -> steps -> datasets and a report.
+"""``hourglass data prepare``: settings -> steps -> datasets and a report.
 
-    OUT/settings.yaml inputs.json     what was begun
-    OUT/work/                         while it is made (workspace.py)
+    OUT/settings.yaml inputs.json     the settings and inputs that the folder was started with
+    OUT/work/                         unfinished work (workspace.py)
     OUT/NAME/                         the dataset of a source
-    OUT/tokenizer/                    the tokenizer of all of them
+    OUT/tokenizer/                    the tokenizer of all datasets
     OUT/report.json report.html quarantine.jsonl    written last
 
-The same command goes on where a killed run stopped, and on a finished folder says so. With other
-settings or inputs it is refused: what would differ is named.
+The same command continues where a killed run stopped, and reports a finished folder. With other
+settings or inputs it is refused with the names of those that differ.
 """
 
 from __future__ import annotations
@@ -37,22 +37,22 @@ from hourglass_dist.core.files import file_lock, new_folder, replace
 from hourglass_dist.data.manifest import Shard
 
 ATTEMPTS = 3
-"""How often a task is tried whose worker is killed."""
+"""Number of times that a task is tried when its worker is killed."""
 _SETTINGS, _INPUTS = "settings.yaml", "inputs.json"
 
 
 def prepare(
     settings: Prepare, *, only: str | None = None, show: Show = silent, say: Show = silent
 ) -> Report | None:
-    """Run all steps, or ``only`` one of them (then there is no report yet).
+    """Run all steps and return the report, or run ``only`` one step and return None.
 
-    Raises ValueError, leaving what is finished for the next run, when an input is damaged, too many
-    records are no text, nothing is left, a worker is killed again and again, or the folder was
-    begun with something else.
+    Raises ValueError, and keeps finished tasks for the next run, when an input is damaged, too many
+    records are not text, no documents are left, a worker is killed ``ATTEMPTS`` times, or the
+    folder was started with other settings or inputs.
     """
     out = Path(settings.out)
     inputs = find(settings)
-    Cleaner(settings)  # whatever it needs is missing now, not in an hour
+    Cleaner(settings)  # raises now, not in an hour, when a model or package is missing
     out.mkdir(parents=True, exist_ok=True)
     with file_lock(out, busy=f"{out}: another process is preparing this folder"):
         _open(out, settings, inputs)
@@ -73,7 +73,7 @@ def prepare(
 
 
 def dry_run(settings: Prepare) -> list[str]:
-    """What would be done, a line for each fact. Raises ValueError as ``prepare`` would at once."""
+    """Return lines on what would be done. Raises the ValueErrors of the start of ``prepare``."""
     inputs = find(settings)
     out = Path(settings.out)
     if out.exists():
@@ -82,7 +82,7 @@ def dry_run(settings: Prepare) -> list[str]:
 
 
 def _open(out: Path, settings: Prepare, inputs: Inputs) -> None:
-    """Begin a folder, or make sure that it was begun with the same settings and inputs."""
+    """Start a folder. Raises ValueError when it was started with other settings or inputs."""
     if not (out / _SETTINGS).exists() and not any(out.iterdir()):
         replace(out / _INPUTS, inputs.model_dump_json(indent=1))
         replace(out / _SETTINGS, to_yaml(settings.decisive()))
@@ -109,7 +109,7 @@ def _require_the_same(out: Path, settings: Prepare, inputs: Inputs) -> None:
 
 
 class _Pipeline:
-    """The steps, one after another."""
+    """The steps of a pipeline, which run one after another."""
 
     def __init__(
         self, out: Path, settings: Prepare, inputs: Inputs, stack: ExitStack, show: Show, say: Show
@@ -122,7 +122,7 @@ class _Pipeline:
         self._identity = ""
 
     def run(self, step: Step, may_work: bool) -> None:
-        """Do what is left of a step. Raises ValueError when something is and it may not."""
+        """Run a step's remaining tasks. Raises ValueError for any without ``may_work``."""
         work, name = self.work, step.name
         work.begin(name, step.specs(work, self._inputs), self._identity)
         tasks = work.tasks(name)
@@ -213,7 +213,7 @@ class _Pipeline:
             )
 
     def publish(self) -> None:
-        """Put the datasets, the tokenizer and the quarantine into their places."""
+        """Write the datasets, the tokenizer and the quarantine into ``out``."""
         work, tokenizer = self.work, tokenizer_of(self.work)
         entries = [parse(Shard, c, source="a shard of work/") for c in work.counts("shards")]
         made = list(zip(work.tasks("shards"), entries, strict=True))
@@ -239,7 +239,7 @@ class _Pipeline:
 
 
 def describe(step: str, spec: Spec) -> str:
-    """A task as it is named in messages."""
+    """Return the name of a task for messages."""
     if step == "read":
         paths = [part[1]["path"] for part in spec["parts"]]
         return f"{paths[0]}" + (f" to {paths[-1]}" if len(paths) > 1 else "")

@@ -1,4 +1,4 @@
-"""How far a step is, as one line: tasks, documents, MB, MB/s, what was kept, time left."""
+"""The progress of a step as one line: tasks, documents, MB, MB/s, documents kept, time left."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ from data_tools.pipeline.workspace import DONE_FILE, Counts, Spec, Work
 
 
 class Progress:
-    """Of one step."""
+    """The progress of one step."""
 
     def __init__(
         self, work: Work, step: str, unit: str, tasks: Sequence[Spec], left: int, show: Show
     ) -> None:
-        """``left`` of the tasks are still to be done; the others are from an earlier run."""
+        """Start the clock; ``left`` of the tasks remain, an earlier run finished the others."""
         self._work, self._step, self._unit, self._show = work, step, unit, show
         self._tasks, self._left = len(tasks), left
         self._begun = time.monotonic()
         self._finished: dict[str, Counts] = {}
 
     def show(self) -> None:
-        """Look at the folder and show the line."""
+        """Show the line."""
         self._show(self.line())
 
     def line(self) -> str:
-        """The line."""
+        """Return the line, from the present state of the work folder."""
         folder = self._work.root / self._step
         for path in folder.iterdir():
             if path.name.isdigit() and path.name not in self._finished:
@@ -49,7 +49,7 @@ class Progress:
         return ", ".join(words)
 
     def summary(self, counts: Sequence[Counts], seconds: float) -> str:
-        """The line for a finished step."""
+        """Return the line for a finished step."""
         words = [f"{self._step:<9} {self._tasks:,} tasks"]
         if self._step == "read":
             records, kept, aside, size = (
@@ -72,7 +72,7 @@ class Progress:
 
 
 def _in_short(counts: Counts) -> Counts:
-    """What a finished task counted, in the words of a running one."""
+    """Return the counts of a finished task under the names of a running one's."""
     if "records" in counts:  # of reading
         words = {name: counts[name] for name in ("bytes", "kept", "quarantined")}
         return words | {"documents": counts["records"], "dropped": sum(counts["dropped"].values())}

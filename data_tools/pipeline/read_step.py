@@ -1,7 +1,7 @@
-"""The first step: inputs -> records -> documents that are kept, each seen on its own.
+"""The first step: inputs -> records -> kept documents, each cleaned independently.
 
-What is no text is quarantined: a line of quarantine.jsonl with file, position and reason. What a
-filter drops is counted by reason. Everything that came in is in one of the three numbers.
+A record that is not text is quarantined: a line of quarantine.jsonl has file, position and reason.
+A document that a filter drops is counted by reason. Records read = kept + dropped + quarantined.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ QUARANTINE_FILE = "quarantine.jsonl"
 
 
 def read(work: Work, spec: Spec, folder: Path, tick: Tick) -> Counts:
-    """Read the parts of a task. Raises ValueError for a file that is damaged as a whole."""
+    """Read the parts of a task and return the counts. Raises ValueError for a damaged file."""
     source = next(s for s in work.settings.sources if s.name == spec["source"])
     reader = _Reader(work, source, folder, tick)
-    inputs = []  # that end here
+    inputs = []  # the files that end in this task
     for number, about, begin, end in spec["parts"]:
         file = InputFile(**about)
         file.require_unchanged()
@@ -105,7 +105,7 @@ class _Reader:
         self._quarantine.write(json.dumps(line) + "\n")
 
     def finish(self) -> Counts:
-        """Write what is left; returns what was counted."""
+        """Write the remaining outputs and return the counts."""
         self._documents.close()
         self._quarantine.close()
         self._samples.write(self._folder)
@@ -122,13 +122,13 @@ class _Reader:
 
 
 def hash_of_inputs(work: Work, source: str) -> str:
-    """Over the name, size and content of every input file of a source, in order."""
+    """Return the hash of the name, size and content of every input file of a source, in order."""
     read = (counts for counts in work.counts("read") if counts["source"] == source)
     return hash_inputs(file for counts in read for file in counts["inputs"])
 
 
 class Samples:
-    """The documents with the smallest hashes, for the report: the same for any cut in tasks."""
+    """The documents with the smallest keys, for the report: independent of the cut into tasks."""
 
     KEPT = 20
     CHARACTERS = 600
@@ -139,7 +139,7 @@ class Samples:
     def add(
         self, key: int, source: str, reason: str, number: int, position: int, text: str
     ) -> None:
-        """Offer a document that was dropped for a reason, or kept (no reason)."""
+        """Offer a document that was dropped for ``reason``, or kept if that is empty."""
         found = self._found[not reason]
         if len(found) < 4 * self.KEPT or key < found[self.KEPT - 1][0]:
             about = {"key": key, "source": source, "reason": reason, "file": number}
@@ -151,7 +151,7 @@ class Samples:
                 del found[self.KEPT :]
 
     def write(self, folder: Path) -> None:
-        """Write samples.json."""
+        """Write ``KEPT`` kept and as many dropped documents into samples.json."""
         for found in self._found.values():
             found.sort(key=lambda each: each[0])
         chosen = [about for found in self._found.values() for _, about in found[: self.KEPT]]

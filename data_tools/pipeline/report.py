@@ -1,4 +1,4 @@
-"""What a pipeline did, as JSON and as a page: every document that came in is accounted for."""
+"""The report of a pipeline, as JSON and HTML: every document that was read is accounted for."""
 
 from __future__ import annotations
 
@@ -25,37 +25,37 @@ class Report:
     """The numbers of a finished pipeline."""
 
     documents: Numbers
-    """read, kept, dropped and quarantined: the first is the sum of the others."""
+    """Numbers of documents: read = kept + dropped + quarantined."""
     bytes: Numbers
-    """Of text: read (without the quarantine) and kept."""
+    """Bytes of text read (without the quarantine) and kept."""
     dropped: Numbers
-    """Documents by reason, in the order of the stages."""
+    """Numbers of dropped documents by reason, in the order of the stages."""
     sources: dict[str, Numbers]
     """Of every source: read, kept, dropped, quarantined, and per split documents, bytes, tokens."""
     groups: dict[str, Numbers]
-    """Groups of exact and of near duplicates, by their size."""
+    """Numbers of groups of exact and of near duplicates, by group size."""
     sizes: Numbers
-    """Documents by the smallest size in bytes of their bin, before filtering."""
+    """Histogram of document sizes before filtering; keys: smallest size of a bin, bytes."""
     kept_sizes: Numbers
-    """The same of what was kept."""
+    """Histogram of the sizes of kept documents, with the same bins."""
     tokens_per_byte: Numbers
-    """Kept documents by tokens in 4096 bytes, the smallest of their bin."""
+    """Histogram of kept documents; keys: smallest tokens per 4096 bytes of a bin."""
     vocab_size: int
-    """Ids of the tokenizer."""
+    """Number of ids of the tokenizer."""
     samples: list[dict[str, Any]]
-    """20 documents that were kept and 20 that were dropped, drawn at random."""
+    """Up to 20 kept and up to 20 dropped documents, drawn at random."""
     seconds: dict[str, float]
-    """Wall time of every stage in the run that finished it."""
+    """Wall time of every stage in the run that finished it, seconds."""
     settings: str
-    """The settings, as YAML."""
+    """Settings of the pipeline, as YAML."""
 
     @classmethod
     def load(cls, out: Path) -> Report:
-        """Read report.json."""
+        """Read report.json in ``out``."""
         return cls(**json.loads((out / REPORT_FILE).read_bytes()))
 
     def lines(self) -> list[str]:
-        """The numbers that everybody wants to see."""
+        """Return the main numbers as lines of text."""
         counts = self.documents
         most = sorted(self.dropped.items(), key=lambda each: -each[1])
         reasons = ", ".join(f"{reason} {count:,}" for reason, count in most)
@@ -75,7 +75,7 @@ class Report:
 
 
 def _in_order(dropped: Numbers) -> Numbers:
-    """As documents meet the reasons: sizes, language, rules, duplicates."""
+    """Return the reasons in the order of the stages: sizes, language, rules, duplicates."""
     first = ["empty", "too short", "too long", "language"]
     last = ["exact duplicate", "near duplicate"]
     rules = sorted(set(dropped).difference(first, last))
@@ -94,7 +94,7 @@ def _sorted(table: Numbers) -> Numbers:
 
 
 def collect(work: Work, seconds: dict[str, float]) -> Report:
-    """Add up what all tasks counted."""
+    """Return the report: the sums of all tasks' counts."""
     read, tokens = work.counts("read"), work.counts("tokens")
     dropped = _in_order(_sum([c["dropped"] for c in read] + [c["dropped"] for c in tokens]))
     sources = {}
@@ -144,7 +144,7 @@ def collect(work: Work, seconds: dict[str, float]) -> Report:
 
 
 def _samples(work: Work) -> list[dict[str, Any]]:
-    """The 20 with the smallest keys, of those that were kept and of those dropped."""
+    """Return up to 20 kept and 20 dropped documents, those with the smallest keys."""
     drawn = [
         sample
         for stage in ("read", "tokens")
@@ -204,7 +204,7 @@ def _headline(report: Report) -> str:
 
 
 def _funnel(report: Report) -> str:
-    """Return what each reason dropped, and how much was left after it, in order."""
+    """Return a table of the documents that each reason dropped, and of those left after it."""
     read = left = report.documents["read"]
     rows, shares = [["read", "", f"{read:,}"]], [1.0]
     for reason, count in {"quarantined": report.documents["quarantined"], **report.dropped}.items():
@@ -234,7 +234,7 @@ def _histograms(report: Report) -> list[str]:
 
 
 def _groups(groups: dict[str, Numbers]) -> str:
-    """Return how many groups of duplicates there are, by kind and size."""
+    """Return a table of the numbers of groups of duplicates, by kind and size."""
     counts: Counter[str] = Counter()
     for kind, sizes in groups.items():
         for size, count in sizes.items():

@@ -1,8 +1,8 @@
-"""Every setting of ``hourglass data prepare``: one YAML describes the way from inputs to datasets.
+"""The settings of ``hourglass data prepare``: a YAML file for all steps from inputs to datasets.
 
     sources -> normalise -> filters -> dedup -> pii -> held_out -> tokenizer -> shards
 
-All but ``executor`` decides what comes out. A folder that was begun with other settings is refused.
+All but ``executor`` affect the result. A folder that was started with others is refused.
 """
 
 from __future__ import annotations
@@ -22,94 +22,94 @@ Rule = Literal["gopher_repetition", "gopher_quality", "c4", "fineweb"]
 
 
 class Source(Section):
-    """Text of one kind. It becomes a dataset of its own, OUT/NAME, to be weighted in training."""
+    """A source of text. It becomes a dataset of its own, OUT/NAME, which training can weight."""
 
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")
-    """The name of its dataset folder; it stands in every sample."""
+    """Name of the source's dataset folder; every sample contains it."""
     inputs: list[str] = Field(min_length=1)
     """Files and folders: text, JSON lines, CSV, Parquet, Arrow, WARC, WebDataset tars."""
     text_field: str = "text"
-    """The field or column of the text; in tars the member that holds it (text: KEY.txt)."""
+    """Field or column of the text; in tars the member that holds it (text: KEY.txt)."""
     separator: str | None = None
-    """What stands between documents in text files; none: a file is a document."""
+    """Text between documents in text files; null: a file is a document."""
     suffixes: list[str] = Field(default_factory=list)
-    """Endings of the files to read in folders, such as .py; what is of no known kind is plain text.
-    None: every known kind."""
+    """Endings of the files to read in folders, such as .py; unknown ones are read as plain text.
+    Empty list: every known kind."""
 
 
 class Normalise(Section):
-    """What is changed in every document before anything looks at it."""
+    """Changes of every document before filters and deduplication."""
 
     repair: bool = False
-    """Undo wrong decoding and broken characters with ftfy."""
+    """Whether ftfy repairs wrongly decoded text and broken characters."""
     unicode: Literal["none", "NFC"] = "none"
-    """The Unicode normal form."""
+    """Unicode normal form of the text."""
 
 
 class Language(Section):
-    """Keep documents of some languages, by a fastText model."""
+    """A filter that keeps documents of some languages, by a fastText model."""
 
     model: str
-    """A local model file, such as lid.176.bin."""
+    """Local file of the fastText model, such as lid.176.bin."""
     keep: list[str] = Field(min_length=1)
-    """Labels to keep, such as en."""
+    """Labels of the languages to keep, such as en."""
     min_score: float = Field(default=0.65, ge=0, le=1)
-    """The least probability of one of them."""
+    """Least probability of the most likely label, which must be in ``keep``."""
 
 
 class Filters(Section):
-    """Which documents are dropped. The first rule that drops one gives the reason."""
+    """Filters that drop documents. The first that drops one gives the reason."""
 
     min_bytes: NonNegativeInt = 0
-    """UTF-8 bytes of a document, at least."""
+    """Smallest document that is kept, UTF-8 bytes."""
     max_bytes: PositiveInt = 2**27
-    """UTF-8 bytes of a document, at most."""
+    """Largest document that is kept, UTF-8 bytes."""
     language: Language | None = None
-    """By language; none: all are kept."""
+    """Language filter; null: all languages are kept."""
     rules: list[Rule] = Field(default_factory=list)
-    """Rules of datatrove with its thresholds, for English, in this order. c4 drops lines, too."""
+    """Rules of datatrove with its thresholds for English, in this order. c4 also drops lines."""
 
 
 class MinHash(Section):
-    """Near duplicates: documents that share all hashes of at least one band."""
+    """MinHash near duplicates: documents that share all hashes of at least one band."""
 
     words: PositiveInt = 5
-    """Words in a shingle. Shorter documents have no near duplicates."""
+    """Number of words in a shingle. Shorter documents have no near duplicates."""
     bands: PositiveInt = 14
-    """Bands; more find less similar documents."""
+    """Number of bands; more of them find less similar documents."""
     rows: PositiveInt = 8
-    """Hashes in a band; more find fewer. 14 bands of 8 find a similarity of 0.8 with 92 %."""
+    """Hashes in a band; more find fewer. 14 bands of 8 find 92 % at a similarity of 0.8."""
 
 
 class Dedup(Section):
-    """Which repeated documents are dropped, within and across sources: the first one stays."""
+    """Deduplication within and across sources: the first of equal documents stays."""
 
     exact: bool = True
-    """Documents with the same text."""
+    """Whether documents with the same text as an earlier one are dropped."""
     minhash: MinHash | None = None
-    """Documents with nearly the same text."""
+    """Settings of near duplicates to drop; null: they are kept."""
 
 
 class Pii(Section):
-    """What is masked."""
+    """Masking of personal data."""
 
     emails: bool = False
-    """Email addresses become email@example.com."""
+    """Whether email addresses become email@example.com."""
     ips: bool = False
-    """Public IP addresses become 22.214.171.124."""
+    """Whether public IP addresses become 22.214.171.124."""
 
 
 class TokenizerSettings(Section):
-    """What makes ids of text."""
+    """The tokenizer of all datasets."""
 
     kind: Literal["bytes", "unigram", "bpe", "folder"] = "bytes"
-    """Bytes, a new sentencepiece model, or one that is there already."""
+    """Kind of tokenizer: bytes, a new sentencepiece model (unigram, bpe), or an existing folder."""
     vocab_size: PositiveInt = 32768
-    """Pieces of a new model."""
+    """Number of pieces of a new model."""
     sample_bytes: PositiveInt = 100_000_000
-    """Text that a new model is trained on, at most: documents drawn at random, none held out."""
+    """Most bytes of text to train a new model on: documents drawn at random, none held out."""
     folder: str | None = None
-    """A folder made by 'hourglass data tokenizer', for kind folder."""
+    """Folder made by 'hourglass data tokenizer', for kind folder."""
 
     @model_validator(mode="after")
     def _folder_when_it_is_used(self) -> TokenizerSettings:
@@ -122,56 +122,56 @@ class TokenizerSettings(Section):
 
 
 class Shards(Section):
-    """The form of the datasets."""
+    """Sizes of the datasets' blocks and shards."""
 
     block_tokens: PositiveInt = 2**19
-    """Tokens in a block; sequence lengths must divide it."""
+    """Number of tokens in a block; sequence lengths must divide it."""
     shard_blocks: PositiveInt = 64
-    """Blocks in a shard, at most."""
+    """Most blocks in a shard."""
 
 
 class ExecutorSettings(Section):
-    """Where the work is done. The results are the same to the last bit."""
+    """The executor of tasks. Every kind gives the same results, bit for bit."""
 
     kind: Literal["local", "ray", "slurm"] = "local"
-    """Processes of this machine, tasks of a Ray cluster, or an array job of Slurm."""
+    """Kind of workers: processes of this machine, tasks of a Ray cluster, or a Slurm array job."""
     workers: PositiveInt | None = None
-    """How many tasks run at a time; none: one for every core (of the cluster, for ray)."""
+    """Most tasks at a time; null: one for every core (of the cluster, for ray)."""
     ray_address: str | None = None
-    """The cluster, such as auto or 10.0.0.1:6379; none: one is started on this machine."""
+    """Address of the Ray cluster, such as auto or 10.0.0.1:6379; null: one is started here."""
     slurm_options: list[str] = Field(default_factory=list)
-    """Options of sbatch, such as --partition=cpu."""
+    """Further options of sbatch, such as --partition=cpu."""
 
 
 class Prepare(Section):
     """The settings of a pipeline."""
 
     out: str
-    """The folder of the datasets; it must be visible to all workers."""
+    """Folder of the datasets; all workers must see it."""
     seed: NonNegativeInt = 0
-    """Of the shuffle, of the tokenizer's sample and of the samples in the report."""
+    """Seed of the shuffle, of the tokenizer's sample and of the report's samples."""
     task_bytes: PositiveInt = 2**26
-    """Input in one task, about; a task holds its text in memory."""
+    """Approximate input of one task, bytes; a task holds its text in memory."""
     max_quarantined: float = Field(default=0.001, ge=0, le=1)
-    """The job fails when more than this fraction of the records is no text."""
+    """Largest fraction of records that are not text; above it the job fails."""
     sources: list[Source] = Field(min_length=1)
-    """The inputs."""
+    """Sources of text, each a dataset."""
     normalise: Normalise = Normalise()
-    """Changes of the text."""
+    """Changes of every document's text."""
     filters: Filters = Filters()
-    """Documents to drop."""
+    """Filters of documents."""
     dedup: Dedup = Dedup()
-    """Duplicates to drop."""
+    """Deduplication of documents."""
     pii: Pii = Pii()
-    """Personal data to mask."""
+    """Masking of personal data."""
     held_out: str = "hash:0.01"
     """Text kept out of training: hash:0.01 (documents by content), last:0.1 or none."""
     tokenizer: TokenizerSettings = TokenizerSettings()
-    """Text to ids."""
+    """Tokenizer of all datasets."""
     shards: Shards = Shards()
-    """Ids to shards."""
+    """Sizes of blocks and shards."""
     executor: ExecutorSettings = ExecutorSettings()
-    """Who does it."""
+    """Executor of the tasks."""
 
     @field_validator("sources")
     @classmethod
@@ -197,18 +197,18 @@ class Prepare(Section):
 
     @property
     def workers(self) -> int:
-        """Tasks at a time."""
+        """Number of tasks that run at a time."""
         return self.executor.workers or len(os.sched_getaffinity(0))
 
     def decisive(self) -> Prepare:
-        """These settings without what makes no difference to the result."""
+        """Return these settings with the default executor, which does not affect the result."""
         return self.model_copy(update={"executor": ExecutorSettings()})
 
 
 def load_settings(path: str | Path, overrides: Sequence[str] = ()) -> Prepare:
-    """The settings of a YAML file, or the shipped ones of a bare name, with ``key=value`` changes.
+    """Load a YAML file, or the shipped one of a bare name, with ``key=value`` changes.
 
-    Raises ConfigError.
+    Raises ConfigError for a wrong file or setting.
     """
     path = shipped.find(path, shipped.CONFIGS / "prepare")
     settings: dict[str, Any] = read_yaml(path)

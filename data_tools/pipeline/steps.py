@@ -1,4 +1,4 @@
-"""The steps of a pipeline: what each is made of, and what one task of it does.
+"""The steps of a pipeline: the list of each step's tasks, and the function that runs one.
 
     read       inputs -> records -> cleaned, filtered, masked documents; the quarantine
     exact      documents with the same hash: all but the first
@@ -9,7 +9,7 @@
     shards     runs -> shards
 
 "First" is in the order of sources, files and records. No result depends on how records were divided
-to tasks or tasks to workers.
+among tasks, or tasks among workers.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from hourglass_dist.data.tokenizer import (
 )
 
 SAMPLE_CHARACTERS = 100_000
-"""Of one document, at most, in the sample that a tokenizer is trained on."""
+"""Most characters of one document in the sample that a tokenizer is trained on."""
 
 
 @dataclass(frozen=True)
@@ -50,11 +50,11 @@ class Step:
 
     name: str
     unit: str
-    """What its tasks count while they run."""
+    """Unit that its tasks count while they run."""
     specs: Callable[[Work, Inputs], list[Spec]]
-    """What its tasks are to do; called when the steps before it are done."""
+    """Function that returns the step's tasks; called when the steps before it are done."""
     run: RunTask
-    """Does one of them."""
+    """Function that runs one task."""
 
 
 # --- the tokenizer -------------------------------------------------------------------------------
@@ -83,7 +83,7 @@ def _make_tokenizer(work: Work, spec: Spec, folder: Path, tick: Tick) -> Counts:
 
 
 def _sample(work: Work, tick: Tick) -> list[str]:
-    """Documents drawn at random, up to ``sample_bytes`` of text, none of them held out."""
+    """Return texts drawn at random, up to ``sample_bytes`` in all, without held-out text."""
     rule = parse_rule(work.settings.held_out)
     found = []
     for index in range(len(work.tasks("read"))):
@@ -109,7 +109,7 @@ def _sample(work: Work, tick: Tick) -> list[str]:
 
 
 def _keys(work: Work, task: int, documents: Documents, rows: Array) -> Array:
-    """The shuffle keys of documents of a task of reading, by their numbers within the source."""
+    """Return the shuffle keys of ``rows`` of a read task, from their numbers in the source."""
     source = work.tasks("read")[task]["source"]
     before = (c["records"] for c in work.counts("read")[:task] if c["source"] == source)
     first, seed = sum(before), work.settings.seed
@@ -119,7 +119,7 @@ def _keys(work: Work, task: int, documents: Documents, rows: Array) -> Array:
 
 
 def tokenizer_of(work: Work) -> Tokenizer:
-    """The tokenizer of a pipeline."""
+    """Return the tokenizer of a pipeline, once its step is done."""
     return load_tokenizer(work.folder("tokenizer", 0))
 
 
@@ -172,7 +172,7 @@ def _make_tokens(work: Work, spec: Spec, folder: Path, tick: Tick) -> Counts:
 def _sample_documents(
     work: Work, spec: Spec, documents: Documents, parted: dict[str, Array]
 ) -> Samples:
-    """Some of what was kept and of what was dropped, for the report."""
+    """Return some documents of each reason in ``parted``, for the report."""
     samples = Samples()
     for reason, rows in parted.items():
         keys = _keys(work, spec["task"], documents, rows)
@@ -187,7 +187,7 @@ def _sample_documents(
 
 
 def runs_of(work: Work, source: str, split: Split) -> list[Run]:
-    """The runs of a split of a source."""
+    """Return the sorted runs of a split of a source."""
     tasks = work.tasks("tokens")
     bases = [work.folder("tokens", i) / split for i, t in enumerate(tasks) if t["source"] == source]
     return [Run(base) for base in bases if Path(f"{base}.ids").exists()]
@@ -219,7 +219,7 @@ def _make_shard(work: Work, spec: Spec, folder: Path, tick: Tick) -> Counts:
 
 
 def recipe_of(work: Work, name: str) -> Recipe:
-    """What stands in the manifest of a source's dataset."""
+    """Return the recipe in the manifest of a source's dataset."""
     settings = work.settings
     source = next(source for source in settings.sources if source.name == name)
     return Recipe(

@@ -1,9 +1,9 @@
-"""A worker: does the tasks that it is told to, one after another, and writes down what fails.
+"""A worker process: runs the given tasks one after another, and writes errors into the folder.
 
-    worker OUT/work                          "STEP INDEX" lines on stdin; a line answers each
-    worker OUT/work STEP LIST FIRST EVERY   every EVERY-th index of a file
+    worker OUT/work                         "STEP INDEX" lines on stdin; a line answers each
+    worker OUT/work STEP LIST FIRST EVERY   every EVERY-th index in the file LIST, from FIRST on
 
-It ends when its stdin does, so none is left behind when the pipeline is killed.
+The first kind ends with its stdin, so that none is left when the pipeline is killed.
 """
 
 from __future__ import annotations
@@ -19,12 +19,10 @@ from data_tools.pipeline.workspace import Work, do_task
 
 
 def work_on(root: Path, step: str, index: int) -> None:
-    """Do one task. What goes wrong is in the folder afterwards; nothing is raised."""
+    """Run one task; write an exception into the folder instead of raising it."""
     try:
         do_task(Work(root), step, index, BY_NAME[step].run)
-    except (
-        Exception
-    ) as error:  # a mistake of ours: all of it into a file, its last line to the user
+    except Exception as error:  # a bug: the traceback goes into a file, its last line to the user
         log = root / step / "error" / f"traceback-{index}.txt"
         log.write_text(traceback.format_exc())
         short = " ".join(f"{type(error).__name__}: {error}".split())
@@ -32,7 +30,7 @@ def work_on(root: Path, step: str, index: int) -> None:
 
 
 def main(arguments: list[str]) -> None:
-    """The entry point."""
+    """Run the tasks that the arguments or the lines of stdin name."""
     root = Path(arguments[0])
     if len(arguments) > 1:
         step, listed, first, every = arguments[1:]
@@ -40,7 +38,7 @@ def main(arguments: list[str]) -> None:
             work_on(root, step, index)
         return
     answers = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)  # whatever a library prints goes to the log
+    os.dup2(2, 1)  # prints of libraries go to the log
     for line in sys.stdin:
         step, index = line.split()
         work_on(root, step, int(index))

@@ -1,13 +1,13 @@
-"""The folder of a pipeline while it is made, and the tasks in it.
+"""The work folder of a pipeline, and the tasks in it.
 
     OUT/work/
-        STEP/tasks.json               what every task of a step is to do
-        STEP/000000/                  the outputs of a task and done.json: all there or nothing
-        STEP/progress/0 error/0       how far a running task is; why one failed
+        STEP/tasks.json               the specification of every task of a step
+        STEP/000000/                  the outputs of a task and done.json: all of them or none
+        STEP/progress/0 error/0       the counts of a running task; the error of a failed one
 
 A task is a pure function of its entry in tasks.json and of the outputs of earlier steps. It writes
-into a folder of its own that gets its name when everything is on the disk, so it may be killed, or
-run twice at once, anywhere: a worker needs nothing but this folder.
+into a hidden folder that is renamed when everything is on the disk. So it may be killed, or run
+twice at once, anywhere: a worker needs only this folder.
 """
 
 from __future__ import annotations
@@ -29,36 +29,36 @@ from data_tools.pipeline.settings import Prepare, load_settings
 from hourglass_dist.core.files import replace, sync
 
 Spec = dict[str, Any]
-"""What a task is to do, as JSON."""
+"""The specification of a task, as JSON."""
 Counts = dict[str, Any]
-"""What a task counted, as JSON."""
+"""The counts of a task, as JSON."""
 DONE_FILE = "done.json"
 WORK_FORMAT = 2
-"""The version of what tasks write: outputs of another one are made again."""
+"""Version of the tasks' outputs: those of another version are made again."""
 
 
 @dataclass(frozen=True)
 class Work:
-    """OUT/work."""
+    """The work folder, OUT/work."""
 
     root: Path
 
     @cached_property
     def settings(self) -> Prepare:
-        """The settings that the folder was begun with."""
+        """The settings that the folder was started with."""
         return load_settings(self.root.parent / "settings.yaml")
 
     def tasks(self, step: str) -> list[Spec]:
-        """The tasks of a step. Raises FileNotFoundError before it was begun."""
+        """Return the tasks of a step. Raises FileNotFoundError before ``begin``."""
         path = self.root / step / "tasks.json"
         return _read_tasks(path, path.stat().st_mtime_ns)
 
     def folder(self, step: str, index: int) -> Path:
-        """Where a task's outputs are, once it is done."""
+        """Return the folder of a task's outputs, which exists once the task is done."""
         return self.root / step / f"{index:06d}"
 
     def begin(self, step: str, specs: list[Spec], before: str) -> None:
-        """Write down the tasks of a step; ``before`` identifies all that they build on."""
+        """Write the tasks of a step; ``before`` is the identity of the step before."""
         folder = self.root / step
         for name in ("progress", "error"):
             shutil.rmtree(folder / name, ignore_errors=True)
@@ -69,9 +69,9 @@ class Work:
             shutil.rmtree(left, ignore_errors=True)
 
     def done(self, step: str, index: int, key: str) -> Counts | None:
-        """What a finished task counted; None when it is not done, or was done for something else.
+        """Return the counts of a finished task; None when it is not done.
 
-        Outputs of something else are removed.
+        Outputs with another key, or with missing files, are removed and count as not done.
         """
         folder = self.folder(step, index)
         try:
@@ -87,17 +87,17 @@ class Work:
         return counts
 
     def counts(self, step: str) -> list[Counts]:
-        """What the tasks of a finished step counted."""
+        """Return the counts of the tasks of a finished step."""
         paths = (self.folder(step, i) / DONE_FILE for i in range(len(self.tasks(step))))
         return [json.loads(path.read_bytes())["counts"] for path in paths]
 
     def errors(self, step: str) -> dict[int, str]:
-        """Why tasks failed."""
+        """Return the error messages of failed tasks, by task index."""
         found = sorted((self.root / step / "error").glob("[0-9]*"))
         return {int(path.name): path.read_text() for path in found}
 
     def running(self, step: str) -> list[Counts]:
-        """What the tasks that run now have counted so far."""
+        """Return the present counts of running tasks."""
         found = []
         for path in (self.root / step / "progress").glob("[0-9]*"):
             with suppress(OSError, ValueError):  # it is just being written
@@ -107,13 +107,13 @@ class Work:
 
 @lru_cache(maxsize=8)
 def _read_tasks(path: Path, version: int) -> list[Spec]:
-    """Once per process and version: there may be many."""
+    """Read tasks.json once per process and version: it may be large."""
     found: list[Spec] = json.loads(path.read_bytes())
     return found
 
 
 def identity_of(specs: list[Spec], counts: list[Counts]) -> str:
-    """Identifies what a finished step has made."""
+    """Return a hash that identifies the outputs of a finished step."""
     return _hash([[spec["key"] for spec in specs], counts])
 
 
@@ -122,13 +122,13 @@ def _hash(value: Any) -> str:
 
 
 class Ticker:
-    """Tells how far a task is, a few times a second at most."""
+    """A writer of a task's progress, a few times a second at most."""
 
     def __init__(self, path: Path) -> None:
         self._path, self._next, self._parent = path, 0.0, os.getppid()
 
     def __call__(self, **counts: int) -> None:
-        """Write down the counts. Ends the process when its parent is gone."""
+        """Write the counts when it is time; end the process when its parent is gone."""
         now = time.monotonic()
         if now < self._next:
             return
@@ -141,12 +141,12 @@ class Ticker:
 
 Tick = Callable[..., None]
 Run = Callable[[Work, Spec, Path, Tick], Counts]
-"""Does a task: (work, its entry, the folder to write into, how to tell progress) -> counts."""
+"""Function that runs a task: (work, spec, output folder, progress callback) -> counts."""
 
 
 def do_task(work: Work, step: str, index: int, run: Run) -> bool:
-    """Do a task unless it is done. A failure is written down; returns whether it is done."""
-    gc.set_threshold(200_000, 50, 50)  # lists of a million arrays are searched for cycles else
+    """Run a task unless it is done, write its error if it fails, return whether it is done."""
+    gc.set_threshold(200_000, 50, 50)  # else lists of a million arrays are searched for cycles
     spec = work.tasks(step)[index]
     if work.done(step, index, spec["key"]) is not None:
         return True
@@ -168,7 +168,7 @@ def do_task(work: Work, step: str, index: int, run: Run) -> bool:
 
 @contextmanager
 def _task_folder(final: Path) -> Iterator[Path]:
-    """A folder of this process that gets its final name, synced, at the end."""
+    """Make a hidden folder of this process, which is synced and renamed to ``final`` at the end."""
     folder = final.with_name(f".{final.name}.{os.uname().nodename}.{os.getpid()}.unfinished")
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
@@ -182,7 +182,7 @@ def _task_folder(final: Path) -> Iterator[Path]:
         except OSError:
             if not (final / DONE_FILE).exists():
                 raise
-            # the same task, run twice at once: the other one was first, with the same outputs
+            # the same task ran twice at once, and the other process has written the same outputs
         sync(final.parent)
     finally:
         shutil.rmtree(folder, ignore_errors=True)

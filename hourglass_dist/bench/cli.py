@@ -1,4 +1,4 @@
-"""``hourglass bench ...``: speeds, memory and scores, each beside what it is compared with."""
+"""``hourglass bench ...``: measures speeds, memory and scores, each beside a baseline."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ def model(
     ] = False,
     json_file: Json = None,
 ) -> None:
-    """Time and peak memory of forward and backward, beside hourglass-transformer-pytorch with the
-    same weights, and without each of the rewrites.
+    """Measure time and peak memory of forward and backward, beside hourglass-transformer-pytorch
+    with the same weights, and without each optimization.
 
     Example: hourglass bench model --repeats 3 --threads 2
     """
@@ -48,8 +48,8 @@ def decode(
     quick: Quick = False,
     json_file: Json = None,
 ) -> None:
-    """Tokens a second of generation with the cache, beside a forward pass a token and beside
-    hourglass-transformer-pytorch.
+    """Measure tokens a second of generation with the cache, beside a forward pass for each token
+    and beside hourglass-transformer-pytorch.
 
     Example: hourglass bench decode --repeats 3
     """
@@ -78,7 +78,7 @@ def compare(
     ),
     dry_run: Annotated[bool, typer.Option(help="Only print what would be run.")] = False,
 ) -> None:
-    """Held-out bits per byte of several models at equal training FLOPs.
+    """Measure the held-out bits per byte of several models at equal training FLOPs.
 
     Example: hourglass bench compare --data data/try --dry-run
     """
@@ -94,7 +94,7 @@ def bench_data(
     batch_size: Annotated[int, typer.Option(help="Rows in a batch of one rank.", min=1)] = 64,
     steps: Annotated[int, typer.Option(help="Batches in a round.", min=1)] = 100,
 ) -> None:
-    """Say how fast training would read a dataset on one core, and how fast the machine could.
+    """Measure how fast training would read a dataset on one core, beside plain reads of its rows.
 
     Example: hourglass bench data data/try --seq-len 128
     """

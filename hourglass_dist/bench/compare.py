@@ -2,13 +2,13 @@
 
     one YAML file for each arm: a model, the learning rates to try
     budget / (FLOPs of a token x tokens of a step)  ->  steps of each arm
-    every learning rate with seed 0                 ->  the best one of each arm
-    that one with seeds 1, 2, ...                   ->  mean and 95 % interval
+    every learning rate with seed 0                 ->  the best learning rate of each arm
+    that rate with seeds 1, 2, ...                  ->  mean and 95 % interval
 
 Seed 0 only chooses: its score does not count, so no arm gains from the number of rates it tried.
-Arms of one seed read the same rows in the same order; one that takes more steps reads on. A run is
-single-threaded PyTorch, and as many run side by side as there are cores. What is done is written
-down: an interrupted comparison goes on where it was.
+Arms of one seed read the same rows in the same order; an arm with more steps reads further rows. A
+run is single-threaded PyTorch, and ``--jobs`` of them run side by side. Finished runs are written
+to a file: an interrupted comparison continues from it.
 """
 
 from __future__ import annotations
@@ -49,26 +49,26 @@ from hourglass_dist.planning.flops import model_flops
 from hourglass_dist.planning.parameters import parameters_of
 
 TOLERANCE = 0.02
-"""How far the training FLOPs of two arms may differ."""
+"""Largest relative difference of the training FLOPs of two arms."""
 T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
-"""Student's t for a two-sided 95 % interval, from 1 degree of freedom on."""
+"""Student's t of a two-sided 95 % interval, for 1, 2, ... degrees of freedom."""
 MOST_SEEDS = len(T_975) + 1
 
 
 class Arm(Section):
-    """A file of an arm."""
+    """The settings file of an arm."""
 
     learning_rates: Annotated[list[PositiveFloat], Field(min_length=1)]
-    """Peaks to try; the schedule is a warm-up over a tenth of the steps and half a cosine."""
+    """Peak learning rates to try; schedule: warm-up over a tenth of the steps, half a cosine."""
     model: Model
 
 
 class Budget(NamedTuple):
-    """What all arms have in common."""
+    """The settings that all arms have in common."""
 
     dataset: Path
     flops: float
-    """Of one training run."""
+    """Training FLOPs of one run."""
     rows: int
     length: int
     """Tokens in a row."""
@@ -85,7 +85,7 @@ class Job(NamedTuple):
     budget: Budget
 
     def key(self, dataset_id: str) -> str:
-        """The same for runs that must end the same."""
+        """Return a hash of all settings that decide the run's result."""
         decides = {
             "model": asdict(self.model),
             "optim": self.optim.model_dump(mode="json"),
@@ -95,37 +95,37 @@ class Job(NamedTuple):
 
 
 class Entry(NamedTuple):
-    """An arm with what it costs."""
+    """An arm with its size and cost."""
 
     name: str
     arm: Arm
     parameters: int
     flops_per_token: float
-    """Forward and backward pass."""
+    """FLOPs of the forward and backward pass of one token."""
     steps: int
     budget: Budget
 
     @property
     def tokens(self) -> int:
-        """Of one run."""
+        """Training tokens of one run."""
         return self.steps * self.budget.rows * self.budget.length
 
     @property
     def flops(self) -> float:
-        """Of one run."""
+        """Training FLOPs of one run."""
         return self.tokens * self.flops_per_token
 
     def job(self, lr: float, seed: int) -> Job:
-        """A run of this arm."""
+        """Return a run of this arm with a peak learning rate and a seed."""
         optim = OptimConfig(lr=lr, warmup_steps=self.steps // 10)
         return Job(self.name, self.arm.model, optim, self.steps, seed, self.budget)
 
 
 def read_arms(folder: Path, budget: Budget) -> list[Entry]:
-    """The arms of a folder, each with its number of steps.
+    """Return the arms of a folder, each with its number of steps.
 
-    Raises ValueError when there are none, one is wrong, or the budget is so small that whole steps
-    cannot match within ``TOLERANCE``.
+    Raises ValueError when there are none, a file is wrong, or the budget is so small that the FLOPs
+    of whole steps differ by more than ``TOLERANCE``.
     """
     folder = shipped.find(folder, suffix="")
     files = sorted(folder.glob("*.yaml"))
@@ -151,8 +151,8 @@ def read_arms(folder: Path, budget: Budget) -> list[Entry]:
 def bench_compare(
     folder: Path, budget: Budget, seeds: int, jobs: int, out: Path, dry_run: bool
 ) -> list[dict[str, Any]]:
-    """Train what is not in ``out`` yet and print the table; its rows. Raises ValueError for wrong
-    arms, data or results."""
+    """Train the runs that are not in ``out``, print the table and return its rows. Raises
+    ValueError for wrong arms, data or results."""
     if not 2 <= seeds <= MOST_SEEDS:
         raise ValueError(f"--seeds: expected 2 to {MOST_SEEDS} for an interval, given {seeds}")
     entries = read_arms(folder, budget)
@@ -182,7 +182,7 @@ def bench_compare(
 
 
 def train(job: Job) -> dict[str, float]:
-    """Train and score one model on this process's one thread."""
+    """Train and score one model, and return its held-out bits per byte and the seconds taken."""
     start, world = time.perf_counter(), ranks.init()
     dataset = open_dataset(str(job.budget.dataset))
     tokenizer = load_tokenizer(job.budget.dataset)
@@ -218,7 +218,7 @@ def _on(device: torch.device, rows: Rows) -> dict[str, Any]:
 
 
 def _finite(score: Score) -> float:
-    """A run whose loss is NaN is the worst."""
+    """Return the bits per byte, or infinity for a score that is NaN or infinite."""
     return score.bits_per_byte if math.isfinite(score.bits_per_byte) else math.inf
 
 
@@ -226,10 +226,10 @@ def _finite(score: Score) -> float:
 
 
 class Results:
-    """A file of JSON lines, one for each finished run, whole at any time."""
+    """A file of JSON lines, one for each finished run, which is replaced atomically."""
 
     def __init__(self, path: Path, dataset_id: str) -> None:
-        """Read what there is. Raises ValueError for a line that is no result."""
+        """Read the file if it exists. Raises ValueError for a line that is not a result."""
         self.path, self.dataset_id = path, dataset_id
         self.lines: dict[str, dict[str, Any]] = {}
         text = path.read_text(encoding="utf-8") if path.exists() else ""
@@ -241,15 +241,15 @@ class Results:
                 raise ValueError(f"{path}:{number}: expected a result of bench compare") from None
 
     def bits(self, job: Job) -> float:
-        """The held-out score of a finished run."""
+        """Return the held-out bits per byte of a finished run."""
         return float(self.lines[job.key(self.dataset_id)]["bits_per_byte"])
 
     def seconds(self, job: Job) -> float:
-        """What a finished run took."""
+        """Return the seconds that a finished run took."""
         return float(self.lines[job.key(self.dataset_id)]["seconds"])
 
     def complete(self, wanted: Sequence[Job], jobs: int, later: int) -> None:
-        """Make the runs that are missing, ``jobs`` at a time; ``later`` more will follow."""
+        """Train the missing runs, ``jobs`` at a time; ``later`` (runs to follow) is for the ETA."""
         missing = [job for job in wanted if job.key(self.dataset_id) not in self.lines]
         with ThreadPoolExecutor(jobs) as pool:
             futures = {pool.submit(apart, train, job, threads=1): job for job in missing}
@@ -357,5 +357,5 @@ def _show_scores(
 
 
 def interval(values: Sequence[float]) -> float:
-    """Half the width of the 95 % interval of the mean, by Student's t."""
+    """Return half the width of the 95 % interval of the mean, by Student's t."""
     return T_975[len(values) - 2] * statistics.stdev(values) / math.sqrt(len(values))

@@ -1,11 +1,11 @@
-"""How fast a dataset is read, beside what the machine can do with the same rows.
+"""``hourglass bench data``: the speed of reading a dataset, beside plain reads of the same rows.
 
-    raw       the bytes of the rows, in the order of training, into memory: nothing is faster
+    raw       the bytes of the rows, read in the order of training into memory: the upper bound
     batches   the same rows as training gets them: located, read, split into inputs and targets
-    locate    rows found in the order, nothing read
+    locate    the positions of the rows in the order, without reading
 
-On one core, in alternating rounds; the median batch of each counts, which other work on the machine
-hardly moves. Files are in the page cache after the first round, as far as it holds them.
+All on one core, in alternating rounds. Each rate is that of the median batch, which other work on
+the machine hardly changes. After the first round the files are in the page cache, if they fit.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ ROUNDS = 10
 
 @dataclass(frozen=True)
 class DataSpeed:
-    """Of one core; the files' hashes, which a run checks at its start, are not counted."""
+    """The speeds of one core, without the hashing of files at the start of a run."""
 
     raw: float
-    """Tokens a second."""
+    """Speed of plain reads, tokens/s."""
     batches: float
-    """Tokens a second."""
+    """Speed of training's batches, tokens/s."""
     locate: float
-    """Rows a second."""
+    """Speed of locating rows, rows/s."""
     cold_start: float
-    """Seconds from an open dataset to a batch in the middle of an epoch."""
+    """Time from an open dataset to a batch in the middle of an epoch, seconds."""
 
     def __str__(self) -> str:
         return (
@@ -52,7 +52,7 @@ class DataSpeed:
 
 
 def bench_data(where: str, seq_len: int, batch_size: int, steps: int) -> DataSpeed:
-    """Read ``steps`` batches of one rank in each round.
+    """Read ``steps`` batches of one rank in each round, and return the speeds.
 
     Raises ValueError when the dataset is damaged or ``seq_len`` does not divide its blocks.
     """
@@ -87,7 +87,7 @@ def bench_data(where: str, seq_len: int, batch_size: int, steps: int) -> DataSpe
 def raw_reads(
     dataset: Dataset, seq_len: int, batches: list[Locations]
 ) -> Callable[[], Iterator[None]]:
-    """A function that reads the rows of one batch after the other, and does no more."""
+    """Return a function that reads the rows of one batch after the other with plain preadv."""
     shards = dataset.manifest.split("train")
     files = [dataset.store.open(shard) for shard in shards]
     reader = ShardReader(dataset.manifest, "train", seq_len)

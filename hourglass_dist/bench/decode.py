@@ -1,7 +1,7 @@
-"""``hourglass bench decode``: the next token with a cache, and with a whole forward pass.
+"""``hourglass bench decode``: times the next token with a cache and with a whole forward pass.
 
-The weights are random and the text is words of five letters: 48 consecutive tokens complete the
-same number of buckets wherever they stand, with every kind of pooling.
+The weights are random and the text is words of five letters, so that any 48 consecutive tokens
+complete the same number of buckets, with every kind of pooling.
 
 Legend: B rows (one), L tokens.
 """
@@ -34,16 +34,16 @@ from hourglass_dist.model.hourglass import HourglassLM
 from hourglass_dist.model.lucidrains import lucidrains_kwargs, to_lucidrains
 
 TOKENS = 48
-"""Tokens that are timed at each place."""
+"""Number of tokens that are timed after each context."""
 CONTEXTS = (64, 512, 1024, 2048)
-"""Tokens before those."""
+"""Numbers of tokens before the timed ones."""
 
 
 def bench_decode(
     repeats: int, threads: int | None, device_name: str, quick: bool, config_file: Path
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Measure and print: (the machine, the rows of all tables). Raises ValueError when the
-    reference or the device is not there, or ``config_file`` is wrong."""
+    """Measure, print the tables and return (machine, rows of all tables). Raises ValueError when
+    the reference or the device is missing, or ``config_file`` is wrong."""
     device = prepare(device_name, threads)
     package = reference()
     modern = settings.load(config_file).model.with_checkpointing("none")
@@ -66,7 +66,7 @@ def bench_decode(
 
 
 def text(length: int, device: torch.device) -> Tensor:
-    """(1, L) bytes: words of five random letters."""
+    """Return (1, L) bytes: words of five random letters."""
     letters = torch.randint(97, 123, (1, length), generator=torch.Generator().manual_seed(2))
     letters[:, 5::6] = 32
     return letters.to(device)
@@ -79,14 +79,14 @@ def bench_contexts(
     contexts: tuple[int, ...],
     repeats: int,
 ) -> list[dict[str, Any]]:
-    """One table: tokens a second after each number of tokens."""
+    """Measure and print one table, tokens/s after each context, and return its rows."""
     device = model.tokens.weight.device
     tokens_BL = text(contexts[-1] + TOKENS, device)
 
     def with_cache(context: int) -> Callable[[], float]:
         def run() -> float:
             _, cache = prefill(model, tokens_BL[:, : context - 1])
-            step(model, tokens_BL[:, context - 1], cache)  # the cache makes itself room
+            step(model, tokens_BL[:, context - 1], cache)  # the cache allocates its buffers
             rest = tokens_BL[:, context : context + TOKENS].unbind(dim=1)
             return (
                 seconds(lambda: [step(model, token_B, cache) for token_B in rest], device) / TOKENS

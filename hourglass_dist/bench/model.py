@@ -1,4 +1,4 @@
-"""``hourglass bench model``: a training step against the reference, and what each rewrite gives.
+"""``hourglass bench model``: a training step beside the reference, and each optimization's gain.
 
 Both models have the same weights; a step is forward, mean cross entropy, backward. Before anything
 is timed, loss and gradients are compared.
@@ -46,13 +46,13 @@ from hourglass_dist.model.settings import ModelConfig
 
 
 class Shape(NamedTuple):
-    """A model of the reference, and what to measure on it."""
+    """A model of the reference, and the measurements on it."""
 
     settings: dict[str, Any]
     rows: tuple[int, ...]
-    """Batch sizes."""
+    """Batch sizes, rows."""
     changes: tuple[str, ...]
-    """What to change in ours, one at a time, at one row a batch."""
+    """Keys of ``CHANGES`` that our model is measured with, one at a time, at one row a batch."""
 
 
 README = {"depth": (4, 2, 4), "shorten_factor": 2, "max_seq_len": 1024}
@@ -65,16 +65,16 @@ SHAPES = {
     "readme by 8": Shape({**README, "shorten_factor": 8}, (1,), ("upsample", "keys")),
     "readme, 32k vocabulary": Shape({**README, "num_tokens": 32768}, (1,), ("loss",)),
 }
-"""The two examples of the reference's README, and what shows the last rewrites."""
+"""The two examples of the reference's README, and two shapes that show single optimizations."""
 AGREES = {torch.float32: 1e-4, torch.bfloat16: 0.1}
-"""Largest difference of all gradients together, as a share of their length."""
+"""Largest relative difference of the loss, and of the gradients in the norm of all together."""
 POLICIES = ("full", "every 2", "selective")
 WARM_UP = 64
-"""Tokens of the rows that a process begins with: enough for the reference's shorten factors."""
+"""Tokens of the warm-up's rows: enough for the reference's shorten factors."""
 
 
 class Case(NamedTuple):
-    """A model and a batch."""
+    """A model and a batch to measure."""
 
     shape: str
     rows: int
@@ -84,7 +84,7 @@ class Case(NamedTuple):
 
     @property
     def config(self) -> ModelConfig:
-        """The model, with the reference's defaults."""
+        """The model's settings, with the reference's defaults."""
         small = {"dim": 64, "heads": 2, "dim_head": 32, "max_seq_len": 64} if self.quick else {}
         settings: dict[str, Any] = {
             "num_tokens": 256,
@@ -96,22 +96,22 @@ class Case(NamedTuple):
 
     @property
     def length(self) -> int:
-        """Tokens in a row: all that the model takes."""
+        """Tokens in a row: the model's ``max_seq_len``."""
         assert self.config.max_seq_len is not None
         return self.config.max_seq_len
 
     def model(self) -> HourglassLM:
-        """Ours."""
+        """Return our model with new random weights."""
         return HourglassLM(self.config).to(self.device, self.dtype)
 
     def reference(self) -> nn.Module:
-        """Theirs, with the weights of ours."""
+        """Return the reference's model with the weights of ours."""
         theirs: nn.Module = reference().HourglassTransformerLM(**lucidrains_kwargs(self.config))
         theirs.load_state_dict(to_lucidrains(HourglassLM(self.config)))
         return theirs.to(self.device, self.dtype)
 
     def batch(self, length: int) -> Tensor:
-        """(2, B, L): random tokens and targets."""
+        """Return (2, B, L): random tokens and targets."""
         generator = torch.Generator().manual_seed(1)
         shape = (2, self.rows, length)
         return torch.randint(self.config.vocab_size, shape, generator=generator).to(self.device)
@@ -122,7 +122,7 @@ class Case(NamedTuple):
 
 
 def step(model: nn.Module, batch: Tensor) -> float:
-    """Forward, mean cross entropy and backward; the loss. New gradients replace the old ones."""
+    """Run forward, mean cross entropy and backward with new gradients, and return the loss."""
     tokens_BL, targets_BL = batch
     for parameter in model.parameters():
         parameter.grad = None
@@ -141,7 +141,7 @@ def step(model: nn.Module, batch: Tensor) -> float:
 def _upsample_with_queries(
     self: resample.Upsample, inner_BGE: Tensor, x_BLD: Tensor, inputs: LevelInputs, _: Any
 ) -> Tensor:
-    """Each position asks its pooled token, the only key, and gets all of its value."""
+    """Upsample with a query at each position, whose softmax over its only key has weight 1."""
     attention, rows, length = self.attention, inputs.rows, x_BLD.shape[1]
     assert isinstance(attention, resample.SingleKeyAttention)
     added_BGSD = inner_BGE[:, :, None].expand(-1, -1, rows.shorten, -1)
@@ -163,7 +163,7 @@ def _upsample_with_queries(
 def _attend_spelled_out(
     q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, scale: float, dropout: float = 0.0
 ) -> Tensor:
-    """Scores, mask and weights as tensors of their own."""
+    """Attend with separate tensors for scores, mask and weights."""
     assert mask.causal
     assert not dropout
     scores_BHLL = q @ k.transpose(-1, -2) * scale
@@ -203,12 +203,12 @@ CHANGES: dict[str, tuple[str, Any, str, Any]] = {
     ),
     "full": ("with full checkpointing", Recompute, "__call__", _recomputed("full")),
 }
-"""What ours is measured with: in words, the owner of a name, the name, what it stands for."""
+"""Changes of our model: description, owner of an attribute, the attribute, its replacement."""
 
 
 @contextmanager
 def changed(name: str | None) -> Iterator[None]:
-    """Ours with one change, for as long as the block runs."""
+    """Apply one of ``CHANGES`` to our model within the block; None changes nothing."""
     if name is None:
         yield
         return
@@ -225,7 +225,7 @@ def changed(name: str | None) -> Iterator[None]:
 
 
 def gradients(model: nn.Module, ours: HourglassLM) -> list[Tensor]:
-    """Those of the last step, in the order of the trained weights of ``ours``."""
+    """Return the gradients of the last step, in the order of the trained weights of ``ours``."""
     found = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
     if isinstance(model, HourglassLM):
         return list(found.values())
@@ -237,9 +237,9 @@ def gradients(model: nn.Module, ours: HourglassLM) -> list[Tensor]:
 def check_agreement(
     case: Case, ours: HourglassLM, theirs: nn.Module, names: Sequence[str]
 ) -> float:
-    """How far the reference's gradients are from ours: the length of the difference as a share of
-    theirs. Fails when loss or gradients differ by more than rounding makes them, here or in ours
-    with any of the changes ``names``."""
+    """Return the norm of the difference of our gradients and the reference's, relative to theirs.
+    Raises AssertionError when loss or gradients differ by more than ``AGREES``, for the reference
+    or for our model with any of the changes ``names``."""
     batch, limit = case.batch(case.length), AGREES[case.dtype]
     loss = step(ours, batch)
     mine = [grad.clone() for grad in gradients(ours, ours)]
@@ -266,8 +266,8 @@ def _difference(given: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:
 def bench_model(
     repeats: int, threads: int | None, device_name: str, quick: bool, checkpointing: bool
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Measure and print: (the machine, the rows of all tables). Raises ValueError when the
-    reference or the device is not there."""
+    """Measure, print the tables and return (machine, rows of all tables). Raises ValueError when
+    the reference or the device is missing."""
     device = prepare(device_name, threads)
     reference()
     facts = machine(device)
@@ -281,7 +281,7 @@ def bench_model(
 
 
 def cases(quick: bool, device: torch.device) -> list[Case]:
-    """All that is measured; quickly, one of them."""
+    """Return all cases, or with ``quick`` only the first."""
     found = [
         Case(name, rows, dtype, quick, device)
         for name, shape in SHAPES.items()
@@ -292,7 +292,7 @@ def cases(quick: bool, device: torch.device) -> list[Case]:
 
 
 def bench_case(case: Case, repeats: int) -> list[dict[str, Any]]:
-    """One table: the reference, ours, and ours with one thing changed at a time."""
+    """Measure and print the reference, our model, and ours with one change at a time."""
     names = SHAPES[case.shape].changes if case.rows == 1 else RECOMPUTE
     ours, theirs, batch = case.model(), case.reference(), case.batch(case.length)
     share = check_agreement(case, ours, theirs, names)
@@ -337,10 +337,10 @@ def bench_case(case: Case, repeats: int) -> list[dict[str, Any]]:
 
 
 def step_peak(case: Case, variant: str) -> int:
-    """The memory that a first step takes on top of the weights: call it in a fresh process."""
+    """Return the peak bytes of a first step beyond the weights; needs a fresh process."""
     model = case.reference() if variant == "reference" else case.model()
     with changed(variant if variant in CHANGES else None):
-        step(model, case.batch(WARM_UP))  # libraries are loaded, threads started
+        step(model, case.batch(WARM_UP))  # loads libraries and starts threads
         model.zero_grad()
         batch = case.batch(case.length)
         return peak_bytes(lambda: step(model, batch), case.device)
@@ -350,7 +350,7 @@ def step_peak(case: Case, variant: str) -> int:
 
 
 class Living(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Sees the storages that are made while it is on."""
+    """A dispatch mode that records the storages made while it is active."""
 
     def __init__(self, device: torch.device) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -368,12 +368,12 @@ class Living(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     @property
     def bytes(self) -> int:
-        """Of those that are still there."""
+        """Total bytes of the recorded storages that still exist."""
         return sum(size for storage, size in self.seen.values() if not storage.expired())
 
 
 def kept_bytes(model: HourglassLM, batch: Tensor) -> int:
-    """What the forward pass leaves for the backward pass."""
+    """Return the bytes that the forward pass keeps for the backward pass."""
     tokens_BL, targets_BL = batch
     living = Living(tokens_BL.device)
     with living:
@@ -386,14 +386,14 @@ def kept_bytes(model: HourglassLM, batch: Tensor) -> int:
 
 
 def set_policies(model: HourglassLM, policies: Sequence[str]) -> None:
-    """The checkpointing of each level, outermost first."""
+    """Set the checkpointing policy of each level, outermost first."""
     for module in model.modules():
         if isinstance(module, Hourglass):
             module.run = Recompute(policies[module.index], draws=False)
 
 
 def bench_checkpointing(case: Case, repeats: int) -> list[dict[str, Any]]:
-    """Every policy at every level alone, and at all of them."""
+    """Measure every policy at every level alone and at all levels, and print the table."""
     model, batch = case.model(), case.batch(case.length)
     levels = range(len(case.config.levels))
     kinds = [*POLICIES, "offload"] if case.device.type == "cuda" else POLICIES

@@ -1,8 +1,8 @@
-"""What every benchmark needs: the reference, the machine, fair timing, memory, tables.
+"""Parts that all benchmarks share: the reference, the machine, timing, memory, tables.
 
-A busy machine slows whatever runs at the moment. So all variants of a comparison run in turn,
-round after round, a ratio is the median of the ratios within a round, and the round before the
-first does not count.
+A busy machine slows any variant that runs at the moment. So all variants of a comparison run in
+turn, round after round, a ratio is the median of the ratios within a round, and one more round
+before the first is a warm-up that does not count.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ from hourglass_dist.core.version import __version__
 T = TypeVar("T")
 MIB = 2**20
 WIDTH = 132
-"""Columns of text that a table may always take."""
+"""Least width of tables, characters."""
 REFERENCE = "hourglass-transformer-pytorch"
 
 
 def reference() -> Any:
-    """The module of the reference. Raises ValueError when it is not installed."""
+    """Import and return the reference. Raises ValueError when it is not installed."""
     try:
         importlib.import_module("hourglass_transformer_pytorch.autoregressive_wrapper")
         return importlib.import_module("hourglass_transformer_pytorch")
@@ -49,8 +49,8 @@ def reference() -> Any:
 
 
 def prepare(device: str, threads: int | None) -> torch.device:
-    """Set the number of threads; the device, ``auto`` being a GPU where there is one. Raises
-    ValueError for one that is not there."""
+    """Set the number of threads and return the device; ``auto`` is a GPU where there is one.
+    Raises ValueError for an unknown or missing device."""
     if device not in ("auto", "cpu", "cuda"):
         raise ValueError(f"--device: expected auto, cpu or cuda, given {device!r}")
     if device == "cuda" and not torch.cuda.is_available():
@@ -63,7 +63,7 @@ def prepare(device: str, threads: int | None) -> torch.device:
 
 
 def machine(device: torch.device) -> dict[str, Any]:
-    """What the figures were measured on, and with which versions."""
+    """Return the machine that measures, its load, and the versions."""
     return {
         "processor": _processor(),
         "cores": os.cpu_count(),
@@ -94,7 +94,7 @@ def _version(package: str) -> str | None:
 
 
 def seconds(work: Callable[[], object], device: torch.device) -> float:
-    """How long ``work`` takes, the device's part of it included."""
+    """Return the seconds that ``work`` takes, including its work on the device."""
     wait(device)
     start = time.perf_counter()
     work()
@@ -103,7 +103,7 @@ def seconds(work: Callable[[], object], device: torch.device) -> float:
 
 
 def wait(device: torch.device) -> None:
-    """Until the device has done all that it was given."""
+    """Wait until the device has finished all its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
@@ -111,7 +111,7 @@ def wait(device: torch.device) -> None:
 def interleave(
     variants: Mapping[str, Callable[[], float]], repeats: int, title: str
 ) -> dict[str, list[float]]:
-    """The seconds that each variant returns in each round."""
+    """Run all variants in turn, and return the seconds of each variant in each round."""
     found: dict[str, list[float]] = {name: [] for name in variants}
     console = Console(stderr=True)
     for turn in track(range(repeats + 1), title, console=console, transient=True):
@@ -123,7 +123,7 @@ def interleave(
 
 
 def ratio(over: Sequence[float], under: Sequence[float]) -> float:
-    """The median of the ratios within a round."""
+    """Return the median of the ratios within a round."""
     return statistics.median(a / b for a, b in zip(over, under, strict=True))
 
 
@@ -131,8 +131,8 @@ def ratio(over: Sequence[float], under: Sequence[float]) -> float:
 
 
 def apart(function: Callable[..., T], *arguments: Any, threads: int) -> T:
-    """``function(*arguments)`` in a process of its own. Raises the ValueError or OSError that it
-    raises there, and RuntimeError when it ends without a result, as for lack of memory."""
+    """Run ``function(*arguments)`` in a process of its own and return the result. Raises its
+    ValueError or OSError, and RuntimeError when it ends without a result (out of memory)."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([function.__module__])
     ours, theirs = context.Pipe(duplex=False)
@@ -167,8 +167,8 @@ def _answer(
 
 
 def peak_bytes(work: Callable[[], object], device: torch.device) -> int:
-    """The most memory that ``work`` takes at a time, on top of what is in use. On the CPU it is the
-    resident memory of this process as the kernel counts it: call it in a fresh one."""
+    """Return the peak bytes that ``work`` takes beyond those in use. On the CPU they are the
+    kernel's count of this process's resident memory, which needs a fresh process."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -193,7 +193,7 @@ def _resident(name: str) -> int:
 
 
 def show(title: str, rows: Sequence[Mapping[str, Any]], columns: Mapping[str, str]) -> None:
-    """A table on standard output; ``columns`` is what stands above each and its format."""
+    """Print a table; ``columns`` maps the title of each column to its format."""
     table = Table()
     for index, name in enumerate(columns):
         table.add_column(name, justify="right" if index else "left", no_wrap=True)
@@ -206,7 +206,7 @@ def show(title: str, rows: Sequence[Mapping[str, Any]], columns: Mapping[str, st
 
 
 def headline(facts: Mapping[str, Any]) -> str:
-    """The machine in one line."""
+    """Return the machine and the versions in one line."""
     where = facts["gpu"] or f"{facts['processor']}, {facts['cores']} cores"
     return (
         f"{where}, {facts['threads']} threads, load {facts['load']}, torch {facts['torch']}, "
@@ -215,7 +215,7 @@ def headline(facts: Mapping[str, Any]) -> str:
 
 
 def write(path: Path | None, facts: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> None:
-    """Machine and rows as JSON."""
+    """Write the machine and the rows as JSON; None as path writes nothing."""
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
         replace(path, json.dumps({"machine": facts, "rows": rows}, indent=1) + "\n")
