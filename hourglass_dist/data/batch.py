@@ -1,4 +1,4 @@
-"""A batch of rows, and the memory that batches take in turn. B: rows, L: tokens in a row."""
+"""A batch of rows, and reusable memory for batches. B: rows, L: tokens in a row."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ from hourglass_dist.data.shards import IGNORED, Int64s
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows of one rank. B: rows, L: tokens in a row."""
+    """Training or held-out rows of one rank. B: rows, L: tokens in a row."""
 
     tokens_BL: Tensor
-    """int64: the token before each target."""
+    """Token id before each target, int64."""
     targets_BL: Tensor
-    """int64: what to predict; -100 where there is nothing."""
+    """Token id to predict, int64; -100 at positions without a target."""
     row_ids: Int64s
-    """The numbers of all B rows; -1 for rows that only fill a rank up."""
+    """Numbers of all B rows; -1 for rows that only pad the batch of a rank."""
     documents_BL: Tensor | None = None
-    """int64: which document of its row each target belongs to: 0, 1, 2, ... along the row. None
-    where documents are not kept apart."""
+    """Index within the row (0, 1, 2, ...) of the document of each target, int64. None where
+    documents are not isolated."""
     waited_s: float = 0.0
-    """Seconds that whoever asked for it waited."""
+    """Time that the caller waited for the batch, seconds."""
     sources_B: Int64s | None = None
-    """Held-out rows: the number of the dataset that each is of."""
+    """Index of the dataset of each held-out row; None for training rows."""
 
     @property
     def rows(self) -> dict[str, Tensor | None]:
-        """What a model reads, under the names of its arguments."""
+        """Inputs of the model by argument name."""
         return {
             "tokens_BL": self.tokens_BL,
             "targets_BL": self.targets_BL,
@@ -39,21 +39,21 @@ class Batch:
         }
 
     def pinned(self) -> Batch:
-        """The same in page-locked memory, from where a GPU copies while it computes."""
+        """Return a copy in page-locked memory, which a GPU copies from asynchronously."""
         documents_BL = None if self.documents_BL is None else self.documents_BL.pin_memory()
         tokens_BL, targets_BL = self.tokens_BL.pin_memory(), self.targets_BL.pin_memory()
         return replace(self, tokens_BL=tokens_BL, targets_BL=targets_BL, documents_BL=documents_BL)
 
 
 class Buffers:
-    """Memory for batches, taken again when the batch that had it is gone: fresh memory costs more
-    than the reading."""
+    """Pool of memory for batches, reused when a batch is freed: fresh memory costs more than the
+    reading."""
 
     def __init__(self) -> None:
         self._free: list[Int64s] = []
 
     def take(self, rows: int, length: int) -> Int64s:
-        """Two matrices in one array. It comes back when the last tensor made of it is gone."""
+        """Return an int64 array (2, rows, length), reused after its last tensor is freed."""
         shape, found = (2, rows, length), None
         while self._free and found is None:
             last = self._free.pop()
@@ -65,10 +65,10 @@ class Buffers:
 
 
 def number_documents(tokens_BL: Tensor, targets_BL: Tensor, eos_id: int) -> Tensor:
-    """Which document of its row each target belongs to (0, 1, 2, ...; padding to the last one).
+    """Return the index within its row of the document of each target, (B, L); padding has the last.
 
-    A document ends with eos and nowhere else, so the target after an eos is the first of the next:
-    these are the ends that stand in the shard, without another read.
+    A document ends with eos and nowhere else, so the target after an eos is the first of the next
+    document. This needs no second read of the shard.
     """
     begins_BL = (tokens_BL == eos_id) & (targets_BL != IGNORED)
     begins_BL[:, 0] = False

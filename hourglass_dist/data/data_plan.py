@@ -1,7 +1,7 @@
-"""What the order of training depends on: sources, phases of the run, seed, lanes.
+"""Inputs of the data order: sources, phases of the run, seed, lanes.
 
-``order.py`` says which row is read when; this file holds what was asked for, and refuses what
-cannot be. Everything here stands in the plan's hash.
+``order.py`` computes which row is read when. This file holds its inputs and refuses impossible
+ones. All of them enter the plan's hash.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from itertools import pairwise
 from hourglass_dist.config.data import Phase
 
 RULE = 2
-"""The version of the rule above; part of every plan's hash."""
+"""Version of the rule of ``order.py``; part of every plan's hash."""
 
 
 @dataclass(frozen=True)
@@ -28,44 +28,44 @@ class Source:
     name: str
     dataset_id: str
     rows_per_shard: tuple[int, ...]
-    """Rows of the longest sequence length in every shard of the split."""
+    """Number of rows of the longest sequence length in each shard of the split."""
     max_epochs: int | None = None
-    """How often it may be read; None: as often as the run needs."""
+    """Maximum number of epochs; None: as many as the run needs."""
 
     @cached_property
     def rows(self) -> int:
-        """Rows in an epoch."""
+        """Number of rows in an epoch."""
         return sum(self.rows_per_shard)
 
 
 @dataclass(frozen=True)
 class Order:
-    """Where rows of one length in one mixture begin. A chunk is a row of the longest length."""
+    """Start of the rows of one length and mixture. A chunk is a row of the longest length."""
 
     row: int
-    """The first row."""
+    """Number of the first row."""
     chunk: int
-    """The chunk that it belongs to."""
+    """Number of the chunk of that row."""
     pieces: int
-    """Rows of a chunk."""
+    """Number of rows in a chunk."""
     weights: tuple[float, ...]
-    """Share of each source."""
+    """Share of each source, on any positive scale."""
 
 
 @dataclass(frozen=True)
 class DataPlan:
-    """Everything that the order depends on."""
+    """All inputs of the data order."""
 
     sources: tuple[Source, ...]
     phases: tuple[Phase, ...]
     seed: int
     lanes: int
-    """How many places of a source are read side by side; the largest batch by default."""
+    """Number of positions of a source that are read side by side; by default the largest batch."""
     mix_block: int = 1000
-    """Slots of a lane in which the mixture is exact."""
+    """Number of slots of a lane in which the mixture is exact."""
 
     def __post_init__(self) -> None:
-        """Raise ValueError, one line, for a plan that cannot be."""
+        """Raise ValueError for an impossible plan."""
         if not self.sources or not self.phases or self.phases[0].first_step != 0:
             raise ValueError("plan: expected a source, and a phase from step 0 on")
         for source in self.sources:
@@ -98,7 +98,7 @@ class DataPlan:
 
     @cached_property
     def hash(self) -> str:
-        """sha256 (hex) of the rule and of every field. Checkpoints hold it."""
+        """sha256 (hex) of the rule's version and of every field; checkpoints store it."""
         fields = asdict(self)
         fields["stages"] = fields.pop("phases")  # as it was called when the hash was first taken
         return hashlib.sha256(
@@ -111,11 +111,11 @@ class DataPlan:
     # Steps and rows
 
     def phase(self, step: int) -> Phase:
-        """The phase that a step (0 is the first) belongs to."""
+        """Return the phase of a step (0 is the first)."""
         return [phase for phase in self.phases if phase.first_step <= max(step, 0)][-1]
 
     def first_row(self, step: int) -> int:
-        """The number of the first row of a step: the rows of all steps before it.
+        """Return the number of the first row of a step: the count of all rows of earlier steps.
 
         Raises ValueError for a negative step.
         """
@@ -129,7 +129,7 @@ class DataPlan:
 
     @cached_property
     def orders(self) -> tuple[Order, ...]:
-        """The orders of the run: phases that only change the batch size go on with the last."""
+        """Orders of the run; a phase that changes only the batch size continues the last order."""
         orders: list[Order] = []
         for phase in self.phases:
             pieces = self.chunk // phase.seq_len
@@ -171,10 +171,10 @@ class DataPlan:
 def largest_remainders(
     weights: Sequence[float], slots: int, names: Sequence[str]
 ) -> tuple[int, ...]:
-    """Whole numbers in proportion to ``weights`` that sum to ``slots`` (largest remainders).
+    """Return whole numbers in proportion to ``weights`` that sum to ``slots`` (largest remainders).
 
-    Raises ValueError, naming the source, for weights that are negative, no numbers, all zero, or
-    positive and too small for one slot.
+    Raises ValueError, naming the source, for weights that are negative, NaN or infinite, all zero,
+    or positive and too small for one slot.
     """
     for name, weight in zip(names, weights, strict=True):
         if not (math.isfinite(weight) and weight >= 0):

@@ -1,13 +1,13 @@
-"""The held-out text of a run, in windows: every token a target exactly once.
+"""Held-out text of a run, in windows: every token is a target exactly once.
 
     rows of `stride` tokens, in their order    |----|----|----|----|----|
     the first window: all its targets count    [xxxxxxxxxxxxxx]
     the next ones: the last `stride` count          [.........xxxx]
                                                          [.........xxxx]
 
-So a target has at least ``context - stride`` tokens before it, or all that there are. Where the
-stride is the context, windows are the rows that training reads (``docs/data.md``): the token before
-a block counts as end of text. Windows run on across blocks and shards, not across datasets.
+So a target has at least ``context - stride`` tokens before it, or all that exist. Where the stride
+equals the context, windows are the rows that training reads (``docs/data.md``): the token before a
+block counts as end of text. Windows cross blocks and shards, but not datasets.
 
 Legend: B windows of a batch, L = context, S = stride, K = L / S, R rows of S tokens, M = S + 1.
 """
@@ -37,14 +37,14 @@ def held_out_rows(
     isolate_documents: bool = False,
     stride: int | None = None,
 ) -> Iterator[Batch]:
-    """The held-out text of all datasets that have some, once, in order: contiguous cuts to the
-    ranks, in batches of windows of ``context`` tokens, ``stride`` (None: ``context``) apart.
+    """Yield the held-out text of all datasets that have some, once and in order, in batches of
+    windows of ``context`` tokens that are ``stride`` (None: ``context``) apart.
 
-    ``Batch.sources_B`` counts ``datasets``. All ranks get the same number of batches of the same
-    shapes: a rank with a window fewer gets one of -100 only. The last batch is smaller when the
-    windows do not divide by ``batch_size``. This rank's share of the shards is verified at the
-    call. Raises ValueError as ``Stream`` does, when the stride does not divide the context or a
-    block, and when no dataset has held-out rows.
+    Each rank reads a contiguous part. All ranks get the same number of batches of the same shapes:
+    a rank with one window fewer gets one with all targets -100. ``Batch.sources_B`` indexes
+    ``datasets``. The last batch is smaller when ``batch_size`` does not divide the windows. This
+    rank's share of the shards is verified at the call. Raises ValueError as ``Stream`` does, when
+    the stride does not divide the context or a block, and when no dataset has held-out rows.
     """
     stride = stride or context
     if context % stride:
@@ -91,7 +91,7 @@ def _batches(
 
 
 class _Text:
-    """The windows of one dataset."""
+    """Windows of one dataset."""
 
     def __init__(self, number: int, dataset: Dataset, context: int, stride: int) -> None:
         block, folder = dataset.manifest.block_tokens, dataset.manifest.folder
@@ -113,8 +113,8 @@ class _Text:
         targets_BL: Int64s,
         scored_BL: np.ndarray,
     ) -> None:
-        """Fill in the given places: window w begins at row w. Targets that are padding are -100,
-        those that count are marked."""
+        """Read windows (window w begins at row w) into the rows ``places`` of the arrays. Padding
+        targets become -100; ``scored_BL`` marks the targets that count."""
         first = int(windows[0])
         last = min(int(windows[-1]) + self._rows, int(self._ends[-1]))
         ids_RM, real_R = self._read_rows(first, last)

@@ -34,7 +34,7 @@ from hourglass_dist.core.files import replace, sha256_of
 from hourglass_dist.data.tokenizer import Fingerprint
 
 FORMAT = 3
-"""The version that is written. Readers know format 2, which had no tables of documents, too."""
+"""Version that is written. Readers also know format 2, which had no tables of documents."""
 INDEX_FILE = "index.json"
 
 Split = Literal["train", "heldout"]
@@ -42,42 +42,42 @@ DTypeName = Literal["u8", "u16", "u32"]
 
 
 def dtype_name(vocab_size: int) -> DTypeName:
-    """The smallest type of a member that holds every id."""
+    """Return the smallest type that holds every id. Raises ValueError above 2**32 ids."""
     if vocab_size > 2**32:
         raise ValueError(f"vocabulary: expected at most 2**32 ids, given {vocab_size}")
     return "u8" if vocab_size <= 2**8 else "u16" if vocab_size <= 2**16 else "u32"
 
 
 def dtype_of(name: DTypeName) -> np.dtype[Any]:
-    """The numpy type (little-endian) of a member's extension."""
+    """Return the numpy type (little-endian) of a member's extension."""
     return np.dtype({"u8": "<u1", "u16": "<u2", "u32": "<u4"}[name])
 
 
 class Shard(Section):
-    """One file of blocks."""
+    """Manifest entry of one shard, a tar file of blocks."""
 
     path: str = Field(pattern=r"^(train|heldout)-[0-9]{6,}\.tar$")
     """File name within the dataset folder."""
     split: Split
-    """What its text is for."""
+    """Split that its text belongs to."""
     bytes: PositiveInt
-    """Size of the file."""
+    """Size of the file, bytes."""
     sha256: str
-    """Hash of the file."""
+    """sha256 (hex) of the file."""
     tokens: PositiveInt
-    """Tokens without padding. Every block but the last of a split is full."""
+    """Number of tokens without padding. Every block but the last of a split is full."""
     documents: NonNegativeInt
-    """Documents that end in the shard."""
+    """Number of documents that end in the shard."""
     text_bytes: NonNegativeInt
-    """UTF-8 bytes that its tokens stand for."""
+    """Number of UTF-8 bytes of text that its tokens stand for."""
     offsets: tuple[PositiveInt, ...] = Field(min_length=1)
-    """Where in the file the ids of every block begin, in bytes."""
+    """Offset in the file of the ids of every block, bytes."""
     crc32c: tuple[NonNegativeInt, ...]
-    """Of the ids of every block: a block that is read alone is checked, too."""
+    """crc32c of the ids of every block, so that a block read alone is checked, too."""
 
     @property
     def blocks(self) -> int:
-        """Blocks in the shard."""
+        """Number of blocks in the shard."""
         return len(self.offsets)
 
     @property
@@ -87,64 +87,64 @@ class Shard(Section):
 
 
 class Recipe(Section):
-    """How a dataset was made: the same recipe on the same inputs and tokenizer gives it again."""
+    """How a dataset was made: equal recipe, inputs and tokenizer give an equal dataset."""
 
     source: str
-    """A name for where the text is from; it stands in every sample."""
+    """Name of the source of the text; it is stored in every sample."""
     inputs_sha256: str
-    """Over the name, size and content of every input file, in order."""
+    """sha256 (hex) over the name, size and content of every input file, in order."""
     separator: str | None
-    """What stands between documents in text files; none: a file is a document."""
+    """Separator of documents in text files; None: a file is one document."""
     text_field: str
-    """The field of the text in JSON lines."""
+    """Field of the text in JSON lines."""
     held_out: str
-    """The rule that keeps text out of training: hash:0.01, last:0.1, input:PATH or none."""
+    """Rule that keeps text out of training: hash:0.01, last:0.1, input:PATH or none."""
     seed: NonNegativeInt
-    """Of the shuffle of documents."""
+    """Seed of the shuffle of documents."""
     block_tokens: PositiveInt
     """Tokens in a block (T)."""
     shard_blocks: PositiveInt
-    """Blocks in a shard, at most."""
+    """Maximum number of blocks in a shard."""
 
 
 class Manifest(Section):
-    """What is in a dataset folder. Made by ``Manifest.make`` or ``Manifest.load``."""
+    """Manifest of a dataset folder, made by ``Manifest.make`` or ``Manifest.load``."""
 
     folder: Path = Field(exclude=True)
-    """Where the dataset is; not part of its identity."""
+    """Folder of the dataset; not part of its identity."""
     format: Literal[2, 3]
     """Version of the format."""
     dataset_id: str
-    """sha256 of everything below, as far as format 2 had it: a dataset has one id in both."""
+    """sha256 (hex) of the fields that format 2 had: a dataset has one id in both formats."""
     tokenizer: Fingerprint
-    """Which tokenizer made the ids."""
+    """Fingerprint of the tokenizer of the ids."""
     eos_id: NonNegativeInt
-    """Ends every document, and pads the last block of a split."""
+    """Id that ends every document and pads the last block of a split."""
     dtype: DTypeName
     """Type of the ids: the extension of the tokens member."""
     recipe: Recipe
-    """How the dataset was made."""
+    """Recipe of the dataset."""
     empty_documents: NonNegativeInt
-    """Input documents without any text, left out."""
+    """Number of input documents without any text, which are left out."""
     shards: tuple[Shard, ...] = Field(min_length=1)
-    """All shards, of both splits, in the order in which they were written."""
+    """All shards of both splits, in the order of writing."""
     documents_sha256: tuple[str, ...] = ()
-    """Of the table of documents of every shard; none in format 2."""
+    """sha256 (hex) of every shard's table of documents; empty in format 2."""
     heldout_sha256: str | None = None
-    """Of the sorted content hashes of the held-out documents; unknown in format 2."""
+    """sha256 (hex) of the sorted content hashes of the held-out documents; None in format 2."""
 
     @classmethod
     def make(cls, folder: Path, **fields: Any) -> Manifest:
-        """A manifest of the given fields, with its id."""
+        """Return a manifest of the given fields, with its id."""
         blank = cls(folder=folder, format=3, dataset_id="", **fields)
         return blank.model_copy(update={"dataset_id": blank._identity()})
 
     @classmethod
     def load(cls, folder: Path) -> Manifest:
-        """Read index.json. The shards themselves are checked by ``verify``.
+        """Return the manifest read from index.json; ``verify`` checks the shards.
 
-        Raises ValueError when the folder or the manifest is missing, damaged, edited or of a newer
-        version.
+        Raises ValueError when the folder or the manifest is missing, damaged, edited or of an
+        unknown version.
         """
         path = folder / INDEX_FILE
         if not folder.is_dir():
@@ -173,7 +173,7 @@ class Manifest(Section):
         return manifest
 
     def save(self) -> None:
-        """Write index.json, the commit point of a dataset: atomically, after everything else."""
+        """Write index.json atomically, after everything else: it makes the dataset complete."""
         text = json.dumps(self.model_dump(mode="json"), indent=1) + "\n"
         replace(self.folder / INDEX_FILE, text)
 
@@ -190,7 +190,7 @@ class Manifest(Section):
         return self.recipe.block_tokens
 
     def split(self, split: Split) -> tuple[Shard, ...]:
-        """The shards of a split. Raises ValueError when there are none."""
+        """Return the shards of a split. Raises ValueError when there are none."""
         found = tuple(shard for shard in self.shards if shard.split == split)
         if not found:
             raise ValueError(
@@ -200,7 +200,7 @@ class Manifest(Section):
         return found
 
     def rows(self, split: Split, seq_len: int) -> tuple[int, ...]:
-        """Rows of ``seq_len`` tokens in every shard of a split; wholly padded rows are none.
+        """Return the number of rows of ``seq_len`` tokens, padding rows excluded, in each shard.
 
         Raises ValueError when ``seq_len`` does not divide a block, naming near lengths that do.
         """
@@ -224,11 +224,11 @@ class Manifest(Section):
         part: tuple[int, int] = (0, 1),
         skip: Collection[str] = (),
     ) -> None:
-        """Check the shards against the manifest: none missing or extra, size, sha256 when ``full``.
+        """Check that no shard is missing or extra, and the size and (when ``full``) sha256 of each.
 
-        ``part`` (i, n) hashes every n-th shard only, from the i-th on: a rank's share of the work.
-        Files named in ``skip`` are not looked at. Raises ValueError naming the shard, what was
-        expected and what was found.
+        ``part`` (i, n) hashes only every n-th shard from the i-th on: a rank's share of the work.
+        Files named in ``skip`` are not checked. Raises ValueError naming the shard, the expected
+        and the actual value.
         """
         known = {shard.path for shard in self.shards}
         extra = sorted(path.name for path in self.folder.glob("*.tar") if path.name not in known)
@@ -259,7 +259,7 @@ def check_size(path: Path, shard: Shard) -> None:
 
 
 def check_sha256(path: Path, shard: Shard) -> None:
-    """Raise ValueError when the content of a shard is another one."""
+    """Raise ValueError when the sha256 of a shard is not the manifest's."""
     about = path.stat()
     found = _sha256_of_version(
         path, (about.st_ino, about.st_size, about.st_mtime_ns, about.st_ctime_ns)
@@ -272,5 +272,5 @@ def check_sha256(path: Path, shard: Shard) -> None:
 
 @cache
 def _sha256_of_version(path: Path, version: tuple[int, ...]) -> str:
-    """Reads a file once per process and version: evaluations verify their shards every time."""
+    """Return the sha256 of a file version, read once per process: every evaluation verifies."""
     return sha256_of(path)

@@ -1,4 +1,4 @@
-"""From the ``data`` section of the settings to open datasets and the plan of their order."""
+"""Open datasets and the plan of their order, from the ``data`` section of the settings."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ from hourglass_dist.data.tokenizer import Tokenizer, load_tokenizer, require_sam
 
 @dataclass(frozen=True)
 class Dataset:
-    """A dataset under the name that it has in a run."""
+    """A dataset with its name in a run."""
 
     name: str
     where: str
-    """The folder or address that was given."""
+    """Folder or address as given."""
     manifest: Manifest
     store: Store
 
     @property
     def is_remote(self) -> bool:
-        """Whether its shards are fetched."""
+        """Whether its shards are downloaded."""
         return is_remote(self.where)
 
 
 def open_dataset(where: str, name: str = "data", cache: CacheConfig | None = None) -> Dataset:
-    """The dataset in a folder or at an address. Its shards are not looked at yet.
+    """Return the dataset of a folder or address. Its shards are not checked yet.
 
     Raises ValueError when it is missing, damaged or cannot be read.
     """
@@ -47,7 +47,7 @@ def open_dataset(where: str, name: str = "data", cache: CacheConfig | None = Non
 
 
 def open_mixture(data: DataConfig) -> tuple[list[Dataset], Tokenizer]:
-    """All sources and their tokenizer. Raises ValueError when they do not fit each other."""
+    """Return all sources and their tokenizer. Raises ValueError when the tokenizers differ."""
     datasets = [open_dataset(s.path, s.name, data.cache) for s in data.all_sources]
     first = datasets[0]
     tokenizer = load_tokenizer(first.manifest.folder)
@@ -62,7 +62,7 @@ def open_mixture(data: DataConfig) -> tuple[list[Dataset], Tokenizer]:
 
 
 def make_plan(datasets: Sequence[Dataset], data: DataConfig, seed: int, steps: int) -> DataPlan:
-    """The order of ``steps`` steps.
+    """Return the plan of the order of ``steps`` steps.
 
     Raises ValueError when sequence lengths, phases or weights do not fit the datasets or each
     other, or a source would be read more often than it may be.
@@ -88,6 +88,6 @@ def make_plan(datasets: Sequence[Dataset], data: DataConfig, seed: int, steps: i
 
 
 def simple_plan(dataset: Dataset, seq_len: int, batch_size: int, seed: int) -> DataPlan:
-    """The order of one dataset, for ever the same."""
+    """Return the plan of one dataset with one batch size and sequence length."""
     data = DataConfig(dataset=dataset.where, seq_len=seq_len, batch_size=batch_size)
     return make_plan([dataset], data, seed, steps=1)

@@ -1,16 +1,16 @@
-"""The order of training as a pure function: which row of which source is the n-th one ever read.
+"""Data order of training, a pure function: which row of which source is the n-th one ever read.
 
     step              ->  phase (batch size, sequence length, weights)  ->  its rows n ... n + B - 1
     n                 ->  chunk g, piece      a chunk is a row of the longest sequence length; where
                                               rows are shorter, it is read piece by piece
     g                 ->  lane d = g mod D, slot g // D of that lane
-    lane, slot        ->  source s, and c: how many slots of s the lane has passed
+    lane, slot        ->  source s, and c: earlier slots of source s in this lane
     s, i = c * D + d  ->  epoch, shard, row   of the i-th chunk of the source
 
 Mixing: the slots of a lane come in blocks of 1000. Each block has exactly the quota of every source
 that the weights ask for, in an order drawn from (seed, phase, block, lane).
 
-A source: epoch e is exactly i = eR ... (e + 1)R - 1 for R chunks. Its shards, permuted anew, are
+One source: epoch e is exactly i = eR ... (e + 1)R - 1 for R chunks. Its shards, permuted anew, are
 laid end to end and cut into D equal segments, which are read side by side from their starts. No row
 is lost or repeated, whatever the number of rows, shards and lanes (a source with fewer rows than
 lanes has empty segments), rows of different lanes come from far apart, and rows of one lane are
@@ -38,7 +38,7 @@ Int64s = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Location:
-    """One row: its source, the source's epoch, the index of its shard in the split, its number in
+    """Position of one row: source, epoch of the source, index of the shard in the split, and row of
     the shard (in rows of its own length)."""
 
     source: int
@@ -49,7 +49,7 @@ class Location:
 
 @dataclass(frozen=True)
 class Locations:
-    """Many rows, as arrays."""
+    """Positions of many rows, as arrays."""
 
     sources: Int64s
     epochs: Int64s
@@ -58,7 +58,7 @@ class Locations:
 
 
 def locate_many(plan: DataPlan, ns: Int64s) -> Locations:
-    """Where the rows numbered ``ns`` (each >= 0, in any order) are."""
+    """Return the positions of the rows numbered ``ns`` (each >= 0, in any order)."""
     ns = np.asarray(ns, dtype=np.int64)
     chunks, pieces, per_chunk = _chunks(plan, ns)
     sources, indices = _mix(plan, chunks)
@@ -70,7 +70,7 @@ def locate_many(plan: DataPlan, ns: Int64s) -> Locations:
 
 
 def locate(plan: DataPlan, n: int) -> Location:
-    """Where the n-th row ever read (n >= 0) is. Raises ValueError for a negative n."""
+    """Return the position of the n-th row ever read. Raises ValueError for a negative n."""
     if n < 0:
         raise ValueError(f"row number: expected at least 0, given {n}")
     found = locate_many(plan, np.array([n], dtype=np.int64))
@@ -78,7 +78,7 @@ def locate(plan: DataPlan, n: int) -> Location:
 
 
 def _chunks(plan: DataPlan, ns: Int64s) -> tuple[Int64s, Int64s, Int64s]:
-    """(chunk, piece of it, pieces of a chunk) of every row."""
+    """Return (chunk, piece of it, pieces of a chunk) of every row."""
     orders = plan.orders
     at = np.searchsorted([order.row for order in orders], ns, side="right") - 1
     row, chunk, pieces = (
@@ -98,11 +98,11 @@ class _Layout:
     """The shards of an epoch laid end to end."""
 
     shards: Int64s
-    """Shard indices in the epoch's order."""
+    """Shard indices in the order of the epoch."""
     begins: Int64s
-    """Chunks before each of them."""
+    """Number of chunks before each of them."""
     ends: Int64s
-    """Chunks up to and with each of them."""
+    """Number of chunks up to and including each of them."""
 
 
 @lru_cache(maxsize=256)
@@ -121,7 +121,7 @@ def _random(seed: int, a: int, b: int, c: int, count: int) -> npt.NDArray[np.uin
 
 
 def _locate_in(plan: DataPlan, source: int, indices: Int64s) -> tuple[Int64s, Int64s, Int64s]:
-    """(epoch, shard, row) of chunks number ``indices`` of a source."""
+    """Return (epoch, shard, row) of the chunks numbered ``indices`` of a source."""
     total = plan.sources[source].rows
     epochs, in_epoch = np.divmod(indices, total)
     segment, k = np.divmod(in_epoch, plan.lanes)[::-1]
@@ -141,7 +141,7 @@ def _locate_in(plan: DataPlan, source: int, indices: Int64s) -> tuple[Int64s, In
 
 
 def _mix(plan: DataPlan, chunks: Int64s) -> tuple[Int64s, Int64s]:
-    """(source, number within the source) of every chunk."""
+    """Return (source, number within the source) of every chunk."""
     if len(plan.sources) == 1:
         return np.zeros_like(chunks), chunks
     orders = np.searchsorted([s.chunk for s in plan.orders], chunks, side="right") - 1
@@ -162,14 +162,14 @@ def _mix(plan: DataPlan, chunks: Int64s) -> tuple[Int64s, Int64s]:
 
 
 def _first_slot(plan: DataPlan, order: int) -> Int64s:
-    """The first slot of every lane that belongs to a order."""
+    """Return the first slot of every lane that belongs to an order (D)."""
     lanes_D = np.arange(plan.lanes, dtype=np.int64)
     return (plan.orders[order].chunk - lanes_D + plan.lanes - 1) // plan.lanes
 
 
 @lru_cache(maxsize=8)
 def _passed(plan: DataPlan) -> tuple[Int64s, ...]:
-    """For every order, the slots of each source that each lane has passed before it (SD)."""
+    """Return, for every order, the slots of each source that each lane passes before it (SD)."""
     totals = [np.zeros((len(plan.sources), plan.lanes), np.int64)]
     for index in range(len(plan.orders) - 1):
         slots_D = _first_slot(plan, index + 1) - _first_slot(plan, index)
@@ -181,7 +181,7 @@ def _passed(plan: DataPlan) -> tuple[Int64s, ...]:
 def _block(
     plan: DataPlan, order: int, block: int
 ) -> tuple[npt.NDArray[np.uint16], npt.NDArray[np.uint32]]:
-    """Of every lane and slot of a block: the source, and how often it came before in the block."""
+    """Return, for every lane and slot of a block (DK), the source and its earlier uses there."""
     counts = plan.quotas[order]
     in_order_K = np.repeat(np.arange(len(counts), dtype=np.uint16), counts)
     keys = _random(plan.seed, block, 1 + order, 0, plan.lanes * plan.mix_block)
@@ -195,7 +195,7 @@ def _block(
 
 
 def _counts(plan: DataPlan, order: int, slots_D: Int64s) -> Int64s:
-    """How often each source comes in the first ``slots_D`` slots of each lane of a order (SD)."""
+    """Return the count of each source in the first ``slots_D`` slots of an order's lanes (SD)."""
     if len(plan.sources) == 1:
         return slots_D[None]
     blocks_D, rest_D = np.divmod(slots_D, plan.mix_block)
@@ -212,7 +212,7 @@ def _counts(plan: DataPlan, order: int, slots_D: Int64s) -> Int64s:
 
 
 def _taken(plan: DataPlan, n: int) -> Int64s:
-    """Chunks of each source that each lane has begun in the first ``n`` rows (SD)."""
+    """Return the chunks of each source that each lane has begun in the first ``n`` rows (SD)."""
     if n == 0:
         return np.zeros((len(plan.sources), plan.lanes), np.int64)
     order = [index for index, s in enumerate(plan.orders) if s.row < n][-1]
@@ -226,7 +226,7 @@ def _taken(plan: DataPlan, n: int) -> Int64s:
 
 
 def epochs_read(plan: DataPlan, step: int) -> dict[str, float]:
-    """How often each source has been read by the steps before ``step``."""
+    """Return how often the steps before ``step`` read each source, in epochs."""
     taken = _taken(plan, plan.first_row(step)).sum(axis=1).tolist()
     return {
         source.name: count / source.rows for source, count in zip(plan.sources, taken, strict=True)
@@ -234,8 +234,8 @@ def epochs_read(plan: DataPlan, step: int) -> dict[str, float]:
 
 
 def require_enough(plan: DataPlan, steps: int) -> None:
-    """Raise ValueError when ``steps`` steps would read a source more often than it may be, saying
-    which, and the step with which it runs out."""
+    """Raise ValueError when ``steps`` steps would read a source more often than it may be, naming
+    the source and the number of steps that it lasts for."""
 
     def too_far(s: int, step: int) -> bool:
         taken = _taken(plan, plan.first_row(step))[s]
@@ -257,9 +257,9 @@ def require_enough(plan: DataPlan, steps: int) -> None:
 
 
 def ranks_cut(n: int, batch: int, world: int, rank: int) -> range:
-    """The row numbers of one rank in the global batch of ``batch`` rows from row ``n`` on.
+    """Return the row numbers of one rank in the global batch of ``batch`` rows from row ``n`` on.
 
-    Raises ValueError when the ranks cannot have equal parts, saying which world sizes can.
+    Raises ValueError, naming the possible world sizes, when ``world`` does not divide the batch.
     """
     if batch % world:
         sizes = ", ".join(str(w) for w in range(1, batch + 1) if batch % w == 0)

@@ -1,9 +1,9 @@
-"""Datasets in an object store or behind a web server: fetched with retries, cached by content.
+"""Datasets in an object store or on a web server: downloaded with retries, cached by hash.
 
     s3://bucket/dataset   gs://...   http(s)://...     read through fsspec, a part at a time
 
     CACHE/index/HASH/      index.json and tokenizer of an address, fetched at every start
-    CACHE/shards/SHA256    a whole shard; its access time says who goes first when room is needed
+    CACHE/shards/SHA256    a whole shard; the least recently used is removed first
     CACHE/lock             held while room is made, and while a finished shard gets its name
 
 A shard is downloaded under a lock of its own, so one process of a machine does it and the others
@@ -31,23 +31,23 @@ from hourglass_dist.data.manifest import INDEX_FILE, Manifest, Shard, Split, dty
 from hourglass_dist.data.tokenizer import DESCRIPTION_FILE, MODEL_FILE
 
 PART_BYTES = 16 << 20
-"""Bytes asked for at a time."""
+"""Size of one read request, bytes."""
 FETCHERS = 4
-"""Shards that a rank fetches ahead at a time."""
+"""Number of shards that a rank downloads at a time."""
 ABANDONED_S = 3600.0
-"""Seconds after which a download that has not grown was left by a killed process."""
+"""Age after which a download that does not grow counts as abandoned, seconds."""
 GONE = -1.0
-"""The access time of shards that are not needed any more."""
+"""Access time given to shards that are not needed any more."""
 
 
 # --- one address ---------------------------------------------------------------------------------
 
 
 class Remote:
-    """A folder of an object store or web server."""
+    """Folder of an object store or web server."""
 
     def __init__(self, url: str, settings: CacheConfig) -> None:
-        """Raises ValueError for a scheme that is not known or whose package is not installed."""
+        """Open ``url``. Raises ValueError for an unknown scheme or a missing package."""
         self.url = url.rstrip("/")
         self._settings = settings
         if self.url.partition("://")[0] not in EXTRAS:
@@ -55,9 +55,9 @@ class Remote:
         self._system, _ = open_filesystem(self.url, settings.timeout_s)
 
     def read(self, name: str, start: int | None = None, end: int | None = None) -> bytes:
-        """Bytes ``start`` to ``end`` of a file, or all of it.
+        """Return the bytes ``start`` to ``end`` of a file, or all of it.
 
-        Tried again until the deadline, and raises ValueError, as ``retry`` says.
+        Retries until the deadline and raises ValueError, as ``retry`` describes.
         """
         from fsspec.asyn import sync
 
@@ -84,10 +84,10 @@ class Remote:
 
 
 class Cache:
-    """A folder of shards under their hashes, shared by all processes of a machine."""
+    """Folder of shards named by their hashes, shared by all processes of a machine."""
 
     def __init__(self, settings: CacheConfig) -> None:
-        """Raises OSError when the folder cannot be made or written."""
+        """Create the folder. Raises OSError when it cannot be made or written."""
         self.folder = Path(settings.dir)
         self._limit = int(settings.max_gb * 1e9)
         (self.folder / "shards").mkdir(parents=True, exist_ok=True)
@@ -96,10 +96,10 @@ class Cache:
         self._wanted: dict[str, int] = {}
 
     def want(self, shards: Sequence[Shard], of: Sequence[Shard]) -> None:
-        """Keep these of a split's shards, and give up the room of its others first.
+        """Keep ``shards`` of the split ``of``, and give up the room of its other shards first.
 
-        Raises ValueError when they do not fit, with those that the other ranks of this machine read
-        side by side.
+        Raises ValueError when they do not fit together with those that the other ranks of this
+        machine read side by side.
         """
         names = {shard.sha256: shard.bytes for shard in shards}
         for shard in of:
@@ -117,17 +117,17 @@ class Cache:
             )
 
     def holds(self, shard: Shard) -> bool:
-        """Whether a file of that name and size is there."""
+        """Return whether a file of that name and size exists."""
         try:
             return self._path(shard.sha256).stat().st_size == shard.bytes
         except FileNotFoundError:
             return False
 
     def open(self, shard: Shard, download: Callable[[int], None]) -> int:
-        """A descriptor of a shard's file, right to the last bit.
+        """Return a descriptor of a shard's file whose hash is right.
 
-        ``download`` writes it into a descriptor when it is not there, and refuses a wrong one.
-        Raises what it raises, and OSError when the disk is full.
+        ``download`` writes a missing shard into a descriptor and refuses a wrong one. Raises what
+        it raises, and OSError when the disk is full.
         """
         if (file := self._take(shard)) is not None:
             return file
@@ -142,7 +142,7 @@ class Cache:
         return file
 
     def _take(self, shard: Shard) -> int | None:
-        """Open a file that is there and right; remove one that is wrong."""
+        """Return a descriptor of a file with the right hash, or None; a wrong file is removed."""
         path = self._path(shard.sha256)
         try:
             file = os.open(path, os.O_RDONLY)
@@ -184,8 +184,8 @@ class Cache:
                 os.close(file)
 
     def _make_room(self, size: int, at_least: int = 0) -> None:
-        """Under the lock: remove files until ``size`` more bytes fit, and ``at_least`` so many:
-        first those that nobody needs, then those not used for longest, wanted ones never."""
+        """Remove files, under the lock, until ``size`` more bytes fit, and at least ``at_least``
+        bytes: first those that nobody needs, then the least recently used, never wanted ones."""
         files = []
         for path in (self.folder / "shards").iterdir():
             with contextlib.suppress(FileNotFoundError):
@@ -220,7 +220,7 @@ class Cache:
 
 
 def fetch_index(remote: Remote, cache: Cache) -> Manifest:
-    """Fetch the manifest and tokenizer of a dataset into the cache and load the manifest.
+    """Download a dataset's manifest and tokenizer into the cache and return the manifest.
 
     Raises ValueError when they are missing or damaged.
     """
@@ -240,7 +240,7 @@ def fetch_index(remote: Remote, cache: Cache) -> Manifest:
 
 
 class RemoteStore:
-    """The shards of a dataset elsewhere, through the cache."""
+    """Shards of a remote dataset, read through the cache."""
 
     def __init__(self, remote: Remote, manifest: Manifest, cache: Cache) -> None:
         self._remote, self._manifest, self._cache = remote, manifest, cache
@@ -250,15 +250,15 @@ class RemoteStore:
         self._fetchers = 0
 
     def check(self, split: Split, part: tuple[int, int], skip: Collection[str]) -> None:
-        """Nothing yet: every shard is hashed when it arrives."""
+        """Check nothing: every shard is hashed when it is downloaded."""
 
     def open(self, shard: Shard) -> int:
-        """Open a shard, after fetching it where that has not been done."""
+        """Return a descriptor of a shard, downloaded first if need be."""
         return self._cache.open(shard, lambda file: self._download(shard, file))
 
     def block(self, shard: Shard, index: int) -> bytes | None:
-        """The ids of one block while the shard is being fetched: a run begins with the blocks it
-        needs, not with all of its shards. What does not match its checksum waits for the shard."""
+        """Return the ids of one block of a shard that is still being downloaded, so that a run
+        starts early; None otherwise, and when the block does not match its checksum."""
         with self._wake:
             ahead = (other.sha256 for other in self._ahead)
             on_its_way = shard.sha256 in self._coming or shard.sha256 in ahead
@@ -270,7 +270,7 @@ class RemoteStore:
         return data if google_crc32c.value(data) == shard.crc32c[index] else None
 
     def expect(self, shards: Sequence[Shard]) -> None:
-        """Fetch these, in this order, by threads; keep them in the cache.
+        """Download these shards in this order, by threads, and keep them in the cache.
 
         Raises ValueError when the cache is too small for them.
         """
@@ -283,7 +283,7 @@ class RemoteStore:
                 threading.Thread(target=self._fetch, name="hourglass-fetch", daemon=True).start()
 
     def _fetch(self) -> None:
-        """Work off what is ahead; what goes wrong is told by whoever needs the shard."""
+        """Download the shards ahead; the reader that needs a shard raises its errors."""
         while True:
             with self._wake:
                 if not self._ahead:
@@ -297,7 +297,7 @@ class RemoteStore:
                 self._coming.discard(shard.sha256)
 
     def _download(self, shard: Shard, file: int) -> None:
-        """Write a shard into a file. Raises ValueError when what comes is another one, twice."""
+        """Write a shard into a file. Raises ValueError when its hash is wrong twice."""
         found = ""
         for _ in range(2):  # it may have been replaced while it was read
             digest = hashlib.sha256()

@@ -1,4 +1,4 @@
-"""Reading rows of shards by position: tar is never scanned, nothing is decoded."""
+"""Rows of shards, read by position without scanning or decoding the tar."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy.typing as npt
 from hourglass_dist.data.manifest import Manifest, Shard, Split, dtype_of
 
 IGNORED = -100
-"""The target of positions that are no text (padding)."""
+"""Target of positions that the loss ignores (padding)."""
 
 Int64s = npt.NDArray[np.int64]
 Ids = npt.NDArray[Any]
@@ -20,36 +20,36 @@ Ids = npt.NDArray[Any]
 
 
 class Store(Protocol):
-    """Where the shards of a dataset are."""
+    """Access to the shards of a dataset."""
 
     def check(self, split: Split, part: tuple[int, int], skip: Collection[str]) -> None:
-        """Raise ValueError when a shard is known not to be as the manifest says, as
-        ``Manifest.verify`` does."""
+        """Raise ValueError, as ``Manifest.verify`` does, when a shard is known to differ from the
+        manifest."""
 
     def open(self, shard: Shard) -> int:
-        """A descriptor of the whole file, which the caller closes. Raises ValueError or OSError."""
+        """Return a descriptor of a whole file, to be closed. Raises ValueError or OSError."""
 
     def block(self, shard: Shard, index: int) -> bytes | None:
-        """The ids of one block of a file that is still on its way; None when it can be opened, or
-        has to be waited for. Raises ValueError or OSError."""
+        """Return the ids of one block of a file that is still being downloaded; None when it can be
+        opened or must be waited for. Raises ValueError or OSError."""
 
     def expect(self, shards: Sequence[Shard]) -> None:
-        """These, and no others, are read from now on: fetch them, and give up the room of others
+        """Download these shards, the only ones read from now on, and give up the room of others
         first."""
 
 
 class LocalStore:
-    """Shards in a folder: they are there, or it is an error."""
+    """Shards in a local folder; a missing one is an error."""
 
     def __init__(self, manifest: Manifest) -> None:
         self._manifest = manifest
 
     def check(self, split: Split, part: tuple[int, int], skip: Collection[str]) -> None:
-        """Hash this part of the split's shards."""
+        """Verify this part of the split's shards (sha256)."""
         self._manifest.verify(split, part=part, skip=skip)
 
     def open(self, shard: Shard) -> int:
-        """Open the file."""
+        """Return a descriptor of the file. Raises ValueError when it is missing."""
         path = self._manifest.folder / shard.path
         try:
             return os.open(path, os.O_RDONLY)
@@ -57,17 +57,17 @@ class LocalStore:
             raise ValueError(f"{path}: missing shard: expected {shard.bytes} bytes") from None
 
     def block(self, shard: Shard, index: int) -> None:
-        """None: every file is there."""
+        """Return None: every file is complete."""
 
     def expect(self, shards: Sequence[Shard]) -> None:
-        """Nothing to do."""
+        """Do nothing, as local shards need no download."""
 
 
 class ShardReader:
     """Rows of a split by (shard, row), from at most ``max_open`` open files. Close it after use.
 
-    Rows are read, not mapped: what a process has mapped of a file that is cut or of a disk that
-    fails kills it without a word, and here it is an error with a name.
+    Rows are read and not memory-mapped. A mapped file that is cut, or whose disk fails, kills the
+    process without a message; a read raises an error that names the file.
 
     B: rows, L: tokens in a row, M = L + 1.
     """
@@ -81,7 +81,7 @@ class ShardReader:
         store: Store | None = None,
         skip: Collection[str] = (),
     ) -> None:
-        """``skip`` names shards whose rows are blank: they have no targets and are not read.
+        """Open a split; rows of the shards in ``skip`` have no targets and are not read.
 
         Raises ValueError when ``seq_len`` does not divide a block.
         """
@@ -102,9 +102,10 @@ class ShardReader:
         self._max_open = max_open
 
     def fill(self, ids_BM: Ids, places: Int64s, shards: Int64s, rows: Int64s) -> Int64s:
-        """Read rows into ``ids_BM[places]``: each with the id before its first target, which is eos
-        at the beginning of a block. Returns how many targets of each are no padding.
+        """Read rows into ``ids_BM[places]`` and return each row's number of targets that are no
+        padding.
 
+        A row begins with the id before its first target; in a block's first row that is eos.
         ``ids_BM`` is contiguous, of this reader's type. Raises ValueError or OSError, naming the
         shard, when a file is missing, ends early or cannot be read.
         """
@@ -134,7 +135,7 @@ class ShardReader:
         return np.where(blank, 0, real)
 
     def row(self, shard: int, row: int) -> tuple[Int64s, Int64s]:
-        """``(inputs_L, targets_L)`` of a row, as ``fill`` and ``split_rows`` have them."""
+        """Return ``(inputs_L, targets_L)`` of a row, as ``fill`` and ``split_rows`` make them."""
         ids_BM = np.empty((1, self.seq_len + 1), self.dtype)
         one = np.zeros(1, np.int64)
         real_B = self.fill(ids_BM, one, one + shard, one + row)
@@ -143,12 +144,12 @@ class ShardReader:
         return inputs_BL[0], targets_BL[0]
 
     def close(self) -> None:
-        """Close the shards."""
+        """Close all open shards."""
         while self._open:
             os.close(self._open.popitem()[1])
 
     def _block(self, shard: int, block: int) -> bytes | None:
-        """A block of a shard that is still on its way."""
+        """Return a block of a shard that is still being downloaded, else None."""
         if (known := self._early.get(shard, {}).get(block)) is not None:
             return known
         found = self._store.block(self._shards[shard], block)
@@ -173,9 +174,9 @@ class ShardReader:
 
 
 def split_rows(ids_BM: Ids, real_B: Int64s, inputs_BL: Int64s, targets_BL: Int64s) -> None:
-    """Rows as ``fill`` reads them into inputs and targets: each target with the token before it.
+    """Split rows read by ``fill`` into inputs and targets: each target with the token before it.
 
-    All but the first ``real_B`` targets of a row are -100.
+    Targets of a row after its first ``real_B`` are -100.
     """
     inputs_BL[:], targets_BL[:] = ids_BM[:, :-1], ids_BM[:, 1:]
     for i in np.flatnonzero(real_B < targets_BL.shape[1]):

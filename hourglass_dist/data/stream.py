@@ -3,7 +3,7 @@
     plan, step  ->  ranks_cut  ->  locate_many  ->  ShardReader.fill  ->  Batch, read ahead
 
 The whole state of a stream is the number of rows consumed by completed steps and the plan: nothing
-is remembered elsewhere, so a run goes on exactly where it was, on any number of ranks.
+is stored elsewhere, so a run continues exactly where it stopped, on any number of ranks.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ from hourglass_dist.data.order import Int64s, Locations, epochs_read, locate_man
 from hourglass_dist.data.shards import ShardReader, split_rows
 
 READ_AHEAD = 4
-"""Batches that wait, read, at most."""
+"""Maximum number of batches that are read ahead."""
 LOCATED_AT_ONCE = 16
-"""Steps whose rows are looked up together."""
+"""Number of steps whose rows are located together."""
 LOOK_AHEAD = 256
-"""Steps, at most, before its first row from which on a shard that lies elsewhere is fetched."""
+"""Maximum number of steps by which a remote shard is downloaded ahead of its first row."""
 
 
 class Stream:
-    """The training rows of one rank."""
+    """Stream of the training rows of one rank."""
 
     def __init__(
         self,
@@ -49,9 +49,10 @@ class Stream:
     ) -> None:
         """Verify this rank's share of the shards (size and sha256).
 
-        ``skip`` names shards (SOURCE/FILE) whose rows are blank; with ``isolate_documents`` batches
-        say which document each target belongs to; ``pin`` is for GPUs. Raises ValueError when a
-        shard is not as its manifest says, or ``world_size`` does not divide a batch of the plan.
+        Rows of shards in ``skip`` (SOURCE/FILE) have no targets. ``isolate_documents`` adds each
+        target's document to batches; ``pin`` uses page-locked memory, for GPUs. Raises ValueError
+        when a shard is not as in its manifest, or ``world_size`` does not divide a batch of the
+        plan.
         """
         for phase in plan.phases:
             ranks_cut(0, phase.batch_size, world_size, rank)
@@ -69,7 +70,7 @@ class Stream:
         return [path for source, _, path in parts if source == dataset.name]
 
     def batches(self, start_step: int = 0) -> Generator[Batch, None, None]:
-        """This rank's batches for ever, the first one that of ``start_step`` (0 is the first).
+        """Yield this rank's batches without end from ``start_step`` on (0 is the first step).
 
         A thread reads ahead; it ends when the generator is closed or collected.
         """
@@ -77,7 +78,7 @@ class Stream:
         return _read_ahead(self.read(start_step))
 
     def read(self, step: int) -> Generator[Batch, None, None]:
-        """As ``batches``, without a thread."""
+        """Yield the same as ``batches`` without a thread."""
         with ExitStack() as stack:
             readers: list[ShardReader] = []
             buffers = Buffers()
@@ -95,8 +96,8 @@ class Stream:
                 yield batch.pinned() if self._pin else batch
 
     def _located(self, step: int) -> Iterator[tuple[int, Int64s, Locations]]:
-        """(step, numbers of this rank's rows, where they are) from ``step`` on, for ever; found for
-        some steps at a time, which is faster."""
+        """Yield (step, numbers of this rank's rows, their positions) from ``step`` on, without end.
+        Rows are located for some steps at a time, which is faster."""
         while True:
             ns = [self._rows(s) for s in range(step, step + LOCATED_AT_ONCE)]
             ends = np.cumsum([len(rows) for rows in ns])[:-1]
@@ -108,13 +109,13 @@ class Stream:
             step += LOCATED_AT_ONCE
 
     def _rows(self, step: int) -> Int64s:
-        """The numbers of this rank's rows of a step."""
+        """Return the numbers of this rank's rows of a step."""
         n, batch_size = self.plan.first_row(step), self.plan.phase(step).batch_size
         cut = ranks_cut(n, batch_size, self._world_size, self._rank)
         return np.arange(cut.start, cut.stop, dtype=np.int64)
 
     def rows_of(self, step: int) -> range:
-        """The numbers of all ranks' rows of a step."""
+        """Return the numbers of all ranks' rows of a step."""
         return range(self.plan.first_row(step), self.plan.first_row(step + 1))
 
     def _readers(self, seq_len: int) -> list[ShardReader]:
@@ -126,18 +127,18 @@ class Stream:
         ]
 
     def epochs_read(self, step: int) -> dict[str, float]:
-        """How often each source has been read by the steps before ``step``."""
+        """Return how often the steps before ``step`` read each source, in epochs."""
         return epochs_read(self.plan, step)
 
     # State
 
     def state(self, step: int) -> dict[str, Any]:
-        """The state after ``step`` completed steps; survives JSON."""
+        """Return the state after ``step`` completed steps, for JSON."""
         skipped = [[row, list(names)] for row, names in self._history]
         return self._settings() | {"next_row": self.plan.first_row(step), "skipped": skipped}
 
     def resume(self, state: dict[str, Any], step: int) -> None:
-        """Go on after ``step`` steps from a state: shards skipped from here on are noted with it.
+        """Continue a state after ``step`` steps; newly skipped shards are recorded with their row.
 
         Raises ValueError, naming the field, when the state is of another stream than this one.
         """
@@ -160,7 +161,7 @@ class Stream:
         self._history = history
 
     def identity(self) -> dict[str, str]:
-        """What must be the same on every rank: the manifests, the plan and what it leaves out."""
+        """Return what must be the same on every rank: manifests, plan and skipped shards."""
         manifests = {f"dataset {d.name}": d.manifest.dataset_id for d in self._datasets}
         return manifests | {"the plan of the data": self.plan.hash, "skip_shards": str(self.skip)}
 
@@ -176,7 +177,7 @@ class Stream:
 
 
 class _Ahead:
-    """Tells stores elsewhere which shards a rank reads now and soon."""
+    """Announces to remote stores which shards a rank reads now and soon."""
 
     def __init__(
         self,
@@ -192,7 +193,7 @@ class _Ahead:
         self._until: dict[tuple[int, int], int] = {}
 
     def now_at(self, step: int) -> None:
-        """Look at a step and at those to come. Raises what ``Store.expect`` raises."""
+        """Announce the shards of a step and of later ones. Raises what ``Store.expect`` raises."""
         if not any(dataset.is_remote for dataset in self._datasets):
             return
         before = set(self._until)
@@ -214,7 +215,7 @@ class _Ahead:
 
 
 def require_known(skip: Collection[str], datasets: Sequence[Dataset]) -> None:
-    """Raise ValueError when ``skip`` names a training shard that is none, or all of a source."""
+    """Raise ValueError when ``skip`` names an unknown training shard, or all shards of a source."""
     known = {d.name: {s.path for s in d.manifest.split("train")} for d in datasets}
     for name in skip:
         source, _, path = name.partition("/")
@@ -256,7 +257,7 @@ def _batch(
 
 
 def _read_ahead(source: Generator[Batch, None, None]) -> Generator[Batch, None, None]:
-    """The items of the endless ``source``, read by a thread; what it raises is raised here."""
+    """Yield the items of the endless ``source``, read by a thread; raise its exceptions."""
     ready: queue.Queue[Batch | BaseException] = queue.Queue(READ_AHEAD)
     stop = threading.Event()
 
@@ -286,7 +287,7 @@ def _read_ahead(source: Generator[Batch, None, None]) -> Generator[Batch, None, 
             item = ready.get()
             if isinstance(item, Exception):
                 raise item
-            if isinstance(item, BaseException):  # its end is no end of this thread
+            if isinstance(item, BaseException):  # SystemExit there is an error here
                 raise OSError(f"the thread that reads data ended: {item!r}") from item
             yield replace(item, waited_s=time.perf_counter() - begun)
     finally:

@@ -1,4 +1,4 @@
-"""Text to ids and back: raw bytes and sentencepiece behind one small interface.
+"""Tokenizers, text to ids and back: raw bytes and sentencepiece with one interface.
 
     folder/tokenizer.json     kind, vocabulary size, end-of-text id, both hashes
     folder/tokenizer.model    the sentencepiece model (kind "sentencepiece" only)
@@ -6,8 +6,8 @@
 Every tokenizer is lossless: ``decode(encode(text)) == text``, and the byte lengths of the ids of a
 text sum to its length in UTF-8. That makes bits per byte exact and comparable across tokenizers.
 
-The fingerprint (hash of the model file, hash of what every id stands for) travels in shards,
-checkpoints and exports; ``require_same`` compares two of them wherever they meet.
+The fingerprint (hash of the model file, hash of what every id stands for) is stored in shards,
+checkpoints and exports; ``require_same`` compares two fingerprints.
 """
 
 from __future__ import annotations
@@ -29,63 +29,63 @@ from hourglass_dist.config.loader import ConfigError, Section, parse
 from hourglass_dist.core.files import replace
 
 Ids = npt.NDArray[np.unsignedinteger[Any]]
-"""Token ids, flat: uint8 for bytes, uint32 for sentencepiece."""
+"""Flat array of token ids: uint8 for bytes, uint32 for sentencepiece."""
 
 DESCRIPTION_FILE = "tokenizer.json"
 MODEL_FILE = "tokenizer.model"
 STRETCH = 4096
-"""Characters that sentencepiece encodes at once, at most. Long texts would cost memory, time (BPE)
-and precision: it adds up scores in fp32."""
+"""Maximum number of characters that sentencepiece encodes at once. Longer texts would cost memory,
+time (BPE) and precision, as it adds up scores in fp32."""
 
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """What makes two tokenizers the same: equal fingerprints give equal ids for every text."""
+    """Identity of a tokenizer: equal fingerprints give equal ids for every text."""
 
     __pydantic_config__ = ConfigDict(extra="forbid")
 
     model_sha256: str
-    """Of the model file (bytes have none: of a fixed word)."""
+    """sha256 (hex) of the model file (for bytes, of the word ``bytes``)."""
     vocab_sha256: str
-    """Of the end-of-text id and the bytes that every id stands for."""
+    """sha256 (hex) of the end-of-text id and the bytes that every id stands for."""
 
 
 class Tokenizer(Protocol):
-    """What the rest of the project knows of a tokenizer."""
+    """Interface of a tokenizer."""
 
     @property
     def name(self) -> str:
-        """``bytes`` or ``sentencepiece``."""
+        """Kind of the tokenizer: ``bytes`` or ``sentencepiece``."""
 
     @property
     def vocab_size(self) -> int:
-        """Ids are 0 ... vocab_size - 1."""
+        """Number of ids, which are 0 ... vocab_size - 1."""
 
     @property
     def eos_id(self) -> int:
-        """Ends every document."""
+        """Id that ends every document."""
 
     @property
     def fingerprint(self) -> Fingerprint:
-        """The identity of this tokenizer."""
+        """Fingerprint of this tokenizer."""
 
     def encode(self, text: str) -> Ids:
-        """The ids of ``text``, without an end-of-text id. Raises ValueError for lone surrogates."""
+        """Return the ids of ``text``, without eos. Raises ValueError for lone surrogates."""
 
     def encode_utf8(self, data: bytes) -> Ids:
-        """The ids of text given as UTF-8."""
+        """Return the ids of text given as UTF-8."""
 
     def encode_prompt(self, data: bytes) -> list[int]:
-        """The ids of raw bytes. Raises ValueError when they are no UTF-8 and have to be."""
+        """Return the ids of raw bytes. Raises ValueError for UTF-8 that is invalid but required."""
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        """The bytes that ids stand for; specials are none. Raises ValueError for an unknown id."""
+        """Return the bytes of ids; specials have none. Raises ValueError for an unknown id."""
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of ids; bytes that are no UTF-8 become U+FFFD."""
+        """Return the text of ids; invalid UTF-8 becomes U+FFFD."""
 
     def byte_lengths(self) -> npt.NDArray[np.int64]:
-        """How many bytes of text each id stands for (0 for specials), of length vocab_size."""
+        """Return the number of bytes of text of every id (0 for specials), of length vocab_size."""
 
     def save(self, folder: Path) -> None:
         """Write the files that ``load_tokenizer`` reads into an existing folder."""
@@ -105,7 +105,7 @@ def require_same(a: Fingerprint, b: Fingerprint, what_a: str, what_b: str) -> No
 
 
 class _TableTokenizer:
-    """What both kinds share: everything that follows from a table of id -> bytes."""
+    """Base of both kinds: everything that follows from a table of id -> bytes."""
 
     name: str
 
@@ -119,7 +119,7 @@ class _TableTokenizer:
         self.fingerprint = Fingerprint(hashlib.sha256(model).hexdigest(), vocabulary.hexdigest())
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        """The bytes that ids stand for; specials are none. Raises ValueError for an unknown id."""
+        """Return the bytes of ids; specials have none. Raises ValueError for an unknown id."""
         listed = [int(i) for i in ids]
         for i in listed:
             if not 0 <= i < self.vocab_size:
@@ -127,11 +127,11 @@ class _TableTokenizer:
         return b"".join(self._table[i] for i in listed)
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of ids; bytes that are no UTF-8 become U+FFFD."""
+        """Return the text of ids; invalid UTF-8 becomes U+FFFD."""
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
     def byte_lengths(self) -> npt.NDArray[np.int64]:
-        """How many bytes of text each id stands for (0 for specials), of length vocab_size."""
+        """Return the number of bytes of text of every id (0 for specials), of length vocab_size."""
         return np.array([len(entry) for entry in self._table], dtype=np.int64)
 
     def save(self, folder: Path) -> None:
@@ -142,7 +142,7 @@ class _TableTokenizer:
 
 
 class ByteTokenizer(_TableTokenizer):
-    """Ids are the bytes of UTF-8. Of those that UTF-8 never uses, 0xFF ends a document."""
+    """Tokenizer whose ids are the bytes of UTF-8; 0xFF, which UTF-8 never uses, ends a document."""
 
     name = "bytes"
 
@@ -152,37 +152,36 @@ class ByteTokenizer(_TableTokenizer):
         super().__init__(table, eos_id, model=b"bytes")
 
     def encode(self, text: str) -> Ids:
-        """The UTF-8 of ``text`` as uint8. Raises ValueError for lone surrogates."""
+        """Return the UTF-8 of ``text`` as uint8. Raises ValueError for lone surrogates."""
         return np.frombuffer(_utf8(text), dtype=np.uint8)
 
     def encode_utf8(self, data: bytes) -> Ids:
-        """The bytes themselves."""
+        """Return the bytes as uint8 ids."""
         return np.frombuffer(data, dtype=np.uint8)
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        """The bytes, without end-of-text ids. Raises ValueError for an unknown id."""
+        """Return the bytes, without end-of-text ids. Raises ValueError for an unknown id."""
         if isinstance(ids, np.ndarray) and ids.dtype == np.uint8:  # many times as fast
             return bytes(ids[ids != self.eos_id].data)
         return super().decode_bytes(ids)
 
     def encode_prompt(self, data: bytes) -> list[int]:
-        """Any bytes, as they are."""
+        """Return the bytes as ids; any bytes are allowed."""
         return list(data)
 
 
 class SentencePieceTokenizer(_TableTokenizer):
-    """A sentencepiece model with byte fallback, no dummy prefix and no normalisation.
+    """Sentencepiece model with byte fallback, no dummy prefix and no normalisation.
 
-    U+2581 goes past the model: it is how sentencepiece writes a space, so a real one would come
-    back as a space, and is spelled in its three bytes. Other text is encoded in stretches of whole
-    lines; no piece spans two lines. A line longer than a stretch is cut, before a space if it can
-    be.
+    U+2581 is encoded as its three bytes, without the model: sentencepiece writes a space that way,
+    so a real U+2581 would come back as a space. Other text is encoded in stretches of whole lines;
+    no piece spans two lines. A line longer than a stretch is cut, before a space if possible.
     """
 
     name = "sentencepiece"
 
     def __init__(self, model: bytes, source: str) -> None:
-        """``source`` names the model in messages. Raises ValueError for a model that loses text."""
+        """Load ``model``, called ``source`` in messages. Raises ValueError if it loses text."""
         try:
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
         except (RuntimeError, TypeError):
@@ -200,7 +199,7 @@ class SentencePieceTokenizer(_TableTokenizer):
         self._require_lossless(source)
 
     def encode(self, text: str) -> Ids:
-        """The ids of ``text`` as uint32. Raises ValueError for lone surrogates."""
+        """Return the ids of ``text`` as uint32. Raises ValueError for lone surrogates."""
         _utf8(text)
         ids: list[npt.NDArray[np.int32]] = []
         for number, part in enumerate(text.split("\u2581")):
@@ -209,11 +208,11 @@ class SentencePieceTokenizer(_TableTokenizer):
         return np.concatenate(ids).view(np.uint32) if ids else np.zeros(0, np.uint32)
 
     def encode_utf8(self, data: bytes) -> Ids:
-        """The ids of text given as UTF-8."""
+        """Return the ids of text given as UTF-8."""
         return self.encode(str(data, "utf-8"))
 
     def encode_prompt(self, data: bytes) -> list[int]:
-        """The ids of UTF-8 bytes. Raises ValueError naming the first byte that is none."""
+        """Return the ids of UTF-8 bytes. Raises ValueError naming the first invalid byte."""
         try:
             text = data.decode("utf-8")
         except UnicodeDecodeError as error:
@@ -239,7 +238,7 @@ class SentencePieceTokenizer(_TableTokenizer):
 
 
 def _stretches(text: str) -> Iterator[str]:
-    """``text`` in stretches that are encoded one by one."""
+    """Yield ``text`` in stretches that are encoded one by one."""
     begin = 0
     while len(text) - begin > STRETCH:
         end = text.rfind("\n", begin, begin + STRETCH) + 1
@@ -252,13 +251,13 @@ def _stretches(text: str) -> Iterator[str]:
 
 
 def _byte_pieces(processor: Any) -> dict[int, int]:
-    """Byte -> the id of its fallback piece ``<0x..>``."""
+    """Return byte -> the id of its fallback piece ``<0x..>``."""
     ids = (i for i in range(processor.vocab_size()) if processor.is_byte(i))
     return {int(processor.id_to_piece(i)[1:-1], 16): i for i in ids}
 
 
 def _piece_bytes(processor: Any, bytes_at: dict[int, int]) -> list[bytes]:
-    """The bytes of text that every id stands for."""
+    """Return the bytes of text that every id stands for."""
     table = []
     for i in range(processor.vocab_size()):
         special = processor.is_control(i) or processor.is_unknown(i) or processor.is_unused(i)
@@ -282,7 +281,7 @@ def _utf8(text: str) -> bytes:
 
 
 class _Description(Section):
-    """The content of tokenizer.json."""
+    """Content of tokenizer.json."""
 
     kind: Literal["bytes", "sentencepiece"]
     vocab_size: int
@@ -292,9 +291,9 @@ class _Description(Section):
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
-    """The tokenizer saved in a folder (of a dataset, an export, or 'hourglass data tokenizer').
+    """Return the tokenizer saved in a folder (of a dataset, export, or 'hourglass data tokenizer').
 
-    Raises ValueError when it is missing, unreadable, or not the one that its hashes describe.
+    Raises ValueError when it is missing, unreadable, or does not match its hashes.
     """
     path = folder / DESCRIPTION_FILE
     if not path.is_file():
@@ -325,16 +324,16 @@ def load_tokenizer(folder: Path) -> Tokenizer:
 
 
 class StreamDecoder:
-    """Ids in, text out, one by one: a character appears when its last byte has come."""
+    """Incremental decoder of ids: a character is returned once its last byte has come."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def feed(self, ids: Iterable[int]) -> str:
-        """The text that ``ids`` complete."""
+        """Return the text that ``ids`` complete."""
         return self._decoder.decode(self._tokenizer.decode_bytes(ids))
 
     def flush(self) -> str:
-        """U+FFFD when the ids so far end inside a character, else nothing."""
+        """Return U+FFFD when the ids so far end inside a character, else nothing."""
         return self._decoder.decode(b"", final=True)

@@ -1,8 +1,8 @@
-"""Writing shards: tokens -> blocks of T tokens -> WebDataset tars, each whole or not there.
+"""Writing of shards: tokens -> blocks of T tokens -> WebDataset tars, each complete or absent.
 
-    require_ids    ids that are no document's: unknown ones, an end-of-text inside
-    cut_blocks     the tokens of a shard, an eos after every document, as blocks
-    write_shard    blocks into a tar: temporary name, fsync, rename
+    require_ids    refuses unknown ids, and an end-of-text id inside a document
+    cut_blocks     cuts the tokens of a shard, an eos after every document, into blocks
+    write_shard    writes blocks into a tar: temporary name, fsync, rename
 
 The same documents give the same bytes. Memory holds the blocks of one shard.
 """
@@ -28,20 +28,20 @@ from hourglass_dist.data.tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class Block:
-    """T tokens and what they are."""
+    """Block of T tokens with its documents."""
 
     tokens_T: npt.NDArray[Any]
     ends: npt.NDArray[np.uint32]
-    """The position after the eos of every document that ends here."""
+    """Positions in the block after the eos of every document that ends there."""
     first_document: int
-    """The number, within the split, of the document that the first token is of."""
+    """Number, within the split, of the document of the first token."""
     tokens: int
-    """How many of the T tokens are no padding."""
+    """Number of tokens without padding."""
 
 
 def require_ids(ids: npt.NDArray[Any], tokenizer: Tokenizer) -> None:
-    """Raise ValueError naming the first id that no document may have: one that the tokenizer does
-    not know (it might not fit the type of the shard), or its end-of-text id."""
+    """Raise ValueError naming the first id that no document may have: an unknown id (it might not
+    fit the type of the shard), or the end-of-text id."""
     ends = ids == tokenizer.eos_id
     if ids.max(initial=0) < tokenizer.vocab_size and not ends.any():
         return
@@ -59,7 +59,7 @@ def cut_blocks(
     block_tokens: int,
     eos_id: int,
 ) -> list[Block]:
-    """The blocks of a shard; the last one is padded with eos when ``tokens`` do not fill it.
+    """Return the blocks of a shard; a last block that ``tokens`` do not fill is padded with eos.
 
     ``ends`` are the positions after every eos; ``first_document`` is the number of the document
     that ``tokens`` begin with.
@@ -85,9 +85,9 @@ def write_shard(
     source: str,
     tokenizer: Tokenizer,
 ) -> Shard:
-    """Write ``SPLIT-NUMBER.tar`` into a folder; returns its manifest entry.
+    """Write ``SPLIT-NUMBER.tar`` into a folder and return its manifest entry.
 
-    ``source`` stands in every sample.
+    ``source`` is stored in every sample.
     """
     path = folder / f"{split}-{number:06d}.tar"
     unfinished = path.with_name(f".{path.name}.unfinished")
@@ -98,7 +98,7 @@ def write_shard(
     with unfinished.open("wb", buffering=1 << 20) as file:
         sha256 = _write_tar(file, samples)
     sync(unfinished)
-    with tarfile.open(unfinished) as tar:  # read back: where the members really are
+    with tarfile.open(unfinished) as tar:  # read back the real offsets of the members
         offsets = tuple(m.offset_data for m in tar if f".tokens.{dtype}" in m.name)
     shard = Shard(
         path=path.name,
@@ -117,7 +117,7 @@ def write_shard(
 
 
 def text_bytes(ids: npt.NDArray[Any], tokenizer: Tokenizer) -> int:
-    """UTF-8 bytes that ids stand for."""
+    """Return the number of UTF-8 bytes of text that ids stand for."""
     lengths_V = tokenizer.byte_lengths()
     if tokenizer.name == "bytes":
         return len(ids) - int(np.count_nonzero(ids == tokenizer.eos_id))
@@ -125,7 +125,7 @@ def text_bytes(ids: npt.NDArray[Any], tokenizer: Tokenizer) -> int:
 
 
 class _Hashing:
-    """A file that hashes what is written to it."""
+    """Writable file that hashes what is written to it."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file, self.sha256 = file, hashlib.sha256()
@@ -136,8 +136,8 @@ class _Hashing:
 
 
 def _write_tar(file: BinaryIO, samples: Sequence[dict[str, Any]]) -> str:
-    """Write samples as WebDataset does; returns the sha256 of the file."""
-    import webdataset  # it imports torch, a second that other data commands need not wait
+    """Write samples as WebDataset does and return the sha256 (hex) of the file."""
+    import webdataset  # here, as it imports torch, which takes a second
 
     hashing = _Hashing(file)
     with webdataset.TarWriter(hashing, encoder=False, mtime=0) as tar:
