@@ -1,9 +1,9 @@
-"""How fast one core prepares text, beside what sentencepiece alone needs to encode it.
+"""Speed of preparing text on one core, compared with sentencepiece's own encoding alone.
 
-The same documents, in turn, round after round: sentencepiece's own ``encode`` of each, and all
-steps of a pipeline without filters, from JSON lines to shards. Times are processor seconds of this
-process, so what else runs on the machine matters little; a ratio is the median of those of the
-rounds, and the round before the first does not count.
+Every round runs both on the same documents: sentencepiece's own ``encode``, then all steps of a
+pipeline without filters, from JSON lines to shards. Times are processor seconds of this process, so
+other load on the machine matters little. A ratio is the median over the rounds; a warm-up round
+before the first does not count.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ TRAINING_LINES = 20_000
 def bench_prepare(
     inputs: Sequence[Path], kinds: Sequence[str], megabytes: int, rounds: int, show: Show = silent
 ) -> list[str]:
-    """Lines with MB/s per core of every kind of tokenizer. Raises ValueError for bad inputs."""
+    """Return lines with MB/s per core by kind of tokenizer. Raises ValueError for bad inputs."""
     documents = _documents(inputs, megabytes)
     size = sum(len(document.encode()) for document in documents) / 1e6
     lines = [
@@ -59,7 +59,7 @@ def bench_prepare(
 
 
 def _documents(inputs: Sequence[Path], megabytes: int) -> list[str]:
-    """Text of the inputs in pieces of 3,000 characters, repeated until there is enough."""
+    """Return the inputs' text in pieces of 3,000 characters, repeated up to ``megabytes`` MB."""
     texts = [text for path in find_inputs(inputs) for text in read_documents(path, None, "text")]
     pieces = [
         text[begin : begin + DOCUMENT_CHARACTERS]
@@ -73,7 +73,7 @@ def _documents(inputs: Sequence[Path], megabytes: int) -> list[str]:
 
 
 def _model(kind: str, documents: Sequence[str], folder: Path) -> bytes | None:
-    """A new sentencepiece model, saved into a folder; none for bytes."""
+    """Train a sentencepiece model, save it in a folder and return it; None for bytes."""
     if kind == "bytes":
         return None
     lines = [line for document in documents[:4000] for line in lines_of(document)]
@@ -92,7 +92,7 @@ def _raw_seconds(model: bytes, documents: Sequence[str]) -> float:
 
 
 def _step_seconds(kind: str, corpus: Path, scratch: Path) -> dict[str, float]:
-    """Processor seconds of every step of a pipeline that is run in this process."""
+    """Return the processor time of every pipeline step run in this process, seconds."""
     with tempfile.TemporaryDirectory(dir=scratch) as out:
         wanted = {"kind": "bytes"}
         if kind != "bytes":

@@ -1,4 +1,4 @@
-"""``hourglass data ...``: thin. What a command does lives in the module of its name."""
+"""Commands of ``hourglass data``; the module of a command's name does its work."""
 
 from __future__ import annotations
 
@@ -144,7 +144,7 @@ def _unescape(separator: str | None) -> str | None:
 
 
 def _summary(manifest: Manifest) -> str:
-    """One line about a dataset."""
+    """Return one line about a dataset."""
     parts = []
     for split in SPLITS:
         shards = [shard for shard in manifest.shards if shard.split == split]
@@ -191,9 +191,9 @@ def prepare(
         bool, typer.Option("--describe", help="Say what a setting, or every setting, means.")
     ] = False,
 ) -> None:
-    """Make datasets of a corpus of any size: clean, without duplicates, shuffled.
+    """Make shuffled datasets of a corpus of any size, cleaned and without duplicates.
 
-    Runs on the cores of this machine, a Ray cluster or Slurm, and goes on where it was stopped.
+    Runs on the cores of this machine, a Ray cluster or Slurm, and continues where it was stopped.
 
     Example: hourglass data prepare bytes out=data/bytes
 
@@ -237,7 +237,7 @@ def inspect(
     split: Annotated[Split, typer.Option(help="Whose documents and rows.")] = "train",
     characters: Annotated[int, typer.Option(help="Of each document, at most.", min=1)] = 400,
 ) -> None:
-    """Say what is in a dataset.
+    """Print the facts of a dataset, and documents and rows of it on request.
 
     Example: hourglass data inspect data/try --show 1
     """
@@ -280,7 +280,7 @@ def diff(
     a: Annotated[Path, typer.Argument(help="A dataset folder.")],
     b: Annotated[Path, typer.Argument(help="Another one.")],
 ) -> None:
-    """Say what differs between two datasets: recipe, tokenizer, documents. Exit code 1 if any does.
+    """Print how two datasets differ: recipe, tokenizer, documents. Exit code 1 if they do.
 
     Example: hourglass data diff data/try data/try
     """
@@ -296,7 +296,7 @@ def merge(
     out: Annotated[Path, typer.Option(help="The new dataset folder.")],
     seed: Annotated[int, typer.Option(help="Of the shuffle of documents.", min=0)] = 0,
 ) -> None:
-    """Make one dataset of several, shuffled all together. Nothing is encoded again.
+    """Merge several datasets into one, all documents shuffled together. Nothing is encoded again.
 
     Example: hourglass data merge data/try data/small --out data/merged
     """
@@ -311,7 +311,7 @@ def split_command(
     second: Annotated[Path, typer.Option(help="The new dataset with the rest.")],
     fraction: Annotated[float, typer.Option(help="Of the documents, by content.")] = 0.1,
 ) -> None:
-    """Make two datasets of one, by the content of documents. Nothing is encoded again.
+    """Split a dataset into two by the content of its documents. Nothing is encoded again.
 
     Example:
 
@@ -343,7 +343,7 @@ def export_text(
     out: Annotated[Path, typer.Option(help="The new file, .jsonl or .jsonl.zst.")],
     split: Annotated[Split, typer.Option(help="Whose documents.")] = "train",
 ) -> None:
-    """Write the documents of a dataset as JSON lines, as they went in.
+    """Write the documents of a dataset as JSON lines, unchanged.
 
     Example: hourglass data export-text data/try --out try.jsonl
     """
@@ -369,7 +369,7 @@ def bench_prepare(
     megabytes: Annotated[int, typer.Option(help="Text in a round.", min=1)] = 20,
     rounds: Annotated[int, typer.Option(help="Rounds that count.", min=1)] = 3,
 ) -> None:
-    """Say how fast one core prepares text, beside what sentencepiece alone needs to encode it.
+    """Measure how fast one core prepares text, compared with sentencepiece's own encoding alone.
 
     Example: hourglass bench prepare tinyshakespeare --megabytes 10
     """

@@ -1,4 +1,4 @@
-"""One line on stderr about how far a long step is."""
+"""One line of progress on stderr during a long step."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 LOG_EVERY_S = 30.0
 
 Show = Callable[[str], None]
-"""Shows a line over the line before."""
+"""Function that shows a line in place of the line before."""
 
 
 def silent(line: str) -> None:
@@ -22,8 +22,8 @@ def silent(line: str) -> None:
 
 @contextmanager
 def live_line() -> Iterator[Show]:
-    """A function that shows a line on stderr: over the one before on a terminal, else one for the
-    log every 30 seconds."""
+    """Yield a function that shows a line on stderr: in place of the last one on a terminal, else as
+    a new line at most every 30 seconds."""
     console = Console(stderr=True)
     shown = time.monotonic()
 

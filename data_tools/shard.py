@@ -1,4 +1,4 @@
-"""The short way from a corpus to a dataset: ``prepare`` without filters, in one process.
+"""``hourglass data shard``: a corpus becomes a dataset without filters, in one process.
 
     inputs -> documents -> parts of a split -> ids -> datasets/write.py
 
@@ -30,15 +30,15 @@ from hourglass_dist.data.tokenizer import Tokenizer
 
 @dataclass
 class SplitCounts:
-    """What has been read so far, for one split."""
+    """Counts of what has been read for one split."""
 
     documents: int = 0
     tokens: int = 0
-    """With one end-of-text token per document."""
+    """Number of tokens, one end-of-text token per document included."""
     text_bytes: int = 0
 
     def add(self, tokens: int, text_bytes: int) -> None:
-        """Count a document."""
+        """Add one document with its tokens and bytes of text."""
         self.documents += 1
         self.tokens += tokens
         self.text_bytes += text_bytes
@@ -46,7 +46,7 @@ class SplitCounts:
 
 @dataclass
 class ReadCounts:
-    """How far the reading is."""
+    """Counts of what has been read."""
 
     files: int = 0
     empty_documents: int = 0
@@ -56,12 +56,12 @@ class ReadCounts:
 
     @property
     def documents(self) -> int:
-        """Documents, or parts of them, that were not empty."""
+        """Number of non-empty documents, or parts of them."""
         return sum(counts.documents for counts in self.splits.values())
 
     @property
     def text_bytes(self) -> int:
-        """UTF-8 bytes of all text."""
+        """Number of UTF-8 bytes of all text."""
         return sum(counts.text_bytes for counts in self.splits.values())
 
     def __str__(self) -> str:
@@ -71,7 +71,7 @@ class ReadCounts:
 
 @dataclass(frozen=True)
 class DatasetSpec:
-    """A dataset to be made of a corpus."""
+    """Inputs and recipe of a dataset to be made."""
 
     inputs: tuple[Path, ...]
     rule: Rule
@@ -91,7 +91,7 @@ def plan_dataset(
     shard_blocks: int = 64,
     source: str | None = None,
 ) -> DatasetSpec:
-    """Find the inputs and settle the recipe. Raises ValueError for anything that cannot work."""
+    """Return a dataset's input files and recipe. Raises ValueError for impossible options."""
     if separator == "":
         raise ValueError("--separator: expected at least one character, given none")
     rule = parse_rule(held_out)
@@ -110,7 +110,7 @@ def plan_dataset(
 
 
 def find_finished(spec: DatasetSpec, out: Path) -> Manifest | None:
-    """The dataset of this spec when ``out`` already holds it; None when ``out`` is free.
+    """Return the dataset in ``out`` if it is of this spec; None when ``out`` does not exist.
 
     Raises ValueError when ``out`` holds anything else, naming what differs.
     """
@@ -133,7 +133,7 @@ def find_finished(spec: DatasetSpec, out: Path) -> Manifest | None:
 
 
 def count(spec: DatasetSpec, show: Show = silent) -> ReadCounts:
-    """Read and encode everything, write nothing."""
+    """Read and encode everything without writing; return the counts."""
     counts = ReadCounts()
     for _ in _encoded(spec, counts, show):
         pass
@@ -142,7 +142,7 @@ def count(spec: DatasetSpec, show: Show = silent) -> ReadCounts:
 
 
 def make_dataset(spec: DatasetSpec, out: Path, show: Show = silent) -> Manifest:
-    """Write the dataset to the new folder ``out``.
+    """Write the dataset to the new folder ``out`` and return its manifest.
 
     Raises ValueError, leaving nothing behind, when the inputs are damaged or have no text.
     """
@@ -158,7 +158,7 @@ def make_dataset(spec: DatasetSpec, out: Path, show: Show = silent) -> Manifest:
 
 
 def _encoded(spec: DatasetSpec, counts: ReadCounts, show: Show) -> Iterator[Piece]:
-    """(split, shuffle key, ids, content hash) of every part of every document."""
+    """Yield (split, shuffle key, ids, content hash) of every part of every document."""
     number = 0
     for path in spec.inputs:
         for document in read_documents(path, spec.recipe.separator, spec.recipe.text_field):

@@ -1,11 +1,11 @@
-"""Training a sentencepiece tokenizer that loses nothing, the same one every time.
+"""Reproducible training of a lossless sentencepiece tokenizer.
 
     inputs -> documents -> lines of at most 4,192 bytes -> a draw of them -> sentencepiece
     -> tokenizer.json, tokenizer.model
 
-Byte fallback spells what no piece covers; there is no dummy prefix and no normalisation. The result
-depends on the order of the input and on the number of threads, so both are fixed. The draw is made
-here: that of sentencepiece (0.2.3) is another one in every process, whatever seed it is given.
+Byte fallback encodes what no piece covers; there is no dummy prefix and no normalisation. The
+result depends on the order of the input and on the number of threads, so both are fixed. Lines are
+drawn here: sentencepiece (0.2.3) draws others in every process, whatever seed it is given.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from hourglass_dist.data.tokenizer import SentencePieceTokenizer, Tokenizer
 Kind = Literal["unigram", "bpe"]
 
 MAX_LINE_BYTES = 4192
-"""sentencepiece leaves longer lines out; here they are cut."""
+"""Maximum bytes of a line: longer ones, which sentencepiece leaves out, are cut."""
 _BETWEEN = re.compile("[\n\t\0\u2581\u2585]")
-"""Characters that never stand inside a piece: two are reserved by sentencepiece."""
+"""Characters that never occur inside a piece: two are reserved by sentencepiece."""
 
 
 def train_tokenizer(
@@ -44,9 +44,9 @@ def train_tokenizer(
     seed: int = 0,
     show: Show = silent,
 ) -> Tokenizer:
-    """Train on ``inputs`` and write the new folder ``out``.
+    """Train on ``inputs``, write the new folder ``out`` and return the tokenizer.
 
-    ``max_lines`` lines, drawn at random by ``seed``, are used at most. Raises ValueError when
+    At most ``max_lines`` lines are used, drawn at random by ``seed``. Raises ValueError when
     ``out`` exists, the inputs are damaged or have no text, or sentencepiece cannot make
     ``vocab_size`` pieces of them.
     """
@@ -67,10 +67,10 @@ def train_tokenizer(
 def train_on(
     lines: Sequence[str], kind: Kind, vocab_size: int, option: str = "--vocab-size"
 ) -> bytes:
-    """A sentencepiece model of exactly these lines, which are not empty.
+    """Return a sentencepiece model of exactly these lines, none of them empty.
 
-    Raises ValueError, naming the ``option`` that gave ``vocab_size``, when they are too few or too
-    many for it.
+    Raises ValueError, naming the ``option`` that gave ``vocab_size``, when the lines are too few or
+    too many for it.
     """
     if not lines:
         raise ValueError("the tokenizer has no text to be trained on")
@@ -81,7 +81,7 @@ def train_on(
             model_writer=model,
             model_type=kind,
             vocab_size=vocab_size,
-            input_sentence_size=max(len(lines), 1000),  # it wants more than 100
+            input_sentence_size=max(len(lines), 1000),  # must exceed 100
             shuffle_input_sentence=False,
             max_sentence_length=MAX_LINE_BYTES,
             num_threads=1,
@@ -103,7 +103,7 @@ def train_on(
 
 
 def lines_of(document: str) -> Iterator[str]:
-    """Its lines, cut to what sentencepiece takes; none is empty."""
+    """Yield the non-empty lines of a document, cut to at most ``MAX_LINE_BYTES`` bytes."""
     longest = MAX_LINE_BYTES // 4  # characters: none has more than four bytes
     for line in _BETWEEN.split(document):
         for begin in range(0, len(line), longest):
@@ -111,7 +111,7 @@ def lines_of(document: str) -> Iterator[str]:
 
 
 def _draw(lines: Iterable[str], size: int, seed: int, show: Show) -> list[str]:
-    """``size`` of the lines in their order, all with the same chance (reservoir sampling)."""
+    """Return ``size`` of the lines in their order, each equally likely (reservoir sampling)."""
     random = Random(seed)
     drawn: list[tuple[int, str]] = []
     for number, line in enumerate(lines):
@@ -125,7 +125,7 @@ def _draw(lines: Iterable[str], size: int, seed: int, show: Show) -> list[str]:
 
 
 def _explain(error: RuntimeError, vocab_size: int, lines: int, option: str) -> str:
-    """sentencepiece's complaint as a sentence about the option that the user gave."""
+    """Return sentencepiece's error as a message about the option that the user gave."""
     message = str(error)
     if limit := re.search(r"set it to a value <= (\d+)", message):
         return f"{option}: expected at most {limit[1]} for this corpus, given {vocab_size}"

@@ -1,4 +1,4 @@
-"""The samples of a shard, read as any WebDataset tool would: from the tar, without the manifest."""
+"""Samples of a shard, read from the tar without the manifest, as any WebDataset tool would."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ from hourglass_dist.data.manifest import DTypeName, dtype_of
 
 @dataclass(frozen=True)
 class Sample:
-    """One block with its members as they are in the file."""
+    """Block of a shard with its members as stored."""
 
     key: str
     offset: int
-    """Where the ids begin in the file, in bytes."""
+    """Offset of the ids in the file, bytes."""
     members: dict[str, bytes]
-    """By extension: tokens.u8 (or u16, u32), ends.u32, json."""
+    """Members by extension: tokens.u8 (or u16, u32), ends.u32, json."""
     tokens_T: npt.NDArray[np.unsignedinteger[Any]]
     ends: npt.NDArray[np.uint32]
     tokens: int
-    """How many of the ids are no padding, as the json member says."""
+    """Number of ids without padding, as stated in the json member."""
     crc32c: dict[str, str]
-    """Of the two other members, as the json member says."""
+    """crc32c of the two other members, as stated in the json member."""
 
 
 def read_samples(path: Path, dtype: DTypeName) -> Iterator[Sample]:
-    """The samples of a shard. Raises ValueError when it is no tar or a member is missing."""
+    """Yield the samples of a shard. Raises ValueError when it is no tar or a member is missing."""
     try:
         with tarfile.open(path) as tar:
             infos: dict[str, dict[str, tarfile.TarInfo]] = {}

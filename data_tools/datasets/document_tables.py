@@ -1,4 +1,4 @@
-"""The table of documents beside every shard: where each ends, and a hash of its content.
+"""Table of documents beside every shard: the end of each, and a hash of its content.
 
     SHARD.documents.u64    little-endian pairs (end, hash), one for each document that ends there
 
@@ -25,18 +25,18 @@ UInt64s = npt.NDArray[np.uint64]
 
 
 def content_hash(text: bytes) -> int:
-    """The hash of a document given as UTF-8."""
+    """Return the content hash (xxh3_64) of a document given as UTF-8."""
     return xxhash.xxh3_64_intdigest(text)
 
 
 def write_table(path: Path, ends: npt.NDArray[np.int64], hashes: UInt64s) -> None:
-    """Write the table of a shard."""
+    """Write the table of a shard and flush it to disk."""
     np.stack([ends.astype("<u8"), hashes.astype("<u8")], axis=1).tofile(path)
     sync(path)
 
 
 def read_table(path: Path, shard: Shard) -> UInt64s:
-    """(end, hash) of every document, as (n, 2). Raises ValueError when it is missing or cut."""
+    """Return (end, hash) of all documents, (n, 2). Raises ValueError for a missing or cut table."""
     expected = shard.documents * 16
     size = path.stat().st_size if path.exists() else None
     if size != expected:
@@ -45,7 +45,7 @@ def read_table(path: Path, shard: Shard) -> UInt64s:
 
 
 def check_tables(manifest: Manifest) -> None:
-    """Raise ValueError when the tables of documents are not those that the manifest names."""
+    """Raise ValueError when a table of documents is not the one in the manifest."""
     if not manifest.documents_sha256:
         return
     folder = manifest.folder
@@ -64,14 +64,14 @@ def check_tables(manifest: Manifest) -> None:
 
 
 def hash_of_held_out(folder: Path, shards: Sequence[Shard]) -> str:
-    """sha256 of the sorted content hashes of the held-out documents: the same for the same text."""
+    """Return the sha256 of the sorted hashes of the held-out documents: equal for equal text."""
     tables = [read_table(folder / s.table, s)[:, 1] for s in shards if s.split == "heldout"]
     hashes = np.sort(np.concatenate([np.zeros(0, "<u8"), *tables]))
     return hashlib.sha256(hashes.tobytes()).hexdigest()
 
 
 def content_hashes(manifest: Manifest, split: Split) -> Iterator[int]:
-    """The content hashes of a split in its order, from the tables; counted anew in format 2."""
+    """Yield the content hashes of a split in order, from the tables or (format 2) the tokens."""
     if manifest.documents_sha256:
         for shard in manifest.split(split):
             yield from read_table(manifest.folder / shard.table, shard)[:, 1].tolist()
@@ -80,7 +80,7 @@ def content_hashes(manifest: Manifest, split: Split) -> Iterator[int]:
 
 
 def counted_hashes(manifest: Manifest, split: Split) -> Iterator[int]:
-    """The content hashes of a split in its order, from its tokens."""
+    """Yield the content hashes of a split in order, computed from its tokens."""
     tokenizer = load_tokenizer(manifest.folder)
     for ids in document_ids(manifest, split):
         yield content_hash(tokenizer.decode_bytes(ids))

@@ -1,4 +1,4 @@
-"""Looking at a dataset: what its manifest says, and its documents as text."""
+"""Inspection of a dataset: the facts of its manifest, its rows, and its documents as text."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from hourglass_dist.data.tokenizer import Ids, Tokenizer
 
 
 def describe(manifest: Manifest, tokenizer: Tokenizer) -> str:
-    """The facts of a dataset, a line for each."""
+    """Return the facts of a dataset, one per line."""
     recipe = manifest.recipe
     facts = {
         "dataset": f"{manifest.folder}, id {manifest.dataset_id}",
@@ -39,13 +39,13 @@ def describe(manifest: Manifest, tokenizer: Tokenizer) -> str:
 
 
 def documents(manifest: Manifest, split: Split, tokenizer: Tokenizer) -> Iterator[str]:
-    """The documents of a split as text, in the order in which they were written."""
+    """Return the documents of a split as text, in the order of writing."""
     return (tokenizer.decode(ids.tolist()) for ids in document_ids(manifest, split))
 
 
 def document_ids(manifest: Manifest, split: Split, shards: range | None = None) -> Iterator[Ids]:
-    """The ids of the documents of a split, without eos; of those that end in ``shards``, if given
-    (the first of them may have begun before: then it is cut)."""
+    """Yield the ids of the documents of a split, without eos; with ``shards`` only of those that
+    end in these shards. The first of them is cut if it began in an earlier shard."""
     begun: list[Ids] = []
     entries = manifest.split(split)
     for number in shards or range(len(entries)):
@@ -61,7 +61,7 @@ def document_ids(manifest: Manifest, split: Split, shards: range | None = None) 
 def random_documents(
     manifest: Manifest, split: Split, tokenizer: Tokenizer, count: int, seed: int
 ) -> Iterator[tuple[int, str]]:
-    """(number, text) of ``count`` documents drawn at random, in their order."""
+    """Yield (number, text) of ``count`` documents drawn at random, in their order."""
     entries = manifest.split(split)
     ends = np.cumsum([shard.documents for shard in entries])
     draw = np.random.default_rng(seed)
@@ -81,7 +81,7 @@ def random_documents(
 
 
 def row_ids(manifest: Manifest, split: Split, seq_len: int, row: int) -> tuple[str, int, Ids]:
-    """(shard, row within it, the ids that are its targets) of a row of a split.
+    """Return (shard, row within it, target ids) of a row of a split.
 
     Raises ValueError when there is no such row.
     """
@@ -102,8 +102,8 @@ def row_ids(manifest: Manifest, split: Split, seq_len: int, row: int) -> tuple[s
 def batch_rows(
     folder: Path, step: int, batch_size: int, seq_len: int, ranks: int, seed: int
 ) -> Iterator[str]:
-    """Which rows a run on this dataset alone reads at a step (0 is the first): a line for each rank
-    and shard.
+    """Yield the rows that a run on this dataset alone reads at a step (0 is the first), one line
+    for each rank and shard.
 
     Raises ValueError when ``seq_len`` does not divide a block, or ``ranks`` not the batch.
     """

@@ -1,10 +1,10 @@
-"""Datasets out of datasets, without encoding anything again.
+"""New datasets from existing ones, without encoding anything again.
 
-    merge      the documents of several, shuffled all together
+    merge      several into one, all documents shuffled together
     split      one into two, by the content of its documents
     reshard    other sizes of blocks and shards, the same order
 
-And what two datasets have in common (``compare``), and their text (``export_text``).
+Also the comparison of two datasets (``compare``), and their text (``export_text``).
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ from hourglass_dist.data.tokenizer import load_tokenizer, require_same
 
 
 def splits_of(manifest: Manifest) -> list[Split]:
-    """The splits that have shards."""
+    """Return the splits that have shards."""
     return [split for split in SPLITS if any(shard.split == split for shard in manifest.shards)]
 
 
 def _pieces(manifest: Manifest, key: Callable[[int, Any], int | None]) -> Iterator[Piece]:
-    """All documents with their keys; none for a key of None."""
+    """Yield all documents with their keys; a key of None leaves a document out."""
     for split in splits_of(manifest):
         documents = zip(document_ids(manifest, split), content_hashes(manifest, split), strict=True)
         for number, (ids, content) in enumerate(documents):
@@ -51,7 +51,7 @@ def _load(folder: Path) -> Manifest:
 
 
 def merge(folders: Sequence[Path], out: Path, seed: int = 0, show: Show = silent) -> Manifest:
-    """One dataset of all documents of several, shuffled.
+    """Write one shuffled dataset of all documents of several and return its manifest.
 
     Raises ValueError when their tokenizers differ or one is damaged.
     """
@@ -83,7 +83,7 @@ def merge(folders: Sequence[Path], out: Path, seed: int = 0, show: Show = silent
 def split(
     folder: Path, first: Path, second: Path, fraction: float, show: Show = silent
 ) -> tuple[Manifest, Manifest]:
-    """Two datasets: documents whose content hashes below ``fraction``, and the others.
+    """Write two datasets: documents whose content hashes below ``fraction``, and the others.
 
     Raises ValueError, leaving nothing behind, when one would have nothing to train on.
     """
@@ -122,7 +122,7 @@ def split(
 def reshard(
     folder: Path, out: Path, block_tokens: int, shard_blocks: int, show: Show = silent
 ) -> Manifest:
-    """The same documents in the same order, in blocks and shards of other sizes."""
+    """Write the same documents in the same order, in blocks and shards of other sizes."""
     require_new(out)
     manifest = _load(folder)
     update = {"block_tokens": block_tokens, "shard_blocks": shard_blocks}
@@ -137,7 +137,7 @@ def _hash(data: bytes) -> int:
 
 
 def compare(a: Path, b: Path) -> list[str]:
-    """What differs between two datasets, a line for each fact; none when they are the same."""
+    """Return what differs between two datasets, one fact per line; [] when they are the same."""
     manifests = [Manifest.load(folder) for folder in (a, b)]
     if manifests[0].dataset_id == manifests[1].dataset_id:
         return []
@@ -164,8 +164,8 @@ def _hashes(manifest: Manifest, split: Split) -> npt.NDArray[np.uint64]:
 
 
 def export_text(folder: Path, out: Path, split: Split, show: Show = silent) -> int:
-    """Write the documents of a split as JSON lines, compressed for a name that ends in .zst;
-    returns how many. Raises ValueError when ``out`` exists."""
+    """Write the documents of a split as JSON lines, compressed if the name ends in .zst, and return
+    their number. Raises ValueError when ``out`` exists."""
     require_new(out)
     manifest, tokenizer = Manifest.load(folder), load_tokenizer(folder)
     manifest.verify(split)

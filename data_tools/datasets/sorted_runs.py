@@ -1,13 +1,12 @@
-"""The global shuffle: documents in sorted runs on disk, and the shards cut out of their merge.
+"""Global shuffle: documents in sorted runs on disk, and the shards cut from their merge.
 
     write_run     documents of one task, sorted by their shuffle keys: KEYS, HASHES, STARTS, IDS
     plan_runs     how many tokens have keys below each of 4096 edges, over all runs
     gather        the tokens [begin, end) of the merge of all runs: one shard, on its own
 
-All documents, each with an eos behind it, in the order of their keys are one long row of tokens; a
-shard is a stretch of it. A shard reads one stretch of every run and nothing else, so shards are
-made in any order, by any number of processes, and how documents were divided among runs makes no
-difference.
+All documents in the order of their keys, each followed by an eos, make one long sequence of tokens;
+a shard is a stretch of it. A shard reads only one stretch of every run, so shards can be made in
+any order, by any number of processes. How documents were divided among runs makes no difference.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ from hourglass_dist.data.write import require_ids
 UInt64s = npt.NDArray[np.uint64]
 Int64s = npt.NDArray[np.int64]
 _PIECE_BYTES = 1 << 20
-"""Of one write. Linux takes up to ten times as long for one write of many megabytes."""
+"""Bytes per write. Linux takes up to ten times as long for one write of many megabytes."""
 _EDGE_BITS = 12
 _EDGES = np.arange(2**_EDGE_BITS, dtype=np.uint64) << np.uint64(64 - _EDGE_BITS)
 
@@ -40,8 +39,8 @@ def write_run(
     hashes: UInt64s,
     tokenizer: Tokenizer,
 ) -> None:
-    """Write BASE.keys.npy, BASE.hashes.npy, BASE.starts.npy and BASE.ids; ``hashes`` are those of
-    the documents' content.
+    """Write BASE.keys.npy, BASE.hashes.npy, BASE.starts.npy and BASE.ids; ``hashes`` are the
+    content hashes of the documents.
 
     Raises ValueError for ids that the tokenizer does not know and for end-of-text ids.
     """
@@ -60,32 +59,32 @@ def write_run(
 
 @dataclass(frozen=True)
 class Run:
-    """A run on disk."""
+    """Sorted run on disk."""
 
     base: Path
 
     @cached_property
     def keys(self) -> UInt64s:
-        """The shuffle keys of its documents, sorted."""
+        """Shuffle keys of its documents, sorted."""
         return _load(Path(f"{self.base}.keys.npy"))
 
     @cached_property
     def hashes(self) -> UInt64s:
-        """The hashes of its documents' content."""
+        """Content hashes of its documents."""
         return _load(Path(f"{self.base}.hashes.npy"))
 
     @cached_property
     def starts(self) -> Int64s:
-        """Where the ids of every document begin, and where the last one ends."""
+        """Positions where the ids of every document begin, and where the last document ends."""
         return _load(Path(f"{self.base}.starts.npy"))
 
     def at(self, edge: int) -> int:
-        """Documents with keys below an edge."""
+        """Return the number of documents with keys below an edge."""
         below = edge < len(_EDGES)
         return int(np.searchsorted(self.keys, _EDGES[edge])) if below else len(self.keys)
 
     def ids(self, first: int, end: int, dtype: np.dtype[Any]) -> npt.NDArray[Any]:
-        """The ids of documents ``first`` to ``end``."""
+        """Return the ids of documents ``first`` to ``end``."""
         begin, stop = int(self.starts[first]), int(self.starts[end])
         path = Path(f"{self.base}.ids")
         found = np.fromfile(path, dtype, stop - begin, offset=begin * dtype.itemsize)
@@ -101,29 +100,29 @@ def _load(path: Path) -> npt.NDArray[Any]:
 
 @dataclass(frozen=True)
 class RunPlan:
-    """What lies below every edge, over all runs."""
+    """Numbers of tokens and documents below every edge, over all runs."""
 
     tokens: Int64s
-    """One eos per document included; the last entry is the total."""
+    """Number of tokens, one eos per document included; the last entry is the total."""
     documents: Int64s
 
     def save(self, path: Path) -> None:
-        """Write it as a .npy file."""
+        """Write the plan as a .npy file."""
         np.save(path, np.stack([self.tokens, self.documents]))
 
     @classmethod
     def load(cls, path: Path) -> RunPlan:
-        """Read what ``save`` wrote."""
+        """Return the plan that ``save`` wrote."""
         tokens, documents = np.load(path)
         return cls(tokens, documents)
 
     def shards(self, shard_tokens: int) -> int:
-        """How many shards of at most ``shard_tokens`` tokens there are."""
+        """Return the number of shards of at most ``shard_tokens`` tokens."""
         return -(-int(self.tokens[-1]) // shard_tokens)
 
 
 def plan_runs(runs: Sequence[Run]) -> RunPlan:
-    """Count tokens and documents below every edge."""
+    """Return the numbers of tokens and documents below every edge."""
     tokens, documents = (np.zeros(len(_EDGES) + 1, np.int64) for _ in range(2))
     for run in runs:
         at = np.append(np.searchsorted(run.keys, _EDGES), len(run.keys))
@@ -138,18 +137,18 @@ class Stretch:
 
     tokens: npt.NDArray[Any]
     ends: Int64s
-    """The positions after every eos."""
+    """Positions after every eos."""
     hashes: UInt64s
-    """Of the content of the documents that end there."""
+    """Content hashes of the documents that end there."""
     first_document: int
-    """The number of the document that the first token is of."""
+    """Number of the document of the first token."""
 
 
 def gather(
     runs: Sequence[Run], plan: RunPlan, begin: int, end: int, tokenizer: Tokenizer
 ) -> Stretch:
-    """The tokens [begin, end) of the merge of all runs. Documents with one key keep the order of
-    the runs, and of the run."""
+    """Return the tokens [begin, end) of the merge of all runs. Documents with equal keys keep the
+    order of the runs, and of the run."""
     low = int(np.searchsorted(plan.tokens, begin, side="right")) - 1
     high = int(np.searchsorted(plan.tokens, end, side="left"))
     ranges = [(run.at(low), run.at(high)) for run in runs]
@@ -180,7 +179,7 @@ def _copy(
     run: Run, a: int, inside: npt.NDArray[np.bool_], first: Int64s, last: Int64s,
     tokens: npt.NDArray[Any],
 ) -> None:  # fmt: skip
-    """Copy a run's documents that lie inside the stretch to where they belong in it."""
+    """Copy a run's documents that lie inside the stretch to their positions in it."""
     wanted = np.flatnonzero(inside)
     if not len(wanted):
         return

@@ -1,4 +1,4 @@
-"""A dataset in numbers and plots: lengths of documents, bytes per token, how often ids occur."""
+"""Statistics and plots of a dataset: lengths of documents, bytes per token, how often ids occur."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from hourglass_dist.pages.plots import histogram_plot, rank_plot, save
 
 
 def bins_of(values: np.ndarray) -> dict[str, int]:
-    """How many values begin with each four binary digits: bins a sixteenth to an eighth wide."""
+    """Return the counts of values by their first four binary digits, bins 1/16 to 1/8 wide."""
     exponents = np.maximum(np.frexp(np.maximum(values, 0).astype(np.float64))[1] - 4, 0)
     bins, counts = np.unique((values >> exponents) << exponents, return_counts=True)
     return {str(low): count for low, count in zip(bins.tolist(), counts.tolist(), strict=True)}
 
 
 def stats(folder: Path, split: Split, out: Path, show: Show = silent) -> list[str]:
-    """Write plots (PNG) and stats.json into the folder ``out``; returns lines to print."""
+    """Write plots (PNG) and stats.json into the folder ``out`` and return lines to print."""
     manifest, tokenizer = Manifest.load(folder), load_tokenizer(folder)
     lengths_V = tokenizer.byte_lengths()
     counts_V = np.zeros(len(lengths_V), np.int64)

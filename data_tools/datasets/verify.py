@@ -1,7 +1,7 @@
-"""Checking a dataset from the outside in: manifest, tokenizer, files, and every block.
+"""Full check of a dataset: manifest, tokenizer, files, and every block.
 
-Training checks sizes and hashes, which is enough once a dataset was right. This also checks that it
-was: that every block is what the format promises and adds up to what the manifest says.
+Training checks sizes and hashes, which is enough for a dataset that was right when made. This also
+checks that every block follows the format, and that the blocks sum up to the manifest's counts.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ from hourglass_dist.data.write import text_bytes
 
 
 def verify(folder: Path, show: Show = silent) -> Manifest:
-    """Check everything.
+    """Check a whole dataset and return its manifest.
 
-    Raises ValueError for the first thing that is wrong: the file, the expected, the found.
+    Raises ValueError for the first mistake, with file, expected and actual value.
     """
     manifest = Manifest.load(folder)
     tokenizer = load_tokenizer(folder)
@@ -43,7 +43,7 @@ def verify(folder: Path, show: Show = silent) -> Manifest:
     manifest.verify(full=False)
     check_tables(manifest)
     begun, size = time.monotonic(), 0
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:  # hashing needs no lock
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:  # hashing releases the GIL
         checks = [pool.submit(_check_shard, manifest, s, tokenizer) for s in manifest.shards]
         try:
             for number, (shard, check) in enumerate(zip(manifest.shards, checks, strict=True), 1):
@@ -61,7 +61,7 @@ def verify(folder: Path, show: Show = silent) -> Manifest:
 
 
 def _check_documents(manifest: Manifest, show: Show) -> None:
-    """Compare the content of every document with the tables."""
+    """Raise ValueError when the content of a document does not match the tables."""
     for split in dict.fromkeys(shard.split for shard in manifest.shards):
         counted = counted_hashes(manifest, split)
         for number, expected in enumerate(content_hashes(manifest, split)):
@@ -108,7 +108,7 @@ def _check_block(
     tokenizer: Tokenizer,
     may_be_padded: bool,
 ) -> int:
-    """Raise ValueError when a block is not what the format promises; returns its bytes of text."""
+    """Return a block's bytes of text. Raises ValueError when it is not what the format promises."""
     for name, expected in sample.crc32c.items():
         found = f"{google_crc32c.value(sample.members[name]):08x}"
         _require(found == expected, where, f"crc32c of {name}", expected, found)

@@ -1,8 +1,8 @@
 """Writing a dataset: documents in the order of their shuffle keys -> runs -> shards -> index.json.
 
-Every way to a dataset ends here (``data shard``, ``data prepare``, ``data merge`` ...), so the same
-inputs, tokenizer and settings give the same bytes. A document's place is a hash of (seed, its
-number), and the new folder gets its name when it is whole. Memory holds one run and one shard.
+All commands that make a dataset use this (``data shard``, ``data prepare``, ``data merge`` ...), so
+the same inputs, tokenizer and settings give the same bytes. A document's shuffle key is a hash of
+(seed, its number). The folder gets its name when complete. Memory holds one run and one shard.
 """
 
 from __future__ import annotations
@@ -27,24 +27,24 @@ from hourglass_dist.data.write import cut_blocks, write_shard
 
 SPLITS: tuple[Split, ...] = get_args(Split)
 Piece = tuple[Split, int, npt.NDArray[Any], int]
-"""(split, shuffle key, ids, hash of the content) of a document or a part of one."""
+"""Tuple (split, shuffle key, ids, content hash) of a document or a part of one."""
 RUN_BYTES = 1 << 27
-"""About how many bytes of ids are in memory at once, before they are sorted and written."""
+"""Approximate size of the ids in memory before they are sorted and written, bytes."""
 
 
 def shuffle_key(seed: int, number: int) -> int:
-    """The place of document ``number`` of the inputs in the shuffled corpus, 0 ... 2**64 - 1."""
+    """Return the shuffle key of document ``number`` of the inputs, 0 ... 2**64 - 1."""
     digest = hashlib.blake2b(f"{seed} {number}".encode(), digest_size=8, person=b"shuffle").digest()
     return int.from_bytes(digest, "big")
 
 
 def hash_inputs(files: Iterable[Sequence[object]]) -> str:
-    """The ``inputs_sha256`` of a recipe, from (name, size, sha256) of every input file in order."""
+    """Return a recipe's ``inputs_sha256`` from the (name, size, sha256) of its inputs in order."""
     return hashlib.sha256(json.dumps([list(file) for file in files]).encode()).hexdigest()
 
 
 def describe_input(path: Path) -> tuple[str, int, str]:
-    """(name, size, sha256) of an input file."""
+    """Return (name, size in bytes, sha256) of an input file."""
     return path.name, path.stat().st_size, sha256_of(path)
 
 
@@ -56,7 +56,7 @@ def write_dataset(
     empty_documents: Callable[[], int],
     show: Show = silent,
 ) -> Manifest:
-    """Write documents, in the order of their keys, to the new folder ``out``."""
+    """Write documents by their keys to the new folder ``out`` and return the manifest."""
     with new_folder(out) as folder:
         (folder / "runs").mkdir()
         runs = _write_runs(pieces, folder / "runs", tokenizer)
@@ -95,7 +95,7 @@ def finish_dataset(
 def _write_runs(
     pieces: Iterable[Piece], folder: Path, tokenizer: Tokenizer
 ) -> dict[Split, list[Run]]:
-    """All documents in runs of about RUN_BYTES."""
+    """Write all documents as runs of about RUN_BYTES and return the runs."""
     runs: dict[Split, list[Run]] = {split: [] for split in SPLITS}
     keys: dict[Split, list[int]] = {split: [] for split in SPLITS}
     documents: dict[Split, list[npt.NDArray[Any]]] = {split: [] for split in SPLITS}
@@ -132,7 +132,7 @@ def make_shard(
     recipe: Recipe,
     tokenizer: Tokenizer,
 ) -> Shard:
-    """Write one shard out of the runs of a split; returns its manifest entry."""
+    """Write one shard from the runs of a split and return its manifest entry."""
     size = recipe.block_tokens * recipe.shard_blocks
     begin = number * size
     end = min(begin + size, int(plan.tokens[-1]))

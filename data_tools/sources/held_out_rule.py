@@ -1,4 +1,4 @@
-"""Which text is kept out of training, as a rule in one word.
+"""Rules that keep text out of training, each written as one word.
 
 hash:0.01     documents whose content hashes below 1 % (a repeated document lands on one side)
 last:0.1      the last tenth of the characters of every document (nanoGPT's split)
@@ -21,41 +21,41 @@ from data_tools.sources.text_files import find_inputs
 from hourglass_dist.data.manifest import Split
 
 _SEED = 0x68656C646F7574
-"""Of the hash: another one than duplicates are found by."""
+"""Seed of the hash; duplicates are found with another one."""
 Parts = Iterator[tuple[Split, bytes]]
-"""Parts of a document, as UTF-8, with their splits. None is empty."""
+"""Non-empty parts of a document in UTF-8, with their splits."""
 
 
 @dataclass(frozen=True)
 class Rule:
-    """No text is held out."""
+    """Rule that holds no text out; base of the others."""
 
     text: str
-    """The rule as it was given."""
+    """Rule as the user gave it."""
 
     @property
     def inputs(self) -> tuple[Path, ...]:
-        """Input files that the rule itself names."""
+        """Input files named by the rule itself."""
         return ()
 
     def parts(self, document: bytes, source: Path) -> Parts:
-        """The parts of a document in UTF-8; ``source`` is the file that it came from."""
+        """Yield the parts of a document in UTF-8; ``source`` is the file that it came from."""
         if document:
             yield self.side(document, source), document
 
     def side(self, document: bytes, source: Path) -> Split:
-        """The split of a whole document."""
+        """Return the split of a whole document."""
         return "train"
 
 
 @dataclass(frozen=True)
 class ByHash(Rule):
-    """Documents by their content."""
+    """Rule that holds out documents by a hash of their content."""
 
     fraction: Fraction
 
     def side(self, document: bytes, source: Path) -> Split:
-        """By a hash of all of it."""
+        """Return "heldout" for a hash of the whole document below ``fraction``, else "train"."""
         return "heldout" if xxhash.xxh3_64_intdigest(document, _SEED) < self._limit else "train"
 
     @cached_property
@@ -65,12 +65,12 @@ class ByHash(Rule):
 
 @dataclass(frozen=True)
 class ByEnd(Rule):
-    """The end of every document."""
+    """Rule that holds out the end of every document."""
 
     fraction: Fraction
 
     def parts(self, document: bytes, source: Path) -> Parts:
-        """The first floor((1 - fraction) * n) characters, and the others."""
+        """Yield the first floor((1 - fraction) * n) characters as train, the others as heldout."""
         text = str(document, "utf-8")
         cut = math.floor(len(text) * (1 - self.fraction))
         if train := text[:cut].encode():
@@ -81,18 +81,18 @@ class ByEnd(Rule):
 
 @dataclass(frozen=True)
 class ByInput(Rule):
-    """Documents by the file that they came from, however its path is spelled."""
+    """Rule that holds out the documents of some files, compared by resolved path."""
 
     files: frozenset[Path]
-    """Resolved paths."""
+    """Resolved paths of the held-out files."""
 
     @property
     def inputs(self) -> tuple[Path, ...]:
-        """The files held out."""
+        """The held-out files in sorted order."""
         return tuple(sorted(self.files))
 
     def side(self, document: bytes, source: Path) -> Split:
-        """By its file."""
+        """Return "heldout" for a document of a held-out file, else "train"."""
         return "heldout" if _resolved(source) in self.files else "train"
 
 
@@ -102,7 +102,7 @@ def _resolved(path: Path) -> Path:
 
 
 def parse_rule(text: str) -> Rule:
-    """The rule ``none``, ``hash:FRACTION``, ``last:FRACTION`` or ``input:PATH``.
+    """Return the rule ``none``, ``hash:FRACTION``, ``last:FRACTION`` or ``input:PATH``.
 
     Raises ValueError for anything else.
     """

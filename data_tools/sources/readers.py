@@ -1,10 +1,10 @@
-"""Reading inputs of every kind, record by record; what is no text is a Problem, never skipped.
+"""Readers of all kinds of input, record by record; a record that is no text becomes a Problem.
 
-    .txt .jsonl (.gz .zst)    corpus.py
+    .txt .jsonl (.gz .zst)    text_files.py
     .csv (.gz .zst)           a header row; rows may contain line breaks
     .parquet .arrow           one column (.arrow: the files of a Hugging Face dataset on disk)
     .warc .wet (.gz)          text records as they are, web pages through trafilatura
-    .tar                      WebDataset, tar_input.py
+    .tar                      WebDataset, webdataset_tar.py
 
 A file that is damaged as a whole (truncated compression, no such column) raises ValueError: then
 the job fails and nothing of the file is used.
@@ -37,7 +37,7 @@ ALL_SUFFIXES = (*SUFFIXES, *_CSV, ".parquet", ".arrow", *_WARC, ".tar")
 
 
 def can_be_cut(path: Path) -> bool:
-    """Whether parts of a file can be read on their own."""
+    """Return whether parts of a file can be read on their own."""
     return path.name.lower().endswith(".jsonl")
 
 
@@ -48,7 +48,7 @@ def read_records(
     begin: int = 0,
     end: int | None = None,
 ) -> Records:
-    """The records of a file, or of the part of it that begins in bytes ``begin`` to ``end``."""
+    """Yield the records of a file, or of those that begin at bytes ``begin`` to ``end``."""
     name = path.name.lower()
     if ".jsonl" in name:
         records = read_json_lines(path, text_field, begin, end)
@@ -108,7 +108,7 @@ def _read_csv(path: Path, field: str) -> Records:
 
 
 class _Raw(io.RawIOBase):
-    """Chunks of bytes as a file."""
+    """Raw file made of chunks of bytes."""
 
     def __init__(self, pieces: Iterable[bytes]) -> None:
         self._pieces, self._rest = iter(pieces), b""
@@ -149,7 +149,7 @@ def _read_column(path: Path, field: str) -> Records:
 
 
 def _open_arrow(path: Path) -> Any:
-    """An Arrow stream, as Hugging Face datasets writes them."""
+    """Open an Arrow stream as Hugging Face datasets writes it."""
     import pyarrow as pa
 
     return pa.ipc.open_stream(pa.memory_map(str(path)))
@@ -174,7 +174,7 @@ def _read_warc(path: Path) -> Records:
     if path.suffix.lower() != ".gz":
         with path.open("rb") as file:
             file.seek(max(0, path.stat().st_size - 4))
-            if file.read() not in (b"", b"\r\n\r\n"):  # warcio takes half a header for the end
+            if file.read() not in (b"", b"\r\n\r\n"):  # warcio accepts half a header as the end
                 raise ValueError(f"{path}: truncated: the last record does not end")
     stream = io.BufferedReader(_Raw(chunks(path)))
     try:
@@ -186,7 +186,7 @@ def _read_warc(path: Path) -> Records:
 
 
 def _page(path: Path, number: int, record: Any) -> str | Problem:
-    """The text of a record: main text of a web page; plain text as it is."""
+    """Return the text of a record: the main text of a web page, or plain text unchanged."""
     import trafilatura
 
     raw = record.raw_stream

@@ -1,11 +1,11 @@
-"""Reading a corpus: files -> documents, as text. What is no text is an error, never skipped.
+"""Reading of a corpus: files -> documents as text. What is no text is an error, never skipped.
 
     .txt                one document per file, or cut at a separator
     .jsonl              one JSON object per line, the text in one of its fields
     .txt.gz .txt.zst .jsonl.gz .jsonl.zst    the same, compressed
 
 Files are read in pieces, so memory holds one document at a time. Lines end at ``\\n`` only: JSON
-text may contain U+2028, which ``str.splitlines`` takes for the end of a line.
+text may contain U+2028, at which ``str.splitlines`` would cut a line.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _CHUNK = 1 << 20
 
 
 def find_inputs(paths: Sequence[Path], suffixes: tuple[str, ...] = SUFFIXES) -> list[Path]:
-    """The files among ``paths`` and below the folders among them, in that order, none twice.
+    """Return the files in ``paths`` and below its folders, in that order, without duplicates.
 
     The bare name of a shipped corpus, ``tinyshakespeare``, stands for its file. Raises ValueError
     when a path is missing, a file is of an unknown kind or a folder has no input.
@@ -63,27 +63,27 @@ def _is_input(path: Path, suffixes: tuple[str, ...]) -> bool:
 
 @dataclass(frozen=True)
 class Problem:
-    """A record of the input that is no text: where it is, and what is wrong with it."""
+    """Input record that is no text: its position and what is wrong with it."""
 
     path: Path
     position: int
-    """Its first byte in the (decompressed) file, or its row where a file has rows."""
+    """Offset of its first byte in the decompressed file, or its row in a file of rows."""
     line: int | None
-    """The line, counted from 1, where the file was read from its beginning."""
+    """Line number from 1; None unless the file was read by lines from its beginning."""
     what: str
     excerpt: bytes = b""
-    """The beginning of the record."""
+    """Beginning of the record, as raw bytes."""
 
     def __str__(self) -> str:
         return f"{self.path}{f':{self.line}' if self.line else ''}: {self.what}"
 
 
 Records = Iterator[tuple[int, "str | Problem"]]
-"""(position in the file, text or what is wrong) of every record."""
+"""Iterator of (position in the file, text or Problem) of every record."""
 
 
 def read_documents(path: Path, separator: str | None, text_field: str) -> Iterator[str]:
-    """The documents of a file. ``separator`` is for text, ``text_field`` for JSON lines.
+    """Yield the documents of a file. ``separator`` is for text, ``text_field`` for JSON lines.
 
     Raises ValueError with file and byte or line for invalid UTF-8, bad JSON, a missing text and
     damaged compression.
@@ -97,7 +97,7 @@ def read_documents(path: Path, separator: str | None, text_field: str) -> Iterat
 
 
 def read_text(path: Path, separator: str | None) -> Records:
-    """The documents of a text file: all of it, or what stands between separators."""
+    """Yield the documents of a text file: the whole file, or the parts between separators."""
     if separator is None:
         yield 0, _decode(b"".join(chunks(path)), path, 0)
         return
@@ -106,7 +106,7 @@ def read_text(path: Path, separator: str | None) -> Records:
 
 
 def read_json_lines(path: Path, text_field: str, begin: int = 0, end: int | None = None) -> Records:
-    """The documents of the lines that begin at byte ``begin`` or later, and before ``end``."""
+    """Yield the documents of the lines that begin at byte ``begin`` or later and before ``end``."""
     for number, (offset, line) in enumerate(_pieces(path, b"\n", begin, end), 1):
         if end is not None and offset >= end:
             return
@@ -120,19 +120,19 @@ def read_json_lines(path: Path, text_field: str, begin: int = 0, end: int | None
 
 
 class Wrong(str):
-    """What is wrong with a record; a text otherwise."""
+    """Description of what is wrong with a record; a plain str is the record's text."""
 
     __slots__ = ()
 
 
 def _text_of(line: bytes, text_field: str) -> str:
-    """The text of one JSON line, or what is wrong."""
+    """Return the text of one JSON line, or what is wrong as Wrong."""
     try:
         text = orjson.loads(line)[text_field]
         if type(text) is str:
             return text
     except (ValueError, TypeError, LookupError):
-        pass  # the slow way says what is wrong, and reads what orjson refuses: NaN, long numbers
+        pass  # json below names the mistake, and reads what orjson refuses: NaN, long numbers
     try:
         record = json.loads(line.decode("utf-8"))
     except UnicodeDecodeError as error:
@@ -154,7 +154,7 @@ def _text_of(line: bytes, text_field: str) -> str:
 
 
 def text_or_wrong(value: object, name: str) -> str:
-    """A value that should be text, or what is wrong with it."""
+    """Return a value that should be text, or what is wrong with it as Wrong."""
     if not isinstance(value, str):
         return Wrong(f"{name}: expected text, given {show(value)}")
     try:
@@ -177,10 +177,10 @@ def _decode(data: bytes, path: Path, offset: int) -> str | Problem:
 def _pieces(
     path: Path, separator: bytes, start: int = 0, limit: int | None = None
 ) -> Iterator[tuple[int, bytes]]:
-    """What stands between separators, with its offset in the (decompressed) file.
+    """Yield the parts between separators, with their offsets in the (decompressed) file.
 
-    With ``start``, pieces that begin there or later; a separator is one byte then. Whether one
-    begins before ``limit`` is known without reading on.
+    With ``start``, only parts that begin there or later, and the separator is one byte. Stops early
+    when no part can begin before ``limit``.
     """
     buffer, offset, searched = bytearray(), max(0, start - 1), 0
     content = chunks(path, offset)
@@ -210,7 +210,7 @@ def _pieces(
 
 
 def chunks(path: Path, start: int = 0) -> Iterator[bytes]:
-    """The content of a file, decompressed. Raises ValueError when compressed data is damaged."""
+    """Yield the content of a file, decompressed. Raises ValueError for damaged compressed data."""
     with path.open("rb") as file:
         file.seek(start)
         try:
@@ -228,9 +228,9 @@ def chunks(path: Path, start: int = 0) -> Iterator[bytes]:
 
 
 def _zstd_chunks(file: BinaryIO) -> Iterator[bytes]:
-    """Frames one after another. Raises EOFError when the file ends inside one.
+    """Yield the content of all frames. Raises EOFError when the file ends inside one.
 
-    (The readers of ``zstandard`` take that for a normal end.)
+    The readers of ``zstandard`` accept that as a normal end.
     """
     context = zstandard.ZstdDecompressor(max_window_size=2**31)
     frame = None

@@ -1,9 +1,9 @@
-"""Text out of WebDataset tars that others made: nothing in them is trusted, nothing is unpacked.
+"""Text from WebDataset tars of others: nothing in them is trusted, nothing is unpacked.
 
-Every header is looked at before anything is read. A tar with a member that is no plain file, that
-leaves its folder, that claims to reach past the end of the file, or whose name asks for code to
-be run (pickles) is refused as a whole. Then webdataset groups members into samples; its decoders
-and its ``pipe:`` and other URLs are never used.
+Every header is checked before any content is read. A whole tar is refused for a member that is no
+plain file, whose path leaves the tar's folder, that claims to reach past the end of the file, or
+whose name could make a reader run code (pickles). Then webdataset groups members into samples; its
+decoders and its ``pipe:`` and other URLs are never used.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from data_tools.sources.text_files import Problem, Records, Wrong, text_or_wrong
 from hourglass_dist.config.loader import show
 
 RUNS_CODE = (".pickle", ".pkl", ".pyd", ".pth", ".pt", ".ten", ".npy", ".npz", ".dill", ".joblib")
-"""Endings that webdataset or its usual decoders would unpickle, or load as tensors."""
+"""File name endings that webdataset or its usual decoders would unpickle or load as tensors."""
 
 
 def read_tar(path: Path, text_field: str) -> Records:
-    """The documents of a WebDataset tar: KEY.txt, or the field ``text_field`` of KEY.json.
+    """Yield the documents of a WebDataset tar: KEY.txt, or the field ``text_field`` of KEY.json.
 
-    Raises ValueError for a hostile or damaged tar, and when a sample is in two places.
+    Raises ValueError for a hostile or damaged tar, and when a sample is at two positions.
     """
     from webdataset.tariterators import group_by_keys
 
@@ -54,7 +54,7 @@ def _record(
 
 
 def _text(sample: dict[str, Any], text_field: str) -> str:
-    """The text of a sample, or what is wrong."""
+    """Return the text of a sample, or what is wrong as Wrong."""
     try:
         if "txt" in sample:
             return str(sample["txt"], "utf-8")
@@ -72,7 +72,7 @@ def _text(sample: dict[str, Any], text_field: str) -> str:
 
 
 def _checked(path: Path) -> dict[str, int]:
-    """Where each sample begins. Raises ValueError for whatever a corpus has no need of."""
+    """Return the offset of each sample. Raises ValueError for members that a corpus never needs."""
     positions: dict[str, int] = {}
     last = ""
     for info in _headers(path):
@@ -97,7 +97,7 @@ def _checked(path: Path) -> dict[str, int]:
 
 
 def _headers(path: Path) -> Iterator[tarfile.TarInfo]:
-    """All headers, and a check that the file holds what they promise."""
+    """Yield all headers. Raises ValueError when the file is shorter than they claim."""
     size = path.stat().st_size
     try:
         with tarfile.open(path, "r:") as tar:
@@ -116,7 +116,7 @@ def _headers(path: Path) -> Iterator[tarfile.TarInfo]:
 
 
 def _require_end(path: Path, end: int, size: int) -> None:
-    """Behind the last member stand two blocks of zeros, or members that Python cannot see."""
+    """Raise ValueError unless two blocks of zeros follow: Python may not see all members then."""
     with path.open("rb") as file:
         file.seek(-(-end // 512) * 512)
         tail = file.read(1024)

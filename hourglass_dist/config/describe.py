@@ -67,7 +67,7 @@ def _entries(cls: type[Section], prefix: str) -> Iterator[tuple[str, str]]:
 
 
 def _default(field: FieldInfo) -> str:
-    if field.is_required():  # a level takes from the model what is left out
+    if field.is_required():  # a level inherits from the model
         return "optional" if "Left out:" in (field.description or "") else "required"
     return f"default {json.dumps(field.get_default(call_default_factory=True))}"
 

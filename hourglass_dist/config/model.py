@@ -288,7 +288,7 @@ def _inherit(level: Any, model: dict[str, Any], index: int) -> Any:
     if level.get("dim_head") is None:
         dim, heads = level.get("dim"), level.get("heads")
         if type(dim) is not int or type(heads) is not int or min(dim, heads) < 1:
-            level["dim_head"] = 1  # their own errors say what is wrong with them
+            level["dim_head"] = 1  # other checks refuse these values
         elif dim % heads:
             where = f"model.levels.{index}" if own else "model"
             raise ValueError(

@@ -75,7 +75,7 @@ def _end_with_parent() -> None:
     with suppress(OSError, AttributeError):  # not Linux
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.environ.get("HOURGLASS_AGENT", str(os.getppid())) != str(os.getppid()):
-        leave(1)  # it died before
+        leave(1)  # torchrun died before prctl
 
 
 _PR_SET_PDEATHSIG = 1
@@ -85,8 +85,8 @@ def shutdown() -> None:
     """Leave the process group, if there is one."""
     if td.is_initialized():
         td.destroy_process_group()
-        # Threads of gloo let go of the last tensors late, and need Python for it: one that comes
-        # when Python has ended aborts the process ("terminate called without an active exception").
+        # Threads of gloo free the last tensors late, and need Python for it: one that does so
+        # after Python's end aborts the process ("terminate called without an active exception").
         time.sleep(0.3)
 
 

@@ -182,7 +182,7 @@ class Manifest(Section):
         content = self.model_dump(mode="json", exclude=new) | {"format": 2}
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
-    # What a split has
+    # Splits
 
     @property
     def block_tokens(self) -> int:
@@ -214,7 +214,7 @@ class Manifest(Section):
             )
         return tuple(-(-shard.tokens // seq_len) for shard in self.split(split))
 
-    # Whether it is there and whole
+    # Checks
 
     def verify(
         self,

@@ -23,8 +23,7 @@ class Store(Protocol):
     """Access to the shards of a dataset."""
 
     def check(self, split: Split, part: tuple[int, int], skip: Collection[str]) -> None:
-        """Raise ValueError, as ``Manifest.verify`` does, when a shard is known to differ from the
-        manifest."""
+        """Raise ValueError, as ``Manifest.verify`` does, when a shard is known to be wrong."""
 
     def open(self, shard: Shard) -> int:
         """Return a descriptor of a whole file, to be closed. Raises ValueError or OSError."""
@@ -102,7 +101,7 @@ class ShardReader:
         self._max_open = max_open
 
     def fill(self, ids_BM: Ids, places: Int64s, shards: Int64s, rows: Int64s) -> Int64s:
-        """Read rows into ``ids_BM[places]`` and return each row's number of targets that are no
+        """Read rows into ``ids_BM[places]`` and return the number of targets of each without
         padding.
 
         A row begins with the id before its first target; in a block's first row that is eos.

@@ -50,9 +50,8 @@ class Stream:
         """Verify this rank's share of the shards (size and sha256).
 
         Rows of shards in ``skip`` (SOURCE/FILE) have no targets. ``isolate_documents`` adds each
-        target's document to batches; ``pin`` uses page-locked memory, for GPUs. Raises ValueError
-        when a shard is not as in its manifest, or ``world_size`` does not divide a batch of the
-        plan.
+        target's document to batches; ``pin`` is for GPUs. Raises ValueError when a shard is not as
+        in its manifest, or ``world_size`` does not divide a batch of the plan.
         """
         for phase in plan.phases:
             ranks_cut(0, phase.batch_size, world_size, rank)

@@ -1,4 +1,4 @@
-"""One HTML page in one file that can be mailed: no scripts, nothing loaded, everything escaped.
+"""HTML page in one file that can be mailed: no scripts, nothing loaded, everything escaped.
 
 The builders below return HTML. Text that they are given is escaped; arguments named ``content``
 are HTML already.
@@ -17,17 +17,17 @@ _NUMBER = re.compile(r"[-+]?\d[\d,.:e+-]*( ?[kMGTPE%x]| ?[KMGT]?i?B| s)?")
 
 
 class Section(NamedTuple):
-    """A part of a page."""
+    """Section of a page."""
 
     title: str
     content: str
-    """HTML; a section without any is left out."""
+    """Content as HTML; a section with none is omitted."""
     is_folded: bool = False
-    """Closed until a reader opens it; open on paper."""
+    """Whether the section is closed until a reader opens it; it is open in print."""
 
 
 def page(title: str, state: str, top: str, sections: Sequence[Section]) -> str:
-    """Return a page: a heading with a line under it, the top, a contents line, the sections."""
+    """Return a page: a heading with a line under it, the top, links to the sections, sections."""
     shown = [section for section in sections if section.content]
     links = "".join(
         f'<a href="#part-{number}">{escape(section.title)}</a>'
@@ -52,7 +52,7 @@ def _section(number: int, section: Section) -> str:
 
 
 def cards(values: Mapping[str, str | None]) -> str:
-    """Return named figures; those that are None are left out."""
+    """Return boxes with named values; those that are None are left out."""
     boxes = "".join(
         f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>"
         for name, value in values.items()
@@ -64,8 +64,8 @@ def cards(values: Mapping[str, str | None]) -> str:
 def table(
     head: Sequence[str], rows: Sequence[Sequence[str]], shares: Sequence[float] | None = None
 ) -> str:
-    """Return a table; columns of numbers stand on the right. ``shares`` (0 to 1, one for each row)
-    are drawn as bars in a last column."""
+    """Return a table with numbers aligned on the right; "" without rows. ``shares`` (0 to 1, one
+    for each row) are drawn as bars in a last column."""
     if not rows:
         return ""
     columns = zip(*rows, strict=True)
@@ -91,7 +91,7 @@ def table(
 
 
 def short_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Return a table whose columns of equal values are said once, in a line above it."""
+    """Return a table; columns of equal values become one line above it."""
     if len(rows) < 2:
         return table(head, rows)
     columns = list(zip(*rows, strict=True))
@@ -103,17 +103,17 @@ def short_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def paragraph(text: str) -> str:
-    """Return a line of text."""
+    """Return a paragraph of text."""
     return f"<p>{escape(text)}</p>"
 
 
 def preformatted(text: str) -> str:
-    """Return text of a fixed width."""
+    """Return text in a fixed-width font; "" for no text."""
     return f'<div class="wide"><pre>{escape(text)}</pre></div>' if text else ""
 
 
 def figure(title: str, note: str, content: str, legend: Mapping[str, tuple[str, str]]) -> str:
-    """Return a picture with its title; ``legend`` gives each name a CSS colour and a value."""
+    """Return a figure with its title; ``legend`` gives each name a CSS colour and a value."""
     items = "".join(
         f'<span><i style="background:{colour}"></i>{escape(name)} <b>{escape(value)}</b></span>'
         for name, (colour, value) in legend.items()
@@ -125,10 +125,10 @@ def figure(title: str, note: str, content: str, legend: Mapping[str, tuple[str, 
 
 
 def grid(contents: Sequence[str], kind: str = "charts") -> str:
-    """Return contents side by side: as many columns as there is room for, three at most."""
+    """Return contents in as many columns as fit, three at most; "" without any."""
     return f'<div class="{kind}">{"".join(contents)}</div>' if any(contents) else ""
 
 
 def quotation(about: str, text: str) -> str:
-    """Return a text with its line breaks, and what it is."""
+    """Return a text with its line breaks, under a line about it."""
     return f"<article><small>{escape(about)}</small><p>{escape(text)}</p></article>"

@@ -15,9 +15,9 @@ from typing import Any
 Points = Sequence[tuple[float, float]]
 
 SMALL, SLIM, BROAD = (345, 190), (345, 250), (740, 330)
-"""Width and height of a plot in CSS pixels: one of three columns, a phone, the top of a page."""
+"""Width and height of a plot, CSS pixels: in one of three columns, on a phone, on top of a page."""
 MOST_POINTS = 260
-"""Points of one line; more are averaged in groups."""
+"""Maximum number of points of one line; more are averaged in groups."""
 COLOURS = ("#2f6db3", "#d9772b", "#3c9a6b", "#a04a97", "#c23b4e", "#7a6a2f", "#2a9aa6", "#6b6f7a")
 INK, FAINT, GRID = "#22252b", "#6d7380", "#e8e6e0"
 _VARIABLES = {colour: f"var(--c{index})" for index, colour in enumerate(COLOURS)} | {
@@ -28,12 +28,12 @@ _VARIABLES = {colour: f"var(--c{index})" for index, colour in enumerate(COLOURS)
 
 
 def css(colour: str) -> str:
-    """Return the page's own name of a colour."""
+    """Return the CSS variable of a colour."""
     return _VARIABLES[colour]
 
 
 def number(value: float) -> str:
-    """Return four digits, with k, M, G for large numbers: ``1.75``, ``33.1 k``, ``2.1e-05``."""
+    """Return a number of four digits, with k, M, G or T: ``1.75``, ``33.1 k``, ``2.1e-05``."""
     size = abs(value)
     if size >= 1e15 or (size and size < 1e-3):
         return f"{value:.2g}"
@@ -55,8 +55,8 @@ def line_plot(
 ) -> Any:
     """Draw a line for each of ``series`` over steps from 0 to ``last_x`` or farther.
 
-    ``marks`` are steps with a dashed line. Where a line begins far above the rest, its beginning is
-    cut off: a break mark on the axis says so, with the highest value.
+    ``marks`` are steps with a dashed line. The beginning of a line that is far above the rest is
+    cut off; a break mark on the axis then shows the highest value.
     """
     figure, axes = _figure(size)
     lines = {name: average(points) for name, points in series.items()}
@@ -83,7 +83,7 @@ def line_plot(
 
 
 def average(points: Points) -> list[tuple[float, float]]:
-    """Return at most ``MOST_POINTS`` points: means of neighbours, the last point as it is."""
+    """Return at most ``MOST_POINTS`` points: means of neighbours, and the last point unchanged."""
     group = -(-len(points) // MOST_POINTS)
     means = []
     for start in range(0, len(points), group):
@@ -109,7 +109,7 @@ def _range(
 
 
 def _ticks(axes: Any, last: float, ratio: float) -> None:
-    """Set round numbers on both axes; ``ratio`` is the highest by the lowest of a log axis."""
+    """Set round numbers on both axes; ``ratio`` is highest / lowest value of a log axis, else 0."""
     from matplotlib import ticker
 
     steps = [x for x in ticker.MaxNLocator(5, integer=True).tick_values(0, last) if 0 <= x <= last]
@@ -123,14 +123,14 @@ def _ticks(axes: Any, last: float, ratio: float) -> None:
 
 
 def _log_locator(ratio: float) -> Any:
-    """Return powers of ten for a long axis; 1, 2 and 5 of each for a short one."""
+    """Return ticks at powers of ten above a ratio of 300, else at 1, 2 and 5 of each power."""
     from matplotlib import ticker
 
     return ticker.LogLocator(subs=(1,) if ratio > 300 else (1, 2, 5), numticks=8)
 
 
 def group_plot(groups: Mapping[str, Sequence[float | None]], colours: Mapping[str, str]) -> Any:
-    """Draw bars for the places 1, 2, 3 ...: beside each other those of all groups."""
+    """Draw bars of all groups side by side at the positions 1, 2, 3 ..."""
     figure, axes = _figure(SMALL)
     width = 0.8 / len(groups)
     count = max(map(len, groups.values()))
@@ -214,8 +214,8 @@ def _figure(size: tuple[int, int], bottom: int = 26) -> tuple[Any, Any]:
 
 
 def as_svg(figure: Any, name: str, kind: str = "") -> str:
-    """Return a figure as an element of a page; ``name`` says what it shows, and of all figures of
-    the page it alone has it."""
+    """Return a figure as an SVG element of a page; ``name`` describes it and is unique in the
+    page."""
     from html import escape
 
     import matplotlib

@@ -1,4 +1,4 @@
-"""The look of a page: one column on a phone, three on a screen, ink on paper, light or dark."""
+"""CSS of a page: one column on a phone, three on a screen; light, dark and print."""
 
 STYLE = """
 :root{--paper:#fbfaf7;--card:#fff;--ink:#22252b;--faint:#6d7380;--grid:#e8e6e0;
