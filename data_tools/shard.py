@@ -46,7 +46,7 @@ class SplitCounts:
 
 @dataclass
 class ReadCounts:
-    """Counts of what has been read."""
+    """Counts of files and documents that have been read."""
 
     files: int = 0
     empty_documents: int = 0

@@ -59,7 +59,7 @@ def write_run(
 
 @dataclass(frozen=True)
 class Run:
-    """Sorted run on disk."""
+    """Documents of one sorted run on disk."""
 
     base: Path
 
@@ -133,11 +133,11 @@ def plan_runs(runs: Sequence[Run]) -> RunPlan:
 
 @dataclass(frozen=True)
 class Stretch:
-    """Consecutive tokens of the merge."""
+    """Consecutive tokens of the merge of all runs, and their documents."""
 
     tokens: npt.NDArray[Any]
     ends: Int64s
-    """Positions after every eos."""
+    """Positions in ``tokens`` after every eos."""
     hashes: UInt64s
     """Content hashes of the documents that end there."""
     first_document: int

@@ -124,7 +124,7 @@ class DataConfig(Section):
 
     @property
     def all_phases(self) -> list[Phase]:
-        """All phases of the run from step 0 on, the rest after the early phases included."""
+        """All phases of the run from step 0 on; the last one follows the early phases."""
         usual = {source.name: source.weight for source in self.all_sources}
         phases, first = [], 0
         for early in self.phases:

@@ -143,7 +143,7 @@ class CheckpointConfig(Section):
 
 
 class MetricsConfig(Section):
-    """Metrics, the writers of them, and profiling."""
+    """Metrics, their writers, and the profiler."""
 
     every: PositiveInt = 10
     """Optimizer steps between console lines and metric records."""

@@ -97,6 +97,6 @@ def new_folder(out: Path) -> Iterator[Path]:
         except BaseException:
             shutil.rmtree(folder, ignore_errors=True)
             for parent in missing:
-                with suppress(OSError):  # it is in use by now
+                with suppress(OSError):  # another process uses it by now
                     parent.rmdir()
             raise

@@ -49,8 +49,9 @@ class World:
 
 
 def init(timeout: timedelta = TIMEOUT, on_cpu: bool = False) -> World:
-    """Join the process group (nccl on a GPU, else or ``on_cpu`` gloo) and return this rank's World.
-    Later calls change nothing. ``timeout`` limits how long a collective waits for a rank."""
+    """Join the process group and return this rank's World; later calls change nothing. The backend
+    is nccl on a GPU, gloo otherwise or with ``on_cpu``. ``timeout`` limits how long a collective
+    waits for a rank."""
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     on_gpu = torch.cuda.is_available() and not on_cpu
     device = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")

@@ -29,7 +29,8 @@ class Start(NamedTuple):
     ending: str | None = None
     """Reason of its end; None while it runs or when it was killed."""
     crashed: bool = True
-    """Whether it neither finished nor stopped on request, and the user made no mistake."""
+    """Whether it crashed: neither finished, nor stopped on request, nor failed by a user's
+    mistake."""
 
 
 def starts_of(entries: Iterable[Mapping[str, Any]]) -> list[Start]:

@@ -63,7 +63,7 @@ def open_filesystem(url: str, timeout_s: float) -> tuple[Any, str]:
         system, path = url_to_fs(url, **options)
     except ValueError as error:
         raise ValueError(f"{url}: {error}") from None
-    system.retries = 1  # of s3fs: here ``retry`` alone decides
+    system.retries = 1  # for s3fs: ``retry`` alone retries
     return system, path
 
 

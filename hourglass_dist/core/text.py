@@ -21,8 +21,7 @@ def show_count(count: float) -> str:
 
 
 def show_duration(seconds: float) -> str:
-    """Return a duration as ``3:07``, from one hour on ``1:03:07``, from two days on ``2.5
-    days``."""
+    """Return a duration: ``3:07``, from one hour on ``1:03:07``, from two days on ``2.5 days``."""
     minutes, second = divmod(round(seconds), 60)
     hours, minute = divmod(minutes, 60)
     if hours >= 48:

@@ -54,7 +54,7 @@ class Order:
 
 @dataclass(frozen=True)
 class DataPlan:
-    """All inputs of the data order."""
+    """All inputs of the data order; equal plans give equal orders."""
 
     sources: tuple[Source, ...]
     phases: tuple[Phase, ...]

@@ -37,7 +37,7 @@ def held_out_rows(
     isolate_documents: bool = False,
     stride: int | None = None,
 ) -> Iterator[Batch]:
-    """Yield the held-out text of all datasets that have some, once and in order, in batches of
+    """Return the held-out text of all datasets that have some, once and in order, in batches of
     windows of ``context`` tokens that are ``stride`` (None: ``context``) apart.
 
     Each rank reads a contiguous part. All ranks get the same number of batches of the same shapes:

@@ -162,14 +162,14 @@ class Cache:
     def _fill(self, shard: Shard, download: Callable[[int], None]) -> None:
         path, part = self._path(shard.sha256), self._path(f".{shard.sha256}.part")
         for attempt in (1, 2):
-            with file_lock(self.folder / "lock"):  # no other download takes the room that is made
+            with file_lock(self.folder / "lock"):  # so that no other download takes the room
                 self._make_room(shard.bytes, at_least=shard.bytes if attempt == 2 else 0)
                 file = os.open(part, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
                 os.truncate(file, shard.bytes)
             try:
                 download(file)
                 os.fsync(file)
-                with file_lock(self.folder / "lock"):  # who makes room counts every file
+                with file_lock(self.folder / "lock"):  # _make_room counts every file
                     part.rename(path)
                 return
             except OSError as error:

@@ -97,7 +97,7 @@ class ShardReader:
         self._first_block = np.cumsum(blocks) - blocks
         self._offsets = np.concatenate([shard.offsets for shard in self._shards])
         self._open: dict[int, int] = {}
-        self._early: dict[int, dict[int, bytes]] = {}  # blocks of shards that are on their way
+        self._early: dict[int, dict[int, bytes]] = {}  # blocks of shards being downloaded
         self._max_open = max_open
 
     def fill(self, ids_BM: Ids, places: Int64s, shards: Int64s, rows: Int64s) -> Int64s:
@@ -159,7 +159,7 @@ class ShardReader:
     def _file(self, shard: int) -> int:
         self._early.pop(shard, None)
         if len(self._open) == self._max_open:
-            os.close(self._open.pop(next(iter(self._open))))  # the one that was opened first
+            os.close(self._open.pop(next(iter(self._open))))  # the first one opened
         self._open[shard] = self._store.open(self._shards[shard])
         return self._open[shard]
 

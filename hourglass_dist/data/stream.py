@@ -286,7 +286,7 @@ def _read_ahead(source: Generator[Batch, None, None]) -> Generator[Batch, None, 
             item = ready.get()
             if isinstance(item, Exception):
                 raise item
-            if isinstance(item, BaseException):  # SystemExit there is an error here
+            if isinstance(item, BaseException):  # such as SystemExit in the thread
                 raise OSError(f"the thread that reads data ended: {item!r}") from item
             yield replace(item, waited_s=time.perf_counter() - begun)
     finally:
