@@ -1,5 +1,5 @@
-"""``hourglass ...``: every command of the project, thin. What a command does lives in the module of
-its name."""
+"""Commands of ``hourglass``. Each one parses its arguments and calls the module that does the
+work."""
 
 from __future__ import annotations
 
@@ -65,9 +65,9 @@ Export = Annotated[Path, typer.Argument(help="A folder made by 'hourglass export
 
 @app.command()
 def train(config: ConfigFile, overrides: Overrides = None) -> None:
-    """Train, or continue, the run that a settings file describes, on one rank.
+    """Start, or continue, the training run of a settings file, on one rank.
 
-    The same program on every GPU, or on two CPU ranks: hourglass launch torchrun CONFIG ...
+    To train on every GPU, or on two CPU ranks: hourglass launch torchrun CONFIG ...
 
     Example:
 
@@ -96,9 +96,9 @@ def launch(
         bool, typer.Option("--preflight-only", help="Look whether all nodes are fit, no training.")
     ] = False,
 ) -> None:
-    """Start, or continue, a run on one node or many.
+    """Start, or continue, a training run on one or more nodes.
 
-    Settings are checked first. docs/clusters.md says what each target needs.
+    Settings are checked first. docs/clusters.md describes what each target needs.
 
     Example: hourglass launch torchrun quickstart --print
     """
@@ -129,7 +129,7 @@ def config(
         bool, typer.Option("--describe", help="Say what a setting, or every setting, means.")
     ] = False,
 ) -> None:
-    """Print the resolved settings, every default filled in, or one line for each mistake.
+    """Print the resolved settings with all defaults filled in, or one line for each mistake.
 
     Example: hourglass config quickstart optim.lr=1e-3
 
@@ -157,8 +157,8 @@ def plan(
         float | None, typer.Option(help="With --gpu: dollars an hour of one, not the listed.")
     ] = None,
 ) -> None:
-    """Say what a run will cost before it is started: parameters, FLOPs, memory and traffic of a
-    rank; with --gpu also whether it fits, how long it takes, what it costs, and what is faster.
+    """Show the cost of a run before it is started: parameters, FLOPs, memory and traffic of a
+    rank; with --gpu also whether it fits, its time and price, and faster settings.
 
     Activations are counted for the kernels of GPUs with --gpu, else for those of this machine.
 
@@ -186,9 +186,9 @@ Run = Annotated[Path, typer.Argument(help="A run folder, such as runs/quickstart
 
 @checkpoint_app.command("list")
 def checkpoint_list(run: Run) -> None:
-    """Say which checkpoints a run has, how large they are, and how good.
+    """List the checkpoints of a run with their sizes and held-out scores.
 
-    Any number of ranks continues from any of them, at any ZeRO stage: there is nothing to convert.
+    Each can be resumed with any number of ranks, at any ZeRO stage, without conversion.
 
     Example: hourglass checkpoint list runs/try
     """
@@ -202,7 +202,7 @@ def checkpoint_list(run: Run) -> None:
 def checkpoint_verify(
     run: Run, step: Annotated[int | None, typer.Option(help="Only that of this step.")] = None
 ) -> None:
-    """Check every byte of a run's checkpoints; exit code 2 when one is damaged.
+    """Verify every byte of a run's checkpoints; exit code 2 when one is damaged.
 
     Example: hourglass checkpoint verify runs/try
     """
@@ -216,7 +216,7 @@ def checkpoint_verify(
 def checkpoint_delete(
     run: Run, steps: Annotated[list[int], typer.Argument(help="Of which steps.")]
 ) -> None:
-    """Remove checkpoints; the newest one stays.
+    """Delete checkpoints of a run; the newest one is never deleted.
 
     Example: hourglass checkpoint delete runs/try 1000
     """
@@ -231,9 +231,9 @@ def status(
     run: Run,
     as_json: Annotated[bool, typer.Option("--json", help="All of it, for programs.")] = False,
 ) -> None:
-    """Say how a run is doing: step, loss, speed, ranks that are silent or slow, the last
-    checkpoint, and why it last stopped. Reads files only, so it works on any machine that sees
-    the folder.
+    """Show the status of a run: step, loss, speed, silent or slow ranks, the last checkpoint, and
+    why it last ended. Only files are read, so it works on any machine that can read the run
+    folder.
 
     Exit code: 0 running or finished, 75 stopped on request (start it again), 1 crashed or hanging,
     2 no run there.
@@ -257,8 +257,8 @@ def report(
         Path | None, typer.Option(help="The page; RUN/report.html if not given.")
     ] = None,
 ) -> None:
-    """Make one HTML page of a run, finished or not, that can be mailed: curves, starts, samples,
-    plan and settings.
+    """Write a report of a run, finished or not, as one self-contained HTML page: curves, starts,
+    samples, plan and settings.
 
     Example: hourglass report runs/try --out report.html
     """
@@ -282,7 +282,7 @@ def export(
         typer.Option(help="Export this step instead of the newest one."),
     ] = None,
 ) -> None:
-    """Turn a run's checkpoint into model.safetensors, config.json and the tokenizer.
+    """Export a checkpoint of a run as model.safetensors, config.json and the tokenizer.
 
     Example: hourglass export runs/try exports/try
     """
@@ -334,7 +334,7 @@ def generate(
     top_p: Annotated[float, typer.Option(help="Keep the most likely tokens up to this sum.")] = 1.0,
     seed: Annotated[int, typer.Option(help="The same seed gives the same text.")] = 0,
 ) -> None:
-    """Continue a text, token by token, to standard output.
+    """Generate the continuation of a text, token by token, on standard output.
 
     Example: hourglass generate exports/try --prompt "ROMEO:" --max-new-tokens 200
     """
@@ -347,7 +347,7 @@ def generate(
 
 
 def main() -> None:
-    """The console entry point: mistakes of the user are one line on stderr and exit code 2."""
+    """Run the console command; mistakes of the user end with one line on stderr and exit code 2."""
     try:
         app()
     except BrokenPipeError:

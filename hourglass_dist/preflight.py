@@ -1,17 +1,17 @@
-"""Checks every node before a run is started on it, in under a minute; trains nothing.
+"""Checks of all nodes before a run is started on them, in under a minute and without training.
 
     torchrun --nproc-per-node 2 -m hourglass_dist.preflight quickstart
 
     code, settings    the same on all ranks: versions, commit, files, every setting
-    devices           as many on every node, and of one kind
-    run folder        the same on all hosts, with room for the checkpoints that it will hold
+    devices           equally many on every node, all of one kind
+    run folder        the same on all hosts, with space for the checkpoints of the run
     data              every source opens on every rank, and is the same dataset
     clocks            within a second: times of different hosts are compared in logs and heartbeats
-    products          a timed matrix product on each rank, all at once; a slow one is named
-    all-reduce        how fast 16 MiB are summed over all ranks
+    products          a timed matrix product on all ranks at once; slow ranks are named
+    all-reduce        time of an all-reduce of 16 MiB over all ranks
 
-Ends with exit code 0, or with a line for everything that is wrong, naming ranks and hosts, and 2.
-Ranks talk over gloo here, also where there are GPUs: a node without its GPU must be able to say so.
+The exit code is 0, or 2 after a line for each problem, with ranks and hosts. The ranks use gloo
+even on GPUs (except in the timed all-reduce), so that a node without its GPU can report it.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from hourglass_dist.planning.parameters import parameters_of
 from hourglass_dist.planning.plan import plan
 
 SLOW = 1.5
-"""Times the median of the ranks that a matrix product may take: twice the usual difference."""
+"""Largest time of a matrix product over the ranks' median: twice the usual difference."""
 REPEATS, REPEAT_SECONDS = 5, 0.25
 SKEW_SECONDS, ROUNDS = 1.0, 5
 REDUCED_BYTES = 2**24
@@ -50,14 +50,14 @@ REDUCED_BYTES = 2**24
 
 @dataclass
 class Report:
-    """The results of all checks, the same on all ranks."""
+    """Results of all checks, the same on all ranks."""
 
     notes: list[tuple[str, str]] = field(default_factory=list)
     """Name and result of each check."""
     problems: list[str] = field(default_factory=list)
 
     def add(self, name: str, note: str, problems: Iterable[str] = ()) -> None:
-        """The result of a check."""
+        """Add the result of a check."""
         problems = list(problems)
         self.notes.append((name, "see below" if problems else note))
         self.problems += problems
@@ -65,25 +65,25 @@ class Report:
 
 @dataclass(frozen=True)
 class RankGroup:
-    """All ranks; every check is made by all of them."""
+    """Ranks that make the checks together."""
 
     config: Config
     world: ranks.World
-    """Process group on the CPU."""
+    """World of a process group on the CPU."""
     device: torch.device
-    """Device that this rank would train on."""
+    """Device on which this rank would train."""
     hosts: list[str]
 
     def texts(self, text: str) -> list[str]:
-        """Gather a value of every rank."""
+        """Return the text of every rank."""
         return ranks.gather_texts(text, self.world.device)
 
     def floats(self, value: float) -> list[float]:
-        """Gather a value of every rank."""
+        """Return the value of every rank."""
         return [each for (each,) in ranks.gather_floats([value], self.world.device)]
 
     def each(self, action: Callable[[], str]) -> tuple[list[str], list[str]]:
-        """The result of ``action`` on every rank, and a line for each mistake with its ranks."""
+        """Return the result of ``action`` on all ranks, and a line per error with its ranks."""
         result, mistake = "", ""
         try:
             result = action()
@@ -98,7 +98,7 @@ class RankGroup:
 
 
 def check_nodes(config: Config) -> tuple[Report, RankGroup]:
-    """Make all checks."""
+    """Make all checks and return the report; when code or settings differ, stop after those."""
     world = ranks.init(on_cpu=True)
     local = int(os.environ.get("LOCAL_RANK", "0"))
     has_gpu = local < torch.cuda.device_count()
@@ -107,7 +107,7 @@ def check_nodes(config: Config) -> tuple[Report, RankGroup]:
     report = Report()
     check_code(group, report)
     if report.problems:
-        return report, group  # other programs would check other things
+        return report, group  # with other code or settings the checks would differ
     check_devices(group, report)
     check_folder(group, report)
     check_data(group, report)
@@ -118,7 +118,7 @@ def check_nodes(config: Config) -> tuple[Report, RankGroup]:
 
 
 def check_code(group: RankGroup, report: Report) -> None:
-    """Versions, files and settings."""
+    """Check versions, source files and settings."""
     code = rank_checks.code()
     told = ", ".join(f"{name} {value}" for name, value in code.items() if value)
     report.add("code", told, rank_checks.other_code(group.world, group.hosts))
@@ -135,7 +135,7 @@ def check_code(group: RankGroup, report: Report) -> None:
 
 
 def check_devices(group: RankGroup, report: Report) -> None:
-    """Equally many ranks and devices on every node, all of one kind."""
+    """Check that every node has equally many ranks and devices, all of one kind."""
     size = len(group.hosts)
     kind = device_name(group.device)
     ranks_here = [f"{group.hosts.count(host)} a node" for host in group.hosts]
@@ -150,11 +150,11 @@ def check_devices(group: RankGroup, report: Report) -> None:
 
 
 def check_folder(group: RankGroup, report: Report) -> None:
-    """One folder for all hosts, with room. What the check makes is removed again."""
+    """Check that all hosts share the run folder and it has space; remove what the check made."""
     config, world = group.config, group.world
     folder = Path(config.run.dir)
     missing: list[Path] = []
-    if world.is_main:  # other hosts must not have looked before it is made
+    if world.is_main:  # it must be made before other hosts look at it
         missing = [path for path in (folder, *folder.parents) if not path.exists()]
     mistakes = group.each(lambda: make(folder) if world.is_main else "")[1]
     mistakes = mistakes or rank_checks.not_shared(folder, world, group.hosts)
@@ -176,13 +176,13 @@ def check_folder(group: RankGroup, report: Report) -> None:
 
 
 def make(folder: Path) -> str:
-    """Make a folder and its parents."""
+    """Make a folder and its parents, and return its path."""
     folder.mkdir(parents=True, exist_ok=True)
     return str(folder)
 
 
 def check_data(group: RankGroup, report: Report) -> None:
-    """Every source opens everywhere, and has the same manifest."""
+    """Check that every source opens on all ranks with the same manifest."""
 
     def ids() -> str:
         datasets, _ = open_mixture(group.config.data)
@@ -201,7 +201,7 @@ def check_data(group: RankGroup, report: Report) -> None:
 
 
 def check_clocks(group: RankGroup, report: Report) -> None:
-    """The median of a few comparisons with rank 0: all leave a barrier within milliseconds."""
+    """Compare clocks with rank 0, by medians after barriers that all leave within milliseconds."""
     rounds = []
     for _ in range(ROUNDS):
         ranks.barrier()
@@ -219,8 +219,8 @@ def check_clocks(group: RankGroup, report: Report) -> None:
 
 
 def check_products(group: RankGroup, report: Report) -> None:
-    """A matrix product on all ranks at once; the best of a few repeats: what disturbs a rank now
-    and then is no slow rank."""
+    """Time a matrix product on all ranks at once; the best of a few repeats counts, so that a brief
+    disturbance does not make a rank slow."""
     size, kind = (8192, torch.bfloat16) if group.device.type == "cuda" else (512, torch.float32)
     matrix = torch.rand(size, size, dtype=torch.float32).to(group.device, kind)
     times = []
@@ -241,7 +241,7 @@ def check_products(group: RankGroup, report: Report) -> None:
 
 
 def seconds_of(matrix: torch.Tensor) -> float:
-    """Mean seconds of a product of a matrix with itself, over a quarter of a second."""
+    """Return the mean seconds of a product of a matrix with itself, over a quarter of a second."""
     begun, count = time.perf_counter(), 0
     while count == 0 or time.perf_counter() - begun < REPEAT_SECONDS:
         torch.mm(matrix, matrix)
@@ -252,12 +252,12 @@ def seconds_of(matrix: torch.Tensor) -> float:
 
 
 def show_flops(speed: float) -> str:
-    """``41.3 GFLOP/s``."""
+    """Return a speed as text, such as ``41.3 GFLOP/s``."""
     return f"{speed / 1e12:.3g} TFLOP/s" if speed >= 1e12 else f"{speed / 1e9:.3g} GFLOP/s"
 
 
 def check_all_reduce(group: RankGroup, report: Report) -> None:
-    """Over nccl where all ranks have a GPU. Says nothing of a single rank: all wait for all."""
+    """Time an all-reduce of two ranks or more, over nccl if all have GPUs; name no slow rank."""
     world = group.world
     if world.size == 1:
         return
@@ -272,7 +272,7 @@ def check_all_reduce(group: RankGroup, report: Report) -> None:
         ranks.barrier()
         begun = time.perf_counter()
         td.all_reduce(tensor, group=nccl)
-        float(tensor[0])  # has it arrived
+        float(tensor[0])  # wait for the result
         tensor.fill_(1.0)
         times.append(time.perf_counter() - begun)
     seconds = statistics.median(group.floats(statistics.median(times[1:])))
@@ -300,7 +300,7 @@ def print_report(report: Report, group: RankGroup, seconds: float) -> None:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """``CONFIG.yaml key=value ...``; returns the exit code."""
+    """Run the checks for ``CONFIG.yaml key=value ...`` and return the exit code."""
     begun = time.monotonic()
     try:
         report, group = check_nodes(settings.load(arguments[0], arguments[1:]))
@@ -308,7 +308,7 @@ def main(arguments: Sequence[str]) -> int:
             print_report(report, group, time.monotonic() - begun)
             if report.problems:
                 print_error(ValueError("\n".join(report.problems)))
-        ranks.barrier()  # until it is said
+        ranks.barrier()  # until the report is printed
         return exit_codes.BAD_INPUT if report.problems else exit_codes.DONE
     except (ValueError, OSError) as error:
         if ranks.is_main_process():

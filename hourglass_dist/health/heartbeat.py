@@ -1,12 +1,12 @@
-"""A heartbeat of every rank, for ``hourglass status``: ``RUN/heartbeats/rank_00003.json``.
+"""Heartbeat files of the ranks, for ``hourglass status``: ``RUN/heartbeats/rank_00003.json``.
 
     {"time": 1770000000.0, "rank": 3, "ranks": 8, "host": "node0", "pid": 4711,
      "space": "pid:[4026531836]", "doing": "training", "step": 500, "seconds": 0.31, "loss": 1.93,
      "limit": 600.0}
 
-``time`` is in seconds since 1970, ``step`` how many are done, ``seconds`` what the last one took,
-``loss`` its loss (on the main rank), ``limit`` how many seconds the rank may be silent. A run that
-ends by itself leaves none of these files; a killed one does.
+``time`` is in seconds since 1970, ``step`` the number of steps done, ``seconds`` the time of the
+last one, ``loss`` its loss (main rank only), ``limit`` the seconds for which the rank may be
+silent. A run that ends by itself removes these files; a killed run leaves them.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ FOLDER = "heartbeats"
 
 @dataclass(frozen=True)
 class Heartbeat:
-    """The last report of a rank."""
+    """Last report of a rank."""
 
     time: float
     rank: int
@@ -32,7 +32,7 @@ class Heartbeat:
     host: str
     pid: int
     space: str
-    """Name space of ``pid``: see ``process_space``."""
+    """Process namespace of ``pid``: see ``process_space``."""
     doing: str
     step: int
     seconds: float | None
@@ -41,21 +41,21 @@ class Heartbeat:
 
     @property
     def where(self) -> str:
-        """``rank 3 (node0)``."""
+        """Rank and host as text, such as ``rank 3 (node0)``."""
         return f"rank {self.rank} ({self.host})"
 
 
 def pause_between(ranks: int) -> float:
-    """Seconds between two writes of a rank; longer with more ranks, to spare the file system."""
+    """Return the seconds between two writes of a rank: more with more ranks, to spare the disk."""
     return max(5.0, ranks / 100)
 
 
 class HeartbeatFile:
-    """The file of this rank, rewritten every few seconds; there is no thread."""
+    """Heartbeat file of this rank, rewritten every few seconds without a thread."""
 
     def __init__(self, run: Path, rank: int, ranks: int, step: int, limit: float) -> None:
-        """Start after ``step`` steps. The main rank removes files of an earlier start with more
-        ranks."""
+        """Write the first heartbeat, after ``step`` steps. The main rank removes files of an
+        earlier start with more ranks."""
         self._folder = run / FOLDER
         self._path = self._folder / _name(rank)
         self._unfinished = self._path.with_name(f".{self._path.name}.unfinished")
@@ -84,7 +84,7 @@ class HeartbeatFile:
     def beat(
         self, doing: str, step: int, seconds: float | None, loss: float | None, limit: float
     ) -> None:
-        """Report what this rank does; written at once when that is new, else every few seconds."""
+        """Report what this rank does; a change is written at once, the rest every few seconds."""
         new = (doing, limit) != (self._beat.doing, self._beat.limit)
         self._beat = replace(
             self._beat, doing=doing, step=step, seconds=seconds, loss=loss, limit=limit
@@ -95,18 +95,18 @@ class HeartbeatFile:
             self._write()
 
     def _write(self) -> None:
-        """Write it atomically, but not synced: after a crash of the machine it is of no use."""
+        """Write the file atomically without a sync: it is not needed after a machine crash."""
         self._beat = replace(self._beat, time=time.time())
         with suppress(OSError):  # a full disk ends no run
             self._unfinished.write_text(json.dumps(asdict(self._beat)))
             self._unfinished.rename(self._path)
 
     def close(self) -> None:
-        """Remove the file: the rank ends by itself."""
+        """Remove the file, when the rank ends by itself."""
         with suppress(OSError):
             self._path.unlink(missing_ok=True)
             self._unfinished.unlink(missing_ok=True)
-            self._folder.rmdir()  # of the last rank
+            self._folder.rmdir()  # succeeds on the last rank
 
 
 def _name(rank: int) -> str:
@@ -114,7 +114,7 @@ def _name(rank: int) -> str:
 
 
 def read_heartbeats(run: Path) -> list[Heartbeat]:
-    """The last heartbeat of every rank, in rank order; files that cannot be read are left out."""
+    """Return the last heartbeat of every rank, in rank order, without files that are unreadable."""
     heartbeats = []
     names = {field.name for field in fields(Heartbeat)}
     for path in sorted((run / FOLDER).glob("rank_*.json")):
@@ -125,7 +125,7 @@ def read_heartbeats(run: Path) -> list[Heartbeat]:
 
 
 def process_space() -> str:
-    """Linux's name of the process name space, which containers do not share; empty elsewhere."""
+    """Return Linux's name of the process namespace, one per container; "" on other systems."""
     try:
         return os.readlink("/proc/self/ns/pid")
     except OSError:
@@ -133,8 +133,8 @@ def process_space() -> str:
 
 
 def process_state(pid: int) -> tuple[str, int] | None:
-    """Linux's letter for the state of a process of this machine (T: stopped) and its parent; None
-    when it is gone, or the system has no /proc."""
+    """Return the state letter of a process on this machine (T: stopped) and its parent's id; None
+    when the process is gone, a zombie, or the system has no /proc."""
     try:
         text = Path(f"/proc/{pid}/stat").read_text()
     except OSError:

@@ -1,12 +1,12 @@
-"""When a run was started and how each start ended: ``RUN/history.jsonl``.
+"""History of a run, its starts and how each one ended: ``RUN/history.jsonl``.
 
     {"event": "start", "time": 1770000000.0, "step": 500, "ranks": 8, "device": "NVIDIA H100 ...",
      "host": "node0", "versions": {"torch": "2.13.0", ...}, "revision": "c688d1e"}
     {"event": "end", "time": 1770003600.0, "step": 1000, "reason": "finished", "crashed": false}
 
-``time`` is in seconds since 1970, ``step`` how many steps were done. A killed process leaves no
-end: a start that follows a start says so. A run that is started again and again, and crashes each
-time before it has saved anything new, is refused in the end: ``records.require_progress``.
+``time`` is in seconds since 1970, ``step`` the number of steps done. A killed process writes no
+end, so a start that follows a start means a kill. A run that crashes again and again before it
+saves anything new is refused after a few starts: ``records.require_progress``.
 """
 
 from __future__ import annotations
@@ -31,21 +31,21 @@ from hourglass_dist.core.version import __version__
 
 
 class History:
-    """Notes the start and the end of this process's part of a run, on the main rank.
+    """Context manager that records the start and the end of this process in the history.
 
-    A context: leaving it notes how it ended, if it had begun.
+    Only the main rank writes. On exit the end is recorded if the start was.
     """
 
     def __init__(self, run: Path) -> None:
         self._path = run / HISTORY_FILE
         self._is_open = False
         self.step = 0
-        """Steps done so far; whoever counts them keeps it."""
+        """Number of steps done so far, updated by the caller."""
         self.first_start = time.time()
-        """When the run was started for the first time, in seconds since 1970."""
+        """Time of the first start of the run, seconds since 1970."""
 
     def start(self, step: int, world: ranks.World) -> None:
-        """Note that this process continues after ``step`` steps."""
+        """Record that this process continues after ``step`` steps."""
         self.step = step
         if not world.is_main:
             return
@@ -57,7 +57,7 @@ class History:
 
     def _add(self, event: str, **facts: Any) -> dict[str, Any]:
         entry: dict[str, Any] = {"event": event, "time": time.time(), "step": self.step, **facts}
-        with suppress(OSError):  # no reason to end a run
+        with suppress(OSError):  # a full disk must not end the run
             append_jsonl(self._path, entry)
         return entry
 
@@ -84,7 +84,7 @@ class History:
 
 
 def about_this_code() -> dict[str, Any]:
-    """Where this process runs which code."""
+    """Return host, package versions and code revision of this process."""
     return {
         "host": socket.gethostname(),
         "versions": {
@@ -97,14 +97,14 @@ def about_this_code() -> dict[str, Any]:
 
 
 def device_name(device: torch.device) -> str:
-    """The accelerator's name, or ``cpu``."""
+    """Return the accelerator's name, or ``cpu``."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 @cache
 def revision() -> str | None:
-    """The commit of the checkout that this code lies in, or that an image was made of; None where
-    that is not known."""
+    """Return the commit of this checkout, or the one that the container image was built from; None
+    if unknown."""
     root = Path(__file__).parents[2]
     if not (root / ".git").exists():
         return os.environ.get("HOURGLASS_REVISION") or None

@@ -1,9 +1,9 @@
-"""Checks that the ranks of a run have in common what they must, in well below a second.
+"""Quick checks that all ranks of a run agree, usually in well below a second.
 
     versions, code, settings   the same on all ranks, before anything is written
-    run folder                 the same one on all hosts, with room for a checkpoint
+    run folder                 the same folder on all hosts, with space for a checkpoint
 
-Every function is called by all ranks and returns the same list on all of them: a line for each
+Every check is called by all ranks and returns the same list on all of them: one line for each
 mismatch, with ranks and hosts. ``preflight`` checks more.
 """
 
@@ -30,26 +30,26 @@ from hourglass_dist.core.text import show_bytes
 from hourglass_dist.health.history import about_this_code
 
 SHARED_SECONDS = 10.0
-"""How long a new file may take to be seen on other hosts; over NFS some seconds are usual."""
+"""Time in which other hosts must see a new file, seconds; over NFS some seconds are usual."""
 
 
 def require_same_start(config: Config, world: ranks.World) -> None:
-    """Raise ValueError, on all ranks, when one has other settings, packages or code."""
+    """Raise ValueError, on all ranks, when settings, packages or code differ between ranks."""
     if world.size > 1:
         hosts = hosts_of(world)
         _refuse([*other_code(world, hosts), *other_settings(config, world, hosts)])
 
 
 def require_good_folder(config: Config, world: ranks.World, checkpoint_bytes: int) -> None:
-    """Raise ValueError, on all ranks, when the run folder is not the same on all hosts, or has no
-    room for a single checkpoint."""
+    """Raise ValueError, on all ranks, when the run folder is not shared by all hosts, or has no
+    space for one checkpoint."""
     if world.size > 1:
         _refuse(not_shared(Path(config.run.dir), world, hosts_of(world)))
         _refuse(no_room(config, world, 1, checkpoint_bytes))
 
 
 def require_compiler(config: Config, device: torch.device) -> None:
-    """Raise ValueError when layers are to be compiled and there is no compiler."""
+    """Raise ValueError when ``train.compile`` is set on a CPU without a C++ compiler."""
     compiler = os.environ.get("CXX", "g++")
     if config.train.compile and device.type == "cpu" and not shutil.which(compiler):
         raise ValueError(
@@ -64,12 +64,12 @@ def _refuse(lines: Sequence[str]) -> None:
 
 
 def hosts_of(world: ranks.World) -> list[str]:
-    """The host of every rank."""
+    """Return the host name of every rank."""
     return ranks.gather_texts(platform.node(), world.device)
 
 
 def who(ranks: Sequence[int], hosts: Sequence[str]) -> str:
-    """``rank 1 (node0)``, ``ranks 2, 3 (node1) and 4, 5 (node2)``; the first few."""
+    """Return the first ranks and hosts, such as ``ranks 2, 3 (node1) and 4, 5 (node2)``."""
     by_host: dict[str, list[str]] = {}
     for rank in ranks:
         by_host.setdefault(hosts[rank], []).append(str(rank))
@@ -85,7 +85,7 @@ def who(ranks: Sequence[int], hosts: Sequence[str]) -> str:
 
 
 def mismatches(name: str, values: Sequence[str | None], hosts: Sequence[str]) -> list[str]:
-    """A line when the ``values`` of all ranks are not the same; None is unknown, and no other."""
+    """Return one line when the ``values`` of the ranks differ; None (unknown) is ignored."""
     known = [value for value in values if value is not None]
     if len(set(known)) < 2:
         return []
@@ -97,7 +97,7 @@ def mismatches(name: str, values: Sequence[str | None], hosts: Sequence[str]) ->
 
 
 def other_code(world: ranks.World, hosts: Sequence[str]) -> list[str]:
-    """Versions of packages, the commit, and the files of this package themselves."""
+    """Return mismatches of package versions, commit and source files between ranks."""
     mine = code()
     everyone = [json.loads(text) for text in ranks.gather_texts(json.dumps(mine), world.device)]
     lines = []
@@ -107,7 +107,7 @@ def other_code(world: ranks.World, hosts: Sequence[str]) -> list[str]:
 
 
 def code() -> Mapping[str, str | None]:
-    """What this process runs."""
+    """Return package versions, commit and a hash of the source files of this process."""
     about, here = about_this_code(), Path(__file__).parents[1]
     digest = hashlib.sha256()
     for path in sorted(here.rglob("*.py")):
@@ -117,7 +117,7 @@ def code() -> Mapping[str, str | None]:
 
 
 def other_settings(config: Config, world: ranks.World, hosts: Sequence[str]) -> list[str]:
-    """Settings that differ from those of rank 0."""
+    """Return mismatches between the settings of rank 0 and those of other ranks."""
     mine = config.model_dump_json()
     hashes = [each for (each,) in ranks.gather_ints([ranks.hash_int(mine)], world.device)]
     if len(set(hashes)) == 1:
@@ -136,7 +136,7 @@ def other_settings(config: Config, world: ranks.World, hosts: Sequence[str]) -> 
 
 
 def not_shared(folder: Path, world: ranks.World, hosts: Sequence[str]) -> list[str]:
-    """Whether all hosts see a file that rank 0 writes."""
+    """Return a line when a file that rank 0 writes to ``folder`` is not visible on all hosts."""
     token = f".seen_by_all_{secrets.token_hex(8)}"
     token = ranks.gather_texts(token if world.is_main else "", world.device)[0]
     problem = ""
@@ -165,14 +165,14 @@ def not_shared(folder: Path, world: ranks.World, hosts: Sequence[str]) -> list[s
 
 
 def kept(config: Config) -> int:
-    """Checkpoints that a run's folder holds in the end, and one that is being written."""
+    """Return how many checkpoints a run keeps at its end, plus one that is being written."""
     settings = config.checkpoint
     for_good = config.train.steps // settings.keep_every if settings.keep_every else 0
     return settings.keep + settings.keep_best + for_good + 1
 
 
 def free_bytes(folder: Path) -> int:
-    """Bytes that are free where a folder is, or will be."""
+    """Return the free bytes of the file system of a folder that exists or will be made."""
     folder = folder.absolute()
     return shutil.disk_usage(next(p for p in (folder, *folder.parents) if p.exists())).free
 
@@ -180,7 +180,7 @@ def free_bytes(folder: Path) -> int:
 def no_room(
     config: Config, world: ranks.World, checkpoints: int, checkpoint_bytes: int
 ) -> list[str]:
-    """Whether the run folder has no room for so many more checkpoints."""
+    """Return a line when the run folder has no space for ``checkpoints`` more checkpoints."""
 
     def look() -> str:
         if not world.is_main:

@@ -1,7 +1,7 @@
-"""Ranks that are slower than the others, from what a step takes each of them for itself.
+"""Detection of stragglers: ranks whose own time per step, without waiting, is longer than others'.
 
-All ranks wait for the slowest, so one slow machine (a hot GPU, a disk that fails, a neighbour on
-the same node) makes the whole run slow, and shows nowhere else.
+All ranks wait for the slowest one, so a single slow machine (a hot GPU, a failing disk, another job
+on the same node) slows the whole run, and no other metric shows which rank it is.
 """
 
 from __future__ import annotations
@@ -11,14 +11,14 @@ from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 
 SLOW = 1.5
-"""Time of a slow rank over the median of the others; smaller differences are usual."""
+"""Smallest ratio of a slow rank's time to the median of the others; less is usual variation."""
 IN_A_ROW = 5
-"""Records in a row in which the same rank must be slow before it is reported."""
+"""Number of consecutive records in which a rank must be slow before it is reported."""
 
 
 def spread(seconds: Sequence[float]) -> dict[str, float]:
-    """Metrics of what a step takes each rank for itself, and which rank is the slowest; none of a
-    single rank."""
+    """Return metrics of the own time per step of each rank, seconds, with the slowest rank; {} for
+    a single rank."""
     if len(seconds) == 1:
         return {}
     slowest = seconds.index(max(seconds))
@@ -33,8 +33,8 @@ def spread(seconds: Sequence[float]) -> dict[str, float]:
 
 
 def straggler(records: Iterable[Mapping[str, float]]) -> tuple[int, float] | None:
-    """The rank that is slow in each of the last ``IN_A_ROW`` records, and how many times slower
-    than the others it is at least; None when there is none."""
+    """Return the rank that is slow in each of the last ``IN_A_ROW`` records, with its smallest
+    ratio to the others; None when there is none."""
     last = [record for record in records if "train/slowest_over_others" in record][-IN_A_ROW:]
     ranks = {int(record["train/slowest_rank"]) for record in last}
     times = min((record["train/slowest_over_others"] for record in last), default=0.0)
@@ -43,16 +43,16 @@ def straggler(records: Iterable[Mapping[str, float]]) -> tuple[int, float] | Non
 
 
 class Stragglers:
-    """Reports a slow rank once, when it becomes slow."""
+    """Detector that reports a slow rank once, when it becomes slow."""
 
     def __init__(self, hosts: Sequence[str]) -> None:
-        """``hosts``: that of every rank."""
+        """Set up the detector; ``hosts`` has the host name of every rank."""
         self._hosts = hosts
         self._last: deque[Mapping[str, float]] = deque(maxlen=IN_A_ROW)
         self._told: int | None = None
 
     def check(self, step: int, values: Mapping[str, float]) -> str | None:
-        """A line, if with the record of ``step`` a rank becomes slow."""
+        """Add the record of ``step``; return a line of text if a rank has become slow."""
         self._last.append(values)
         slow = straggler(self._last)
         before, self._told = self._told, slow[0] if slow else None

@@ -1,4 +1,4 @@
-"""A rank that hangs: its stacks go to the run folder, and it is ended."""
+"""Watchdog for a rank that hangs: its stacks are written to the run folder and it is ended."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from hourglass_dist.health.heartbeat import HeartbeatFile
 T = TypeVar("T")
 
 START_SECONDS = 600.0
-"""Shortest limit for the start and the first step, which may compile."""
+"""Shortest limit for the start and the first step, which may compile, seconds."""
 
 
 class Watchdog:
-    """Reports that this rank is alive, and ends it when nothing has happened for a while; its
-    stacks are then in the run folder.
+    """Watchdog that reports that this rank is alive, and ends it when it has been silent too long;
+    its stacks are then in the run folder.
 
-    Under torchrun ``health/watcher.py`` does that. Without it, or when it is gone, too, a timer of
-    this process does, outside of Python's lock: a process that hangs inside a collective
-    is ended as well. All ranks wait for the hung one and so end at about the same time.
+    Under torchrun ``health/watcher.py`` ends the rank. Without a watcher a timer in this process
+    does; it does not need Python's lock, so it also ends a process that hangs inside a collective.
+    All ranks wait for the hung one and so end at about the same time.
     """
 
     def __init__(self, run: Path, minutes: float, world: ranks.World, step: int) -> None:
-        """Start for a rank that has done ``step`` steps."""
+        """Start the watch of a rank that has done ``step`` steps."""
         self._path = watcher.open_stacks(run, world.rank)
         self._file = self._path.open("a")
         faulthandler.register(watcher.STACKS_SIGNAL, file=self._file, all_threads=True)
@@ -46,13 +46,13 @@ class Watchdog:
         self._arm(limit)
 
     def step(self, step: int, loss: float) -> None:
-        """Report completed step ``step``."""
+        """Report that ``step`` is complete."""
         self._took = time.monotonic() - self._last
         self._step, self._loss = step, loss if self._is_main and math.isfinite(loss) else None
         self.beat("training")
 
     def beat(self, doing: str) -> None:
-        """Report that something has happened, and what is done now."""
+        """Report that this rank is alive, and what it does now."""
         now = self._last = time.monotonic()
         self._heartbeat.beat(doing, self._step, self._took, self._loss, self._seconds)
         if doing != self._doing or now - self._armed > min(1.0, self._seconds / 4):
@@ -65,13 +65,13 @@ class Watchdog:
         faulthandler.dump_traceback_later(seconds + margin, exit=True, file=self._file)
 
     def watching(self, items: Iterable[T]) -> Iterator[T]:
-        """Pass on the batches of an evaluation, and report each one."""
+        """Yield the batches of an evaluation, with a report for each one."""
         for item in items:
             self.beat("evaluating")
             yield item
 
     def close(self) -> None:
-        """End the watch: the run ends by itself."""
+        """End the watch, when the run ends by itself."""
         faulthandler.cancel_dump_traceback_later()
         faulthandler.unregister(watcher.STACKS_SIGNAL)
         self._client.report(self._step, None)
@@ -84,9 +84,9 @@ class Watchdog:
 
 
 def record_collectives(run: Path) -> None:
-    """Let NCCL keep its last collectives and write them beside the stacks when one waits for too
-    long; before the process group is made. ``python -m torch.distributed.flight_recorder.fr_trace``
-    reads them."""
+    """Let NCCL record its last collectives and write them beside the stacks when one times out;
+    called before the process group is made. To read them:
+    ``python -m torch.distributed.flight_recorder.fr_trace``."""
     os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
     os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
     os.environ.setdefault("TORCH_FR_DUMP_TEMP_FILE", str((run / "stacks" / "nccl_rank_").resolve()))

@@ -1,15 +1,15 @@
-"""Ends ranks that hang, from outside: a thread in torchrun's own process, one on every node.
+"""Watcher that ends hung ranks from outside: a thread in torchrun's own process on every node.
 
-Each rank reports every now and then that it is alive, and for how long it may be silent from here
-on: by a datagram, so that neither a file system nor a changed clock can make a rank look dead. When
-one is silent for longer
+Each rank reports regularly that it is alive, and for how long it may be silent from then on. It
+sends a datagram, so neither a slow file system nor a changed clock can make a rank look dead. When
+a rank is silent for longer
 
     the stacks of all ranks of this node go to RUN/stacks/, by py-spy, which can read a process that
-    is stopped or holds Python's lock; where it may not, by a signal to the rank;
-    those that are still silent a moment later get SIGKILL, the only signal for a stopped process.
+    is stopped or holds Python's lock; where py-spy is not permitted, by a signal to the rank;
+    ranks that are still silent a moment later get SIGKILL, which also ends a stopped process.
 
-torchrun then starts all ranks again, or ends. Ranks on other nodes wait for the one that hangs, so
-the watchers there do the same at about the same time.
+torchrun then restarts all ranks, or ends. Ranks on other nodes wait for the one that hangs, so the
+watchers there do the same at about the same time.
 """
 
 from __future__ import annotations
@@ -35,21 +35,21 @@ from pathlib import Path
 from hourglass_dist.health.heartbeat import process_state
 
 VARIABLE = "HOURGLASS_WATCHER"
-"""Environment variable with the name of the watcher's socket."""
+"""Name of the environment variable that holds the name of the watcher's socket."""
 STACKS_SIGNAL = signal.SIGUSR2
 """Signal on which a rank writes its own stacks."""
 KEPT = 3
 """Number of files with stacks of earlier hangs that are kept for each rank."""
 PY_SPY_SECONDS = 15
 MARGIN = 60.0
-"""Seconds that a watcher has to do all of this, before a rank ends itself."""
+"""Time that a watcher has to do all of this before a rank ends itself, seconds."""
 
 
 class WatcherClient:
-    """Tells the watcher, from a rank, that the rank is alive."""
+    """Client in a rank that tells the watcher that the rank is alive."""
 
     def __init__(self, rank: int, stacks: Path) -> None:
-        """``stacks``: the file for this rank's stacks."""
+        """Connect to the watcher, if any; ``stacks`` is the file for this rank's stacks."""
         self._about = {"rank": rank, "stacks": str(stacks.resolve())}
         name = os.environ.get(VARIABLE)
         self.is_watched = name is not None
@@ -57,12 +57,12 @@ class WatcherClient:
         if self.is_watched:
             self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
             self._socket.setblocking(False)
-            with suppress(OSError, AttributeError):  # where Linux lets only parents look inside
+            with suppress(OSError, AttributeError):  # where Linux lets only parents trace
                 ctypes.CDLL(None).prctl(_PR_SET_PTRACER, os.getppid())
 
     def report(self, step: int, limit: float | None) -> None:
-        """Report that this rank has done ``step`` steps, and may be silent for ``limit`` seconds;
-        with None, it is watched no longer."""
+        """Report that this rank has done ``step`` steps and may be silent for ``limit`` seconds;
+        None ends the watch."""
         if self.is_watched:
             message = json.dumps({**self._about, "step": step, "limit": limit}).encode()
             with suppress(OSError):  # the watcher is gone, or busy
@@ -74,28 +74,28 @@ _PR_SET_PTRACER = 0x59616D61
 
 @dataclass
 class _Rank:
-    """What the watcher knows of a rank."""
+    """Last report of a rank to the watcher."""
 
     rank: int
     stacks: Path
     step: int
     limit: float
     heard: float
-    """When it last reported, by the watcher's clock."""
+    """Time of the last report by the watcher's monotonic clock, seconds."""
 
 
 class Watcher(threading.Thread):
-    """Watches the ranks that this process has started."""
+    """Thread that watches the ranks that this process has started."""
 
     def __init__(self) -> None:
         super().__init__(name="watcher", daemon=True)
         self._ranks: dict[int, _Rank] = {}
         self.ended: set[int] = set()
-        """Processes that got SIGKILL because they hung."""
+        """Process ids of ranks that got SIGKILL because they hung."""
         name = f"hourglass-{os.getpid()}-{secrets.token_hex(8)}"
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
-        self._socket.bind(f"\0{name}")  # a name without a file, gone with this process
+        self._socket.bind(f"\0{name}")  # an abstract socket: no file, gone with this process
         os.environ[VARIABLE] = name
 
     def run(self) -> None:
@@ -105,7 +105,7 @@ class Watcher(threading.Thread):
                 self._end(silent)
 
     def _listen(self, seconds: float) -> None:
-        """Receive reports for so long. The kernel says who sent one; only children count."""
+        """Receive reports for ``seconds``. The kernel names the sender; only children count."""
         ends = time.monotonic() + seconds
         while (left := ends - time.monotonic()) > 0:
             self._socket.settimeout(left)
@@ -124,14 +124,14 @@ class Watcher(threading.Thread):
                 self._ranks[pid] = _Rank(*about, heard=time.monotonic())
 
     def _silent(self) -> list[int]:
-        """The processes that have been silent for too long."""
+        """Return the processes that have been silent for longer than their limit."""
         for pid in [pid for pid in self._ranks if process_state(pid) is None]:
             del self._ranks[pid]
         now = time.monotonic()
         return [pid for pid, rank in self._ranks.items() if now - rank.heard > rank.limit]
 
     def _end(self, silent: Sequence[int]) -> None:
-        """Write the stacks of all ranks, and kill those that are still silent then."""
+        """Write the stacks of all ranks, then kill those that are still silent."""
         begun = time.monotonic()
         first = self._ranks[silent[0]]
         which = ", ".join(str(self._ranks[pid].rank) for pid in silent[:8])
@@ -171,10 +171,10 @@ class Watcher(threading.Thread):
 
 
 def py_spy(pid: int, stopped: bool) -> str:
-    """The stacks of all threads of a process; nothing when they cannot be read."""
+    """Return the stacks of all threads of a process; "" when they cannot be read."""
     beside = Path(sys.executable).with_name("py-spy")
     program = str(beside) if beside.exists() else shutil.which("py-spy")
-    # to halt a process that is stopped already is an error
+    # py-spy fails when it tries to pause a process that is stopped already
     ways = [["--nonblocking"]] if stopped else [[], ["--nonblocking"]]
     for way in ways if program else []:
         with suppress(OSError, subprocess.SubprocessError):
@@ -191,8 +191,8 @@ def py_spy(pid: int, stopped: bool) -> str:
 
 @contextmanager
 def watching() -> Iterator[Watcher | None]:
-    """A watcher over the ranks that are started inside; None where the system has no way to know
-    who sent a report (it is not Linux): there ranks end themselves."""
+    """Watch the ranks that are started inside this context; yield None where the system cannot
+    tell who sent a report (it is not Linux): there ranks end themselves."""
     if not hasattr(socket, "SO_PASSCRED"):
         yield None
         return
@@ -202,8 +202,8 @@ def watching() -> Iterator[Watcher | None]:
 
 
 def open_stacks(run: Path, rank: int) -> Path:
-    """The file for a rank's stacks, empty. Those of earlier hangs are kept under the time that they
-    were written at, the last few."""
+    """Create the empty file for a rank's stacks and return its path. The last ``KEPT`` files of
+    earlier hangs are kept under the time of their writing."""
     path = run / "stacks" / f"rank_{rank:05d}.txt"
     path.parent.mkdir(exist_ok=True, parents=True)
     if path.exists() and path.stat().st_size:
@@ -216,5 +216,5 @@ def open_stacks(run: Path, rank: int) -> Path:
 
 
 def say(line: str) -> None:
-    """Print a line for whoever started torchrun."""
+    """Print a line on stderr."""
     print(line, file=sys.stderr, flush=True)

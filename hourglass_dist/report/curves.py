@@ -1,4 +1,4 @@
-"""The charts of a run: which metrics are drawn together, and the names that a reader knows."""
+"""Charts of a run: which metrics are drawn together, and their readable names."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from hourglass_dist.report.run import Run
 
 @dataclass(frozen=True)
 class Chart:
-    """What one chart shows."""
+    """Contents of one chart."""
 
     title: str
     names: tuple[str, ...]
-    """Metrics; ``prefix/*`` is all of a group."""
+    """Names of metrics; ``prefix/*`` means all metrics of a group."""
     note: str = ""
     is_log: bool = False
     from_zero: bool = False
@@ -73,12 +73,12 @@ READABLE = {
 
 
 def curves(run: Run, charts: Sequence[Chart]) -> str:
-    """Return the charts for which there are numbers."""
+    """Return, as HTML, the charts whose metrics have values."""
     return html.grid([draw(run, chart, {"": plots.SMALL}) for chart in charts])
 
 
 def draw(run: Run, chart: Chart, sizes: Mapping[str, tuple[int, int]]) -> str:
-    """Return a chart in every size, of which the page shows one; "" without numbers."""
+    """Return a chart as HTML in every size, of which the page shows one; "" without values."""
     if chart.title == "Loss" and are_bytes(run):
         return ""  # the same curve in another unit
     asked = {name: run.metrics[name] for name in matching(run.metrics, chart.names)}
@@ -116,13 +116,13 @@ def draw(run: Run, chart: Chart, sizes: Mapping[str, tuple[int, int]]) -> str:
 
 
 def are_bytes(run: Run) -> bool:
-    """Return whether a token is a byte (or an end of text), so that loss and score say the same."""
+    """Return whether tokens are bytes (or end-of-text ids): the score is then the loss in bits."""
     tokens, size = run.last("train/tokens_per_second"), run.last("train/bytes_per_second")
     return bool(tokens and size and 0.9 < size / tokens <= 1)
 
 
 def distinct(series: Mapping[str, Points]) -> dict[str, Points]:
-    """Return the series without those that repeat an earlier one point by point."""
+    """Return the series without those whose points all equal an earlier one's."""
     kept: dict[str, Points] = {}
     for name, points in series.items():
         if points not in kept.values():
@@ -131,7 +131,7 @@ def distinct(series: Mapping[str, Points]) -> dict[str, Points]:
 
 
 def in_one_unit(series: Mapping[str, Points]) -> tuple[dict[str, Points], str]:
-    """Return bytes in the largest unit in which the highest of them is 1 or more, and the unit."""
+    """Return series of bytes in the largest unit in which their maximum is at least 1, and it."""
     highest = max(value for points in series.values() for _, value in points)
     power, unit = next(
         (power, unit)
@@ -146,7 +146,7 @@ def in_one_unit(series: Mapping[str, Points]) -> tuple[dict[str, Points], str]:
 
 
 def matching(metrics: Mapping[str, Points], names: Sequence[str]) -> list[str]:
-    """Return the metrics that ``names`` ask for, those of a group in alphabetical order."""
+    """Return the metrics that ``names`` match, those of a group in alphabetical order."""
     chosen = []
     for name in names:
         start, star, end = name.partition("*")
@@ -163,7 +163,7 @@ def matching(metrics: Mapping[str, Points], names: Sequence[str]) -> list[str]:
 
 
 def readable(name: str) -> str:
-    """Return the name of a metric as a reader knows it."""
+    """Return the readable name of a metric."""
     rest = name.partition("/")[2]
     for end in ("/bits_per_byte", "/epochs", "_bytes", "_seconds"):
         rest = rest.removesuffix(end)
@@ -172,8 +172,8 @@ def readable(name: str) -> str:
 
 
 def positions(run: Run) -> str:
-    """Return how the score depends on the place in a bucket: of each stride the first and the
-    newest evaluation."""
+    """Return charts of the score by offset in a bucket: the first and the newest evaluation for
+    each stride."""
     by_stride: dict[int, dict[int, list[float | None]]] = defaultdict(dict)
     for entry in run.positions:
         by_stride[int(entry["stride"])][int(entry["step"])] = entry["bits_per_byte"]

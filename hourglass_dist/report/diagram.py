@@ -1,4 +1,4 @@
-"""A model as a picture: one bar for each stack of layers, as long as its sequence is.
+"""Diagram of a model: one bar for each stack of layers, as long as the sequence at its level.
 
 level 0          1 layer   ################################
 level 1, by 2    4 layers          ################
@@ -15,7 +15,7 @@ WIDTH = 48
 
 
 class Stack(NamedTuple):
-    """Layers that follow each other at one level."""
+    """Stack of consecutive layers at one level."""
 
     level: int
     stride: int
@@ -25,8 +25,8 @@ class Stack(NamedTuple):
 
 
 def stacks(model: ModelConfig) -> list[Stack]:
-    """Return the stacks from the input to the output, the innermost level once, and those without
-    layers too."""
+    """Return the stacks from input to output, with empty ones; the innermost level has one stack,
+    every other level two."""
     down: list[Stack] = []
     up: list[Stack] = []
     stride = 1
@@ -41,14 +41,14 @@ def stacks(model: ModelConfig) -> list[Stack]:
 
 
 def label(stack: Stack) -> str:
-    """Return ``level 1, by 2: 4 layers of width 128``."""
+    """Return a label such as ``level 1, by 2: 4 layers of width 128``."""
     by = f", by {stack.stride}" if stack.stride > 1 else ""
     layers = f"{stack.layers} layer{'' if stack.layers == 1 else 's'}"
     return f"level {stack.level}{by}: {layers} of width {stack.dim}"
 
 
 def as_text(model: ModelConfig) -> str:
-    """Return the picture in characters."""
+    """Return the diagram as text."""
     lines = []
     for stack in stacks(model):
         bar = "#" * max(1, WIDTH // stack.stride)

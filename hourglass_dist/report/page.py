@@ -1,8 +1,8 @@
-"""A run as one HTML page that can be mailed: no network, no scripts, and everything escaped.
+"""Report of a run as one self-contained HTML page: no network, no scripts, all text escaped.
 
-Reads what the run folder holds, also while the run goes on. ``config.yaml`` and ``metrics.jsonl``
-must be there; ``history.jsonl``, ``skipped.jsonl``, ``samples.jsonl``, ``positions.jsonl`` and
-``profile/table.txt`` may be.
+It is made from the run folder, also while the run is in progress. ``config.yaml`` and
+``metrics.jsonl`` are required; ``history.jsonl``, ``skipped.jsonl``, ``samples.jsonl``,
+``positions.jsonl`` and ``profile/table.txt`` are optional.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ MOST_SKIPPED, MOST_PROMPTS, MOST_PROMPT_CHARACTERS = 30, 4, 240
 
 
 def write_report(run: Path, out: Path) -> None:
-    """Write the page. Raises ValueError as ``read_run`` does."""
+    """Write the report of the run folder ``run`` to ``out``. Raises ValueError as ``read_run``."""
     replace(out, page(read_run(run)))
 
 
 def page(run: Run) -> str:
-    """Return the report."""
+    """Return the report as HTML."""
     last: dict[str, Any] = run.starts[-1] if run.starts else {"ranks": 1, "device": "cpu"}
     made = plan(run.config, int(last["ranks"]), "cpu" if last["device"] == "cpu" else "cuda")
     speed = curves(run, SPEED)
@@ -62,7 +62,7 @@ def page(run: Run) -> str:
 
 
 def top(run: Run, made: Plan) -> str:
-    """Return the score with its curve, the figures that everybody wants, and the model."""
+    """Return the top of the page: the score with its curve, the key figures, and the model."""
     chart = Chart("Bits per byte", ("heldout/bits_per_byte", "train/bits_per_byte"))
     curve = draw(run, chart, {"broad": plots.BROAD, "slim": plots.SLIM})
     figures = html.cards(headline(run, made))
@@ -71,7 +71,7 @@ def top(run: Run, made: Plan) -> str:
 
 
 def score(run: Run) -> str:
-    """Return the newest held-out score in large type, and the best one where it is another."""
+    """Return the newest held-out score in large type, and the best one where it differs."""
     held_out = run.metrics.get("heldout/bits_per_byte")
     if not held_out:
         return ""
@@ -82,7 +82,7 @@ def score(run: Run) -> str:
 
 
 def headline(run: Run, made: Plan) -> dict[str, str | None]:
-    """Return the figures beside the curve by name; None is unknown."""
+    """Return the key figures by name; None is unknown."""
     config, step = run.config, run.step
     restarts = max(0, len(run.starts) - 1)
 
@@ -103,7 +103,7 @@ def headline(run: Run, made: Plan) -> dict[str, str | None]:
 
 
 def state(run: Run) -> str:
-    """Return ``4@1 8@3 4@1, 8 x NVIDIA H100, bf16, ZeRO-2: finished``."""
+    """Return the state, such as ``4@1 8@3 4@1, 8 x NVIDIA H100, bf16, ZeRO-2: finished``."""
     config = run.config
     where = f"{run.starts[-1]['ranks']} x {run.starts[-1]['device']}, " if run.starts else ""
     about = (
@@ -117,7 +117,7 @@ def state(run: Run) -> str:
 
 
 def picture(config: Config) -> str:
-    """Return the hourglass: a bar for each stack of layers, as long as its sequence is."""
+    """Return the diagram of the model: a bar for each stack of layers, as long as its sequence."""
     rows = [
         f'<p><i><b style="width:{100 / stack.stride:.2f}%;background:var(--c{stack.level % 7})">'
         f"</b></i><span>{escape(label(stack))}</span></p>"
@@ -130,7 +130,7 @@ def picture(config: Config) -> str:
 
 
 def samples(run: Run) -> str:
-    """Return what the model made of each prompt: at first, half-way and last, side by side."""
+    """Return the first, middle and last continuation of each prompt, side by side."""
     by_prompt: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for sample in run.samples:
         by_prompt[str(sample["prompt"])].append(sample)
@@ -148,8 +148,8 @@ def samples(run: Run) -> str:
 
 
 def cut_at_word(prompt: str) -> tuple[str, str]:
-    """Return the whole words of a prompt and the part of a word at its end, which the model
-    completes; of a long prompt the last words."""
+    """Return the whole words of a prompt (of a long one the last words), and the part of a word at
+    its end, which the model completes."""
     words = prompt.rstrip()
     rest = ""
     if words == prompt and len(parts := prompt.rsplit(None, 1)) == 2:
@@ -160,7 +160,7 @@ def cut_at_word(prompt: str) -> tuple[str, str]:
 
 
 def starts(run: Run) -> str:
-    """Return when the run was started, on what, and how each start ended."""
+    """Return a table of the starts of the run: time, machines, versions and how each ended."""
     rows = []
     for index, entry in enumerate(run.history):
         if entry["event"] != "start":
@@ -185,7 +185,7 @@ def starts(run: Run) -> str:
 
 
 def skipped(run: Run) -> str:
-    """Return the steps whose loss or gradient was NaN or infinite."""
+    """Return a table of the newest steps whose loss or gradient was NaN or infinite."""
     rows = [
         [f"{entry['step']:,}", str(entry.get("loss", "")), " to ".join(map(str, entry["rows"]))]
         for entry in run.skipped[-MOST_SKIPPED:]
@@ -196,7 +196,7 @@ def skipped(run: Run) -> str:
 
 
 def planned(made: Plan) -> str:
-    """Return the plan: its lines, and its tables as tables."""
+    """Return the plan as HTML paragraphs and tables."""
     parts = []
     for part in describe(made):
         if isinstance(part, Table):
@@ -209,14 +209,14 @@ def planned(made: Plan) -> str:
 
 
 def settings(config: Config) -> str:
-    """Return the settings that are not at their defaults."""
+    """Return a table of the settings that differ from their defaults."""
     rows = [[path, value] for path, value in changed_settings(config).items()]
     note = html.paragraph("What differs from the defaults; config.yaml has all settings.")
     return note + html.table(["setting", "value"], rows)
 
 
 def changed_settings(config: Config) -> dict[str, str]:
-    """Return what is not at its default by the path of the setting, as YAML."""
+    """Return the settings that differ from their defaults, as YAML by the path of the setting."""
     written = config.model_dump(mode="json", exclude_defaults=True)
     model = written["model"]
     usual = defaults(LevelSection) | {key: model[key] for key in INHERITED}
@@ -242,7 +242,7 @@ def changed_settings(config: Config) -> dict[str, str]:
 
 
 def defaults(section: type[SettingsSection]) -> dict[str, Any]:
-    """Return the defaults of the settings of a section that have one."""
+    """Return the defaults of a section, by the name of the setting."""
     fields = section.model_fields.items()
     return {
         key: field.get_default(call_default_factory=True)
@@ -252,5 +252,5 @@ def defaults(section: type[SettingsSection]) -> dict[str, Any]:
 
 
 def without(settings: dict[str, Any], usual: dict[str, Any]) -> dict[str, Any]:
-    """Return the settings that have another value than the usual one."""
+    """Return the settings whose value differs from that in ``usual``."""
     return {key: value for key, value in settings.items() if usual.get(key, ...) != value}

@@ -1,4 +1,4 @@
-"""What a run folder says, for its report; the run may still go on."""
+"""Contents of a run folder for its report; the run may still be in progress."""
 
 from __future__ import annotations
 
@@ -13,37 +13,37 @@ from hourglass_dist.core.records import read_history, read_jsonl
 
 @dataclass(frozen=True)
 class Run:
-    """What a run folder says."""
+    """Contents of a run folder."""
 
     path: Path
     config: Config
     metrics: dict[str, list[tuple[float, float]]]
-    """Pairs of step and value of every metric, in order of steps."""
+    """Pairs of step and value for every metric, in order of steps."""
     history: list[dict[str, Any]]
     skipped: list[dict[str, Any]]
     samples: list[dict[str, Any]]
     positions: list[dict[str, Any]]
     profile: str
-    """The table of a profile; empty when none was made."""
+    """Table of the profiler; empty when no profile was made."""
 
     @property
     def step(self) -> int:
-        """The last recorded step."""
+        """Last recorded step."""
         return int(max((points[-1][0] for points in self.metrics.values()), default=0))
 
     @property
     def starts(self) -> list[dict[str, Any]]:
-        """One entry of the history for each start of the run."""
+        """Entries of the history that are starts."""
         return [entry for entry in self.history if entry["event"] == "start"]
 
     def last(self, name: str) -> float | None:
-        """Return the newest value of a metric."""
+        """Return the newest value of a metric; None without one."""
         points = self.metrics.get(name)
         return points[-1][1] if points else None
 
 
 def read_run(path: Path) -> Run:
-    """Read a run folder. Raises ValueError when it holds no run or nothing is recorded yet."""
+    """Read a run folder. Raises ValueError when it holds no run, or no metric is recorded yet."""
     if not (path / "metrics.jsonl").exists():
         raise ValueError(f"{path}: no metrics.jsonl: expected the folder of a run that has begun")
     metrics: dict[str, list[tuple[float, float]]] = defaultdict(list)

@@ -1,13 +1,13 @@
-"""How a run is doing, from the files in its folder alone: ``hourglass status RUN``.
+"""Status of a run, from the files in its folder alone: ``hourglass status RUN``.
 
-    running    ranks have given signs of life lately
+    running    no rank has been silent for longer than its limit
     finished   all steps are done
-    stopped    somebody asked for it; the same command continues
-    crashed    it ended badly, or its ranks are gone
-    hanging    ranks are silent for longer than they may be
+    stopped    ended on request; the same command continues it
+    crashed    ended by an error or a kill, or its ranks are gone
+    hanging    ranks have been silent for longer than their limit
 
-Works anywhere the folder can be read, while the run goes on and after. A sign of life is a file of
-``heartbeat.py``; on the host that a rank runs on its process is looked at, too.
+It works wherever the folder can be read, during the run and after. A sign of life is a file of
+``heartbeat.py``; on a rank's own host its process is checked, too.
 """
 
 from __future__ import annotations
@@ -50,12 +50,12 @@ WIDTH = 100
 
 @dataclass(frozen=True)
 class Status:
-    """What there is to say about a run; None is unknown."""
+    """Status of a run; None is unknown."""
 
     run: str
     state: str
     why: str
-    """More words about the state."""
+    """Reason for the state; may be empty."""
     step: int
     steps: int
     doing: str | None
@@ -70,33 +70,33 @@ class Status:
     last_sign_seconds: float | None
     """Seconds since the last sign of life of any rank."""
     silent: list[str]
-    """Ranks whose last sign is older than those of the others, or that are stopped or gone."""
+    """Ranks whose last sign of life is much older than the newest, or that are stopped or gone."""
     rank_seconds: list[float] | None
-    """Own time of ranks in a step, without waiting, seconds: least, median, most."""
+    """Minimum, median and maximum of the own time of ranks per step, without waiting, seconds."""
     slowest_rank: str | None
     straggler: str | None
-    """The slowest rank, when it stays much slower than the others."""
+    """Rank that has been much slower than the others in several records in a row."""
     checkpoint_step: int | None
     checkpoint_age_seconds: float | None
     starts: int
     last_ending: str | None
-    """Reason for the end of the newest start that is over."""
+    """Reason for the end of the newest start that has ended."""
     skipped_steps: int
 
     @property
     def exit_code(self) -> int:
-        """Exit code of the command."""
+        """Exit code of ``hourglass status``."""
         return EXIT_CODES[self.state]
 
 
 def read_status(run: Path) -> Status:
-    """Read the status of a run. Raises ValueError when ``run`` holds none."""
+    """Read the status of a run. Raises ValueError when ``run`` is not a run folder."""
     if not (run / "config.yaml").exists():
         raise ValueError(f"{run}: expected a run folder (with config.yaml), found none")
     config, now = load(run / "config.yaml"), time.time()
     records, starts = read_jsonl(run / "metrics.jsonl"), starts_of(history := read_history(run))
     beats = read_heartbeats(run)
-    if history and history[-1]["event"] == "end":  # what an earlier start left says nothing
+    if history and history[-1]["event"] == "end":  # ignore files of an earlier start
         beats = [beat for beat in beats if beat.time > history[-1]["time"]]
     state, why = find_state(run, starts, beats, now)
     trained = [record for record in records if "train/loss" in record]
@@ -136,7 +136,7 @@ def read_status(run: Path) -> Status:
 def find_state(
     run: Path, starts: Sequence[Start], beats: Sequence[Heartbeat], now: float
 ) -> tuple[str, str]:
-    """Return the state of a run (one of the five above) and more words about it."""
+    """Return the state of a run (one of the five above) and the reason for it."""
     if not beats:
         if not starts:
             return "crashed", "it ended before its first step"
@@ -159,7 +159,7 @@ def find_state(
 
 
 def silent_ranks(beats: Sequence[Heartbeat], now: float) -> list[str]:
-    """Return the ranks that stand out, each with the reason."""
+    """Return the ranks that are gone, stopped or silent, each with the reason."""
     lines = []
     newest = max((beat.time for beat in beats), default=0.0)
     for beat in beats:
@@ -184,14 +184,14 @@ def _names(beats: Sequence[Heartbeat]) -> str:
 
 
 def seconds_left(config: Config, step: int, last: Mapping[str, Any]) -> float | None:
-    """Return the seconds until the last step, evaluations left out; None without a speed."""
+    """Return the seconds until the last step, without evaluations; None if the speed is unknown."""
     tokens = config.data.tokens(config.train.steps) - config.data.tokens(step)
     speed = last.get("train/tokens_per_second")
     return tokens / speed if speed else None
 
 
 def _speeds(trained: Sequence[Mapping[str, Any]], hosts: Mapping[int, str]) -> dict[str, Any]:
-    """Return the times of ranks in the newest record, and which rank is slow."""
+    """Return ``rank_seconds``, ``slowest_rank`` and ``straggler`` of a Status."""
 
     def name(rank: int) -> str:
         return f"rank {rank} ({hosts[rank]})" if rank in hosts else f"rank {rank}"
@@ -207,7 +207,7 @@ def _speeds(trained: Sequence[Mapping[str, Any]], hosts: Mapping[int, str]) -> d
 
 
 def _checkpoint(run: Path, now: float) -> dict[str, Any]:
-    """Return the step of the newest checkpoint and its age in seconds; None where none is there."""
+    """Return the step and the age in seconds of the newest checkpoint; None without one."""
     with suppress(OSError, ValueError):
         name = (run / "checkpoints" / "latest").read_text().strip()
         written = (run / "checkpoints" / name / "manifest.json").stat().st_mtime
@@ -217,7 +217,7 @@ def _checkpoint(run: Path, now: float) -> dict[str, Any]:
 
 
 def as_json(status: Status) -> dict[str, Any]:
-    """Return all of it as JSON, for programs."""
+    """Return all fields and the exit code, for JSON."""
     return asdict(status) | {"exit_code": status.exit_code}
 
 
@@ -225,7 +225,7 @@ COLOURS = {"running": "green", "finished": "green", "stopped": "yellow"}
 
 
 def render(status: Status, terminal: bool = False) -> str:
-    """Return a few lines of at most 100 columns."""
+    """Return the status as text of at most 100 columns, with colours on a terminal."""
     table = Table.grid(padding=(0, 2))
     table.add_column(style="dim", no_wrap=True, min_width=12)
     table.add_column(overflow="fold")
@@ -241,7 +241,7 @@ def render(status: Status, terminal: bool = False) -> str:
 
 
 def _rows(status: Status) -> list[tuple[str, str]]:
-    """Return the name and the text of every line that has something to say."""
+    """Return name and text of every line of the table; unknown values have no line."""
     rows = [("step", _progress(status))]
     if status.loss is not None:
         score = f"{status.loss:.4f} nats/token, {status.bits_per_byte or 0:.4f} bits/byte"

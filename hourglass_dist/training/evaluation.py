@@ -1,6 +1,6 @@
 """Evaluations during a run: held-out scores, and samples of generated text.
 
-They do not change the training: no random number that a step would see is drawn.
+They do not change the training: they draw from no random generator that a step uses.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from hourglass_dist.training.samples import prompts_of_rows, prompts_of_text, wr
 
 
 class Evaluations:
-    """The evaluations of one run; every method is called by all ranks."""
+    """Evaluations of one run; every method is called by all ranks."""
 
     def __init__(
         self,
@@ -32,7 +32,7 @@ class Evaluations:
         world: ranks.World,
         watching: Callable[[Iterator[Batch]], Iterator[Batch]],
     ) -> None:
-        """``watching`` passes batches on and tells the watchdog about each.
+        """Prepare the prompts; ``watching`` yields batches and reports each to the watchdog.
 
         Raises ValueError, on all ranks, for a prompt that is not valid for the tokenizer.
         """
@@ -44,10 +44,10 @@ class Evaluations:
             self._prompts = ranks.raise_on_all_ranks(self._find_prompts, world.device)
 
     def make(self, step: int, metrics: Metrics) -> Score:
-        """Score the held-out text after ``step`` and note it; after the last step with sliding
-        windows, too, where ``eval.stride`` asks for them. Returns the usual score of all sources.
+        """Score the held-out text after ``step``, record it and return the score of all sources.
 
-        Raises ValueError, on all ranks, when held-out text can not be read any more.
+        After the last step also score with sliding windows if ``eval.stride`` is set. Raises
+        ValueError, on all ranks, when held-out text can no longer be read.
         """
         with metrics.pause("evaluation"):
             scores = self._score(sliding=False)
@@ -101,7 +101,7 @@ class Evaluations:
 def held_out(
     config: Config, datasets: Sequence[Dataset], world: ranks.World, sliding: bool = False
 ) -> Iterator[Batch]:
-    """This rank's part of the held-out rows, every token once over all ranks; ``sliding``: in the
+    """Return this rank's batches of held-out rows, every token once over all ranks; ``sliding``: in
     windows of ``eval.context`` and ``eval.stride``. Raises ValueError as ``held_out_rows`` does."""
     return held_out_rows(
         datasets,
@@ -115,8 +115,8 @@ def held_out(
 
 
 def check_held_out(config: Config, datasets: Sequence[Dataset], world: ranks.World) -> None:
-    """Verify this rank's share of the held-out shards. Raises ValueError for what a later
-    evaluation would stumble over."""
+    """Verify this rank's share of the held-out shards. Raises ValueError where a later evaluation
+    would fail."""
     held_out(config, datasets, world)
     if config.eval.stride:
         held_out(config, datasets, world, sliding=True)

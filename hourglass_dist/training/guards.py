@@ -1,8 +1,8 @@
-"""Steps that go wrong.
+"""Handling of bad steps: NaN or infinite losses, and loss spikes.
 
-NaN or infinite loss or gradient   the step changes nothing and is noted; too many in a row end
+NaN or infinite loss or gradient   the step changes nothing and is recorded; too many in a row end
                                    the run
-a loss that jumps and stays up     back to the last checkpoint, past the batches that did it
+a loss that jumps and stays high   the run goes back to a checkpoint and leaves out the batches
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ SKIPPED_FILE = "skipped.jsonl"
 
 
 class SkippedSteps:
-    """Counts steps whose loss or gradient is NaN or infinite; the engine does not apply them."""
+    """Counter of steps with a NaN or infinite loss or gradient, which the engine does not apply."""
 
     def __init__(self, run: Path, most: int, step: int, world: ranks.World) -> None:
-        """Continue after ``step`` steps with what the run folder has noted about them; ``most``
-        skipped steps in a row end the run."""
+        """Continue after ``step`` steps with the skipped steps of the run folder; ``most`` skipped
+        steps in a row end the run."""
         self._path, self._most, self._world = run / SKIPPED_FILE, most, world
         steps = {entry["step"] for entry in read_jsonl(self._path) if entry["step"] <= step}
         self.total = len(steps)
@@ -36,9 +36,9 @@ class SkippedSteps:
             forget_after(self._path, step)  # those steps are taken again
 
     def check(self, step: int, result: StepResult, rows: range) -> None:
-        """Note completed step ``step`` with the rows of its batch if it was skipped.
+        """Record ``step`` with the rows of its batch if it was skipped.
 
-        Raises FloatingPointError when too many in a row were.
+        Raises FloatingPointError after too many skipped steps in a row.
         """
         if result.applied and math.isfinite(result.nll):
             self._in_a_row = 0
@@ -59,8 +59,8 @@ class SkippedSteps:
 
 
 class SpikeFound(Exception):
-    """The loss has jumped: go back to step ``good`` or before, and leave out the batches up to
-    ``data_step``."""
+    """Signal of a loss spike: the run must go back to step ``good`` or before, and leave out the
+    batches before ``data_step``."""
 
     def __init__(self, line: str, good: int, data_step: int) -> None:
         super().__init__(line)
@@ -68,13 +68,13 @@ class SpikeFound(Exception):
 
 
 PATIENCE = 3
-"""High losses in a row that make a spike; a single one is a strange batch."""
+"""Number of consecutive high losses that make a spike; one alone is an unusual batch."""
 
 
 class LossSpikes:
-    """Detects a loss that has jumped and stays up, and keeps which batches are left out for it.
+    """Detector of a loss that jumps and stays high, with the list of batches left out for it.
 
-    It depends on the losses alone, which are the same on every rank, and its state is saved: a
+    It depends only on the losses, which are the same on every rank, and its state is saved: a
     resumed run decides like an uninterrupted one.
     """
 
@@ -84,18 +84,18 @@ class LossSpikes:
         self._losses: list[float] = list(state.get("losses", []))
         self._high = int(state.get("high", 0))
         self.left_out: list[tuple[int, int]] = [(s, n) for s, n in state.get("left_out", [])]
-        """Pairs: after which step, how many steps of the data."""
+        """Pairs of a step and the number of steps of data that are left out after it."""
 
     def state(self) -> dict[str, Any]:
-        """The whole state, for JSON."""
+        """Return the whole state, for JSON."""
         return {"losses": self._losses, "high": self._high, "left_out": self.left_out}
 
     def data_step(self, step: int) -> int:
-        """The step of the data plan that is read after ``step`` completed steps."""
+        """Return the step of the data order that is read after ``step`` completed steps."""
         return step + sum(steps for after, steps in self.left_out if after <= step)
 
     def check(self, step: int, loss: float) -> None:
-        """Raise SpikeFound when ``step`` completes a spike and another may still be left out."""
+        """Raise SpikeFound when ``step`` completes a spike, unless ``most`` were left out."""
         if self._config is None or not math.isfinite(loss):
             return
         full = len(self._losses) == self._config.window
@@ -114,18 +114,18 @@ class LossSpikes:
             self._losses = [*self._losses[full:], loss]
 
     def _limit(self) -> float:
-        """The highest normal loss: the mean of the window and ``sigmas`` standard deviations, each
-        at least 1 % of the mean."""
+        """Return the highest normal loss: the mean of the window plus ``sigmas`` standard
+        deviations, each at least 1 % of the mean."""
         assert self._config is not None
         mean = statistics.fmean(self._losses)
         spread = max(statistics.pstdev(self._losses), 0.01 * mean)
         return mean + self._config.sigmas * spread
 
     def back_at(self, step: int, state: dict[str, Any], data_step: int) -> LossSpikes:
-        """A copy for the run that goes back to ``step``, with the ``state`` saved there, and reads
-        the data of ``data_step`` next."""
+        """Return a copy for a run that goes back to ``step``, with the ``state`` saved there, and
+        reads the data of ``data_step`` next."""
         back = LossSpikes(self._config, state)
-        # what was left out after later steps is part of what is left out now
+        # the new entry covers what was left out after later steps
         back.left_out = [(s, n if s <= step else 0) for s, n in self.left_out]
         back.left_out.append((step, data_step - back.data_step(step)))
         return back

@@ -1,13 +1,13 @@
 """Statistics of a step by level: norms, activations, logits, and the time of each rank.
 
-    norms          in the optimizer's own step, which sees this rank's fp32 weights and gradients,
-                   wherever the ZeRO stage keeps them
-    activations    of the stream that leaves each level, of the last micro batch
-    logits         the largest absolute one of the last micro batch, seen by the loss as it is made
-    own seconds    of the forward passes, in which no rank waits for another (stages 0 to 2; at
+    norms          taken in the optimizer's step, which sees this rank's fp32 weights and gradients
+                   at every ZeRO stage
+    activations    RMS of the output of each level, of the last micro batch
+    logits         largest absolute logit of the last micro batch, taken inside the loss
+    own seconds    time of the forward passes, in which no rank waits for another (stages 0 to 2; at
                    stage 3 weights are gathered there)
 
-All but the last are taken in steps that are recorded. Nothing here changes what is learned.
+All but the last are taken only in steps that are recorded. Nothing here changes the training.
 """
 
 from __future__ import annotations
@@ -28,20 +28,20 @@ from hourglass_dist.model.head import Output
 from hourglass_dist.model.hourglass import Hourglass
 
 ENDS = "ends"
-"""Embeddings, final norm and output layer, as ``model.cost`` calls them."""
+"""Name for embeddings, final norm and output layer."""
 
 
 def part_of(parameter: str) -> str:
-    """The part of a model that a parameter belongs to: ``level_0``, ``level_1``, ... or ``ends``.
+    """Return the part of a model with this parameter: ``level_0``, ``level_1``, ... or ``ends``.
 
-    As in ``model.cost``, both ways between two levels belong to the outer one.
+    As in ``hourglass plan``, resampling layers between two levels belong to the outer level.
     """
     inside = parameter.find("hourglass.")
     return ENDS if inside < 0 else f"level_{level_of(parameter[inside:])}"
 
 
 class LevelStats:
-    """Watches an engine's model and optimizer. Created by all ranks."""
+    """Collector of statistics from an engine's model and optimizer; created by all ranks."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
@@ -62,7 +62,7 @@ class LevelStats:
 
     @contextmanager
     def collecting(self, on: bool) -> Iterator[None]:
-        """Look into the step that is taken inside, if ``on``."""
+        """Collect statistics of the step taken inside this context, if ``on``."""
         if not on:
             yield
             return
@@ -119,11 +119,11 @@ class LevelStats:
     # --- results -------------------------------------------------------------------------------
 
     def own_seconds(self) -> float:
-        """Seconds of this rank's forward passes since the last call. Called after every step."""
+        """Return the seconds of this rank's forward passes since the last call."""
         return self._timer.take()
 
     def local_sums(self) -> list[float]:
-        """What this rank saw in the last watched step, for ``metrics``."""
+        """Return this rank's sums of the last collected step, for ``metrics``."""
         numbers = [
             float(self._squares.get((kind, part), 0.0))
             for kind in ("grad", "param", "update")
@@ -136,10 +136,10 @@ class LevelStats:
         return [*numbers, max(logits, default=math.nan)]
 
     def metrics(self, of_ranks: Sequence[Sequence[float]], grad_norm: float) -> dict[str, float]:
-        """Metrics by name from what ``local_sums`` gave on every rank.
+        """Return metrics by name from the ``local_sums`` of every rank.
 
-        Gradients reach the optimizer clipped: ``grad_norm``, that before clipping, is shared out in
-        proportion.
+        The optimizer sees clipped gradients, so their norms are scaled to ``grad_norm``, the norm
+        of all gradients before clipping.
         """
         *columns, logits = zip(*of_ranks, strict=True)
         sums = iter([sum(column) for column in columns])
@@ -170,13 +170,13 @@ def _order(part: str) -> tuple[bool, int]:
 
 
 def _stepped(optimizer: torch.optim.Optimizer) -> Iterator[Tensor]:
-    """The tensors that this call of the optimizer's step changes."""
+    """Yield the tensors that this call of the optimizer's step changes."""
     for group in optimizer.param_groups:
         yield from (flat for flat in group["params"] if flat.grad is not None)
 
 
 class _Timer:
-    """Time between two hooks of a module in training, on the device where there is one."""
+    """Timer of a module's forward passes in training mode, by GPU events where there is a GPU."""
 
     def __init__(self) -> None:
         self._begun: Any = None
@@ -204,7 +204,7 @@ class _Timer:
         return event
 
     def take(self) -> float:
-        """Seconds since the last call; the step has waited for the device before."""
+        """Return the seconds timed since the last call; wait for the device where needed."""
         for begun, ended in self._events:
             ended.synchronize()
             self._seconds += begun.elapsed_time(ended) / 1000

@@ -1,14 +1,13 @@
-"""What a person sees of a run: a console line, TensorBoard events, and ``metrics.jsonl``.
+"""Metrics of a run: console lines, metric writers such as TensorBoard, and ``metrics.jsonl``.
 
     {"step": 500, "train/loss": 1.93, "train/bits_per_byte": 2.78, ...}      every few steps
     {"step": 500, "heldout/loss": 1.95, "heldout/bits_per_byte": 2.81, ...}  at every evaluation
     {"step": 500, "time/checkpoint_seconds": 0.4, ...}                       after every pause
 
-``positions.jsonl`` has held-out scores by place in the bucket, ``samples.jsonl`` what the model
-writes.
+``positions.jsonl`` has held-out scores by offset in a bucket, ``samples.jsonl`` generated text.
 
-All three say the same. A resumed run first forgets what an interrupted one recorded past its
-checkpoint. docs/training.md explains every name.
+The writers get the same values as the files. A resumed run first removes what an interrupted one
+recorded past its checkpoint. docs/training.md explains every name.
 """
 
 from __future__ import annotations
@@ -46,7 +45,7 @@ USEFUL = "time/useful_seconds"
 
 
 class Metrics:
-    """Records on the main rank; on the others every method does nothing."""
+    """Recorder of metrics: all ranks call its methods, the main rank writes."""
 
     def __init__(
         self,
@@ -58,7 +57,7 @@ class Metrics:
         throughput: Throughput,
         plan: str,
     ) -> None:
-        """Continue after the steps that ``history`` says are done. ``plan`` is a text to show."""
+        """Continue after the steps done in ``history``; ``plan`` is a text for the writers."""
         self._config, self._world, self._history = config, world, history
         self._byte_lengths_V = byte_lengths_V
         self._level_stats = LevelStats(engine)
@@ -75,7 +74,7 @@ class Metrics:
             self._write_settings(history.step, plan)
 
     def go_back(self, step: int) -> None:
-        """Continue after ``step`` and forget what was recorded past it."""
+        """Continue after ``step`` and remove what was recorded past it."""
         self._history.step = step
         useful = 0.0
         if self._world.is_main:
@@ -91,7 +90,7 @@ class Metrics:
         self._clock = Clock(steps, tokens, step, useful)
 
     def _write_settings(self, step: int, plan: str) -> None:
-        """The first page of TensorBoard."""
+        """Write model, plan and settings as texts of the writers."""
         texts = {
             "model": as_text(self._config.model),
             "plan": plan,
@@ -101,12 +100,12 @@ class Metrics:
             writer.texts(step, texts)
 
     def records(self, step: int) -> bool:
-        """Whether completed step ``step`` is noted."""
+        """Return whether completed step ``step`` is recorded."""
         return due(step, self._config.metrics.every) or step in (1, self._config.train.steps)
 
     @contextmanager
     def watch(self, step: int) -> Iterator[None]:
-        """Around the step that will be completed step ``step``: looks into it if it is noted."""
+        """Collect statistics of the step inside this context if ``step`` is recorded."""
         with self._level_stats.collecting(self.records(step)):
             yield
 
@@ -118,9 +117,9 @@ class Metrics:
         epochs: Callable[[int], dict[str, float]],
         skipped: int,
     ) -> None:
-        """Note completed step ``step`` (1 is the first). Called by all ranks, each with its rows of
-        the batch; ``epochs(step)`` is how often each source has been read, ``skipped`` how many
-        steps of the run changed nothing."""
+        """Record completed step ``step`` (1 is the first). Called by all ranks, each with its rows
+        of the batch; ``epochs(step)`` returns how often each source has been read, ``skipped`` is
+        the number of skipped steps of the run."""
         own = self._level_stats.own_seconds()
         self._clock.tick(step, batch.waited_s, own, result.applied)
         self._history.step = step
@@ -144,7 +143,7 @@ class Metrics:
             "train/skipped_steps": skipped,
         }
         values |= {f"data/{name}/epochs": read for name, read in epochs(step).items()}
-        if any(wanted_each):  # buckets begin at words or documents: how many had no room
+        if any(wanted_each):  # buckets begin at words or documents; some starts got no bucket
             values["train/missed_buckets"] = sum(missed_each) / sum(wanted_each)
         speed = self._clock.tokens_per_second
         bytes_per_token = sum(sizes) / max(1, result.tokens)
@@ -177,8 +176,8 @@ class Metrics:
 
     @contextmanager
     def pause(self, name: str | None = None) -> Iterator[None]:
-        """Time spent inside is not spent on steps and does not count in their speed; with a
-        ``name`` it is noted as ``time/NAME_seconds``."""
+        """Exclude the time inside this context from the speed of steps; with a ``name`` record it
+        as ``time/NAME_seconds``."""
         begun = time.perf_counter()
         yield
         seconds = time.perf_counter() - begun
@@ -187,8 +186,8 @@ class Metrics:
             self._write(self._history.step, {f"time/{name}_seconds": seconds, **self._times()})
 
     def record_eval(self, step: int, evaluation: Evaluation, kind: str, title: str) -> None:
-        """Note held-out scores after ``step`` under ``KIND/...``: the whole, and each source where
-        there are several."""
+        """Record held-out scores after ``step`` under ``KIND/...``: over all text, and of each
+        source where there are several."""
         if not self._world.is_main:
             return
         whole = evaluation.whole
@@ -209,7 +208,7 @@ class Metrics:
         )
 
     def record_positions(self, step: int, evaluation: Evaluation, strides: Sequence[int]) -> None:
-        """Note held-out bits per byte by place in the bucket, for buckets of these strides."""
+        """Record held-out bits per byte by offset in a bucket, for buckets of each stride."""
         if not self._world.is_main:
             return
         for stride in strides:
@@ -223,19 +222,19 @@ class Metrics:
             self._note(self._positions, record, partial(histogram, step, name, bits))
 
     def record_samples(self, step: int, samples: Sequence[Sample]) -> None:
-        """Note what the model wrote after ``step``. Called by the main rank."""
+        """Record the text that the model generated after ``step``; called by the main rank."""
         for number, (prompt, text) in enumerate(samples):
             record = {"step": step, "prompt": prompt, "text": text}
             told = {f"samples/{number}": f"{prompt}▸{text}"}
             self._note(self._samples, record, partial(texts, step, told))
 
     def say(self, line: str) -> None:
-        """One lasting line on the console."""
+        """Print a line on the console that stays there, on the main rank."""
         if self._world.is_main:
             print(f"\r\033[K{line}" if sys.stdout.isatty() else line, flush=True)
 
     def _show(self, line: str) -> None:
-        """A line that the next one overwrites on a terminal, and that stays in a log file."""
+        """Print a line that the next one overwrites on a terminal, and that stays in a log file."""
         print(f"\r\033[K{line}", end="", flush=True) if sys.stdout.isatty() else self.say(line)
 
     def _write(self, step: int, values: Mapping[str, float]) -> None:
@@ -243,14 +242,14 @@ class Metrics:
         self._note(self._jsonl, {"step": step, **values}, partial(scalars, step, values))
 
     def _note(self, path: Path, record: Mapping[str, Any], tell: Callable[[Writer], None]) -> None:
-        """A line in a file, and the writers. A full disk, or a server that is gone, costs the
-        record, not the run."""
+        """Append a record to a file and pass it to the writers. On any error (a full disk, a server
+        that is gone) the record is lost and the run continues."""
         try:
             append_jsonl(path, record)
             for writer in self._writers:
                 tell(writer)
             self._losing = False
-        except Exception as error:  # of whichever library
+        except Exception as error:  # a library may raise anything
             if not self._losing:
                 self.say(f"numbers of step {record['step']} are lost, training continues: {error}")
             self._losing = True
@@ -263,28 +262,28 @@ class Metrics:
 
 
 def scalars(step: int, values: Mapping[str, float], writer: Writer) -> None:
-    """To one writer."""
+    """Write scalars to one writer."""
     writer.scalars(step, values)
 
 
 def texts(step: int, told: Mapping[str, str], writer: Writer) -> None:
-    """To one writer."""
+    """Write texts to one writer."""
     writer.texts(step, told)
 
 
 def histogram(step: int, name: str, heights: Sequence[float], writer: Writer) -> None:
-    """To one writer."""
+    """Write a histogram to one writer."""
     writer.histogram(step, name, heights)
 
 
 class Clock:
-    """Speed and time left, from the time that training steps took."""
+    """Clock for the speed of training steps and the time left."""
 
     def __init__(
         self, steps: int, tokens: Callable[[int], int], step: int, useful_seconds: float = 0.0
     ) -> None:
-        """Starts now, after ``step`` completed steps of ``steps``, which took ``useful_seconds``;
-        ``tokens(step)`` are read before a step."""
+        """Start now, after ``step`` of ``steps`` steps, which took ``useful_seconds``;
+        ``tokens(step)`` returns the tokens of the first ``step`` steps."""
         self._steps = steps
         self._tokens = tokens
         self._step = step
@@ -293,12 +292,12 @@ class Clock:
         self._waited = self._own = self._spent = 0.0
         self._ticks = 0
         self.useful_seconds = useful_seconds
-        """Time of the steps that count: those taken again after a restart once, skipped ones not
-        at all."""
+        """Time of all useful steps, seconds: steps repeated after a restart count once, skipped
+        steps not at all."""
 
     def tick(self, step: int, waited: float, own: float, counts: bool) -> None:
-        """A step is completed, ``waited`` seconds of it for data and ``own`` in this rank's
-        forward passes; the average forgets with a horizon of 20 steps."""
+        """Add a completed step, with ``waited`` seconds for data and ``own`` seconds in this rank's
+        forward passes; the moving average of its time spans about 20 steps."""
         now = time.perf_counter()
         seconds, self._last, self._step = now - self._last, now, step
         self._smooth = 0.95 * self._smooth + 0.05 * seconds if self._smooth else seconds
@@ -309,12 +308,12 @@ class Clock:
         self.useful_seconds += seconds if counts else 0.0
 
     def pause(self, seconds: float) -> None:
-        """Take out time that was not spent on steps."""
+        """Exclude ``seconds`` that were not spent on steps."""
         self._last += seconds
 
     def shares(self) -> tuple[float, float]:
-        """Since the last call: the share of the time that this rank waited for data, and the mean
-        seconds of a step that it needed for itself, for data and forward passes."""
+        """Return, since the last call, the share of time that this rank waited for data, and its
+        own seconds per step, the mean time for data and forward passes."""
         share = self._waited / self._spent if self._spent else 0.0
         own = self._own / max(1, self._ticks)
         self._waited = self._own = self._spent = 0.0
@@ -323,16 +322,16 @@ class Clock:
 
     @property
     def tokens_per_second(self) -> float:
-        """Over all ranks."""
+        """Tokens per second over all ranks, from the moving average."""
         tokens = self._tokens(self._step) - self._tokens(self._step - 1)
         return tokens / self._smooth if self._smooth else 0.0
 
     @property
     def seconds_left(self) -> float:
-        """Until the last step, evaluations left out."""
+        """Seconds until the last step, without evaluations."""
         return (self._steps - self._step) * self._smooth
 
 
 def due(step: int, every: int) -> bool:
-    """Whether something that happens every so many steps happens after ``step``."""
+    """Return whether ``step`` is a multiple of ``every``."""
     return step % every == 0

@@ -1,4 +1,4 @@
-"""From a trace of torch.profiler to the time of each part of a step."""
+"""Time of each part of a step, computed from a trace of torch.profiler."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from itertools import pairwise
 from typing import Any, NamedTuple
 
 PREFIX = "part: "
-"""Begins the names of the ranges that are parts."""
+"""Prefix of the names of the ranges that are parts."""
 STEP = "step"
-"""The range around a whole step."""
+"""Name of the range around a whole step."""
 PASSES = ("forward", "backward", "recompute")
 ON_HOST = ("user_annotation", "cpu_op")
 GPU_WORK = ("kernel", "gpu_memcpy", "gpu_memset")
@@ -20,20 +20,20 @@ COMMUNICATION = "communication"
 
 
 class Interval(NamedTuple):
-    """Some time of a part, in microseconds."""
+    """Interval of time of one part, microseconds."""
 
     start: float
     end: float
     part: str
     rank: int = 0
-    """Of intervals at one time the one of the highest rank counts, then the one that began last."""
+    """Priority where intervals overlap: the highest rank wins, then the one that began last."""
 
 
 def time_of_parts(events: Iterable[Mapping[str, Any]]) -> dict[str, float]:
-    """Milliseconds of every part in the steps of a trace (``traceEvents``); they sum up to those
-    of the steps.
+    """Return the milliseconds of every part in the steps of a trace (``traceEvents``); their sum is
+    the time of the steps.
 
-    What no part claims is ``other`` on a CPU and ``idle`` on a GPU.
+    Time outside all parts is ``other`` on a CPU and ``idle`` on a GPU.
     """
     whole = [event for event in events if event.get("ph") == "X"]
     ranges = [
@@ -58,7 +58,7 @@ def _interval(event: Mapping[str, Any], part: str, rank: int = 0) -> Interval:
 
 
 def _collectives(events: Iterable[Mapping[str, Any]]) -> list[Interval]:
-    """Gloo's, which the calling thread waits for."""
+    """Return the intervals of gloo's collectives, for which the calling thread waits."""
     return [
         _interval(event, COMMUNICATION, 1)
         for event in events
@@ -71,7 +71,7 @@ def _on_gpu(
     events: Iterable[Mapping[str, Any]],
     ranges: list[Interval],
 ) -> list[Interval]:
-    """Kernels as work of the range that launched them; NCCL's hide behind others."""
+    """Return kernels as work of the range that launched them; NCCL's have the lower rank."""
     launches = {
         event["args"]["correlation"]: float(event["ts"])
         for event in events
@@ -91,7 +91,7 @@ def _on_gpu(
 
 
 def slices(intervals: Iterable[Interval]) -> Iterator[Interval]:
-    """The time that intervals cover, cut so that each instant belongs to one of them."""
+    """Yield the time that intervals cover, cut so that each instant belongs to one interval."""
     waiting = sorted(intervals, reverse=True)
     times = sorted({time for each in waiting for time in each[:2]})
     open_ones: list[tuple[int, float, Interval]] = []
@@ -106,7 +106,7 @@ def slices(intervals: Iterable[Interval]) -> Iterator[Interval]:
 
 
 def render_table(milliseconds: Mapping[str, float], first: int, last: int, device: str) -> str:
-    """The parts of steps ``first`` to ``last`` as text, in milliseconds a step."""
+    """Return a table of the parts of steps ``first`` to ``last``, milliseconds per step."""
     count = last - first + 1
     each = {part: value / count for part, value in milliseconds.items()}
     total = sum(each.values())

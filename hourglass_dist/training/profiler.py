@@ -1,14 +1,14 @@
-"""Where the time of a few steps goes: ``metrics.profile_steps: [first, last]``, on the main rank.
+"""Profile of a few steps, ``metrics.profile_steps: [first, last]``, on the main rank.
 
     RUN/profile/rank_00000.json  a trace of torch.profiler, for ui.perfetto.dev
     RUN/profile/table.txt        milliseconds a step: forward, backward and recomputation of each
                                  level, gradients, communication, optimizer, data
     RUN/profile/memory.pickle    on a GPU: allocations, for pytorch.org/memory_viz
 
-Named ranges are set by hooks that are there during those steps only. The table gives each instant
-to one part, so its lines add up: on a CPU to the innermost range, or to communication while a
-collective runs; on a GPU to the range that launched the running kernel, to communication while
-only that runs, and to ``idle`` while nothing does.
+Hooks set named ranges during those steps only. The table assigns each instant to one part, so its
+lines add up: on a CPU to the innermost range, or to communication while a collective runs; on a GPU
+to the range that launched the running kernel, to communication while only that runs, and to
+``idle`` while nothing runs.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ SNAPSHOT_ENTRIES = 200_000
 
 
 class Profiler:
-    """Profiles the steps from ``steps[0]`` to ``steps[1]`` (1 is the first); without them, and on
-    other ranks, it does nothing."""
+    """Profiler of the steps from ``steps[0]`` to ``steps[1]`` (1 is the first); with None, and on
+    ranks other than the main one, it does nothing."""
 
     def __init__(
         self, run: Path, steps: tuple[int, int] | None, engine: Engine, world: ranks.World
@@ -51,8 +51,8 @@ class Profiler:
         self._in_forward = False
 
     def data(self, batches: Iterator[T], step: int) -> Iterator[T]:
-        """``batches``, the first of which is for the step after ``step``; waiting for them is a
-        part of the table."""
+        """Yield ``batches``, the first of which is for the step after ``step``; waiting for them
+        is the part ``data`` of the table."""
         while True:
             step += 1
             if step == self._first:
@@ -70,7 +70,7 @@ class Profiler:
 
     @contextmanager
     def step(self, step: int) -> Iterator[None]:
-        """Around the work of completed step ``step``, whose batch came from ``data``."""
+        """Profile the work inside this context as step ``step``, whose batch came from ``data``."""
         try:
             yield
         except BaseException:
@@ -115,7 +115,7 @@ class Profiler:
     # --- ranges --------------------------------------------------------------------------------
 
     def _begin(self, part: str) -> None:
-        # record_function is an operation, which selective checkpointing would want to see again
+        # record_function is an operation, which selective checkpointing would expect to recompute
         named = _RecordFunctionFast(PREFIX + part)
         named.__enter__()
         self._ranges.append(named)
@@ -124,7 +124,7 @@ class Profiler:
         self._ranges.pop().__exit__(None, None, None)
 
     def _wrap(self, owner: Any, name: str, part: str) -> None:
-        """Put a range around a method until the profile ends."""
+        """Wrap a method in a named range until the profile ends."""
         method: Callable[..., Any] = getattr(owner, name)
 
         def ranged(*args: Any, **kwargs: Any) -> Any:
@@ -146,7 +146,7 @@ class Profiler:
                 self._watch_again(module, name)
 
     def _watch_whole(self, module: nn.Module, name: str) -> None:
-        """A level's, or the model's, forward and backward pass."""
+        """Put ranges around the forward and backward pass of a level or of the model."""
         is_model = name == ENDS
 
         def before(_: nn.Module, inputs: Any) -> None:
@@ -167,7 +167,7 @@ class Profiler:
 
         def begin_backward(_: Tensor) -> None:
             self._begin(f"{name}, backward")
-            if is_model:  # no tensor's gradient is the last one
+            if is_model:  # no gradient of a tensor marks the end
                 torch.autograd.Variable._execution_engine.queue_callback(self._end)
 
         def end_backward(_: Tensor) -> None:
@@ -177,7 +177,7 @@ class Profiler:
         self._hooks.callback(module.register_forward_hook(after).remove)
 
     def _watch_again(self, module: nn.Module, level: str) -> None:
-        """A module of a level when it runs once more, in the backward pass."""
+        """Put a range around a module of a level when the backward pass recomputes it."""
 
         def before(_: nn.Module, inputs: Any) -> None:
             if module.training and not self._in_forward:
@@ -188,6 +188,6 @@ class Profiler:
                 self._end()
 
         self._hooks.callback(module.register_forward_pre_hook(before).remove)
-        # recomputation leaves a module by an exception as soon as it has what it needs
+        # recomputation stops early by an exception, once it has all the tensors it needs
         after_all = module.register_forward_hook(after, always_call=True)
         self._hooks.callback(after_all.remove)

@@ -1,7 +1,7 @@
-"""What a model writes while it is trained: short continuations, with randomness of their own.
+"""Samples of text during training: short continuations, with a random generator of their own.
 
-The main rank generates with a second model around the weights of the engine, so neither the modes
-nor the hooks of the one that is trained are touched. At ZeRO-3 it holds all weights for that time.
+The main rank generates with a second model that uses the weights of the engine, so the modes and
+hooks of the trained model are not touched. At ZeRO-3 the rank holds all weights during that time.
 """
 
 from __future__ import annotations
@@ -20,21 +20,21 @@ from hourglass_dist.model.hourglass import HourglassLM
 from hourglass_dist.model.settings import ModelConfig
 
 PROMPT_TOKENS = 64
-"""Tokens of held-out text that are continued."""
+"""Length of a prompt of held-out text, tokens."""
 NEW_TOKENS = 128
-"""Tokens of a continuation, at most: the end of text ends it."""
+"""Largest length of a continuation, tokens; an end-of-text id ends it."""
 TEMPERATURE = 0.8
 
 
 class Sample(NamedTuple):
-    """A prompt and what the model made of it."""
+    """Prompt and its continuation by the model."""
 
     prompt: str
     text: str
 
 
 def prompts_of_text(texts: Sequence[str], tokenizer: Tokenizer) -> list[list[int]]:
-    """The ids of prompts that a person gave; training text begins with the end-of-text id.
+    """Return the ids of the user's prompts, each after an end-of-text id as in training text.
 
     Raises ValueError when one is not valid for the tokenizer.
     """
@@ -42,7 +42,7 @@ def prompts_of_text(texts: Sequence[str], tokenizer: Tokenizer) -> list[list[int
 
 
 def prompts_of_rows(batches: Iterable[Batch], count: int) -> list[list[int]]:
-    """The first tokens of the first ``count`` rows."""
+    """Return the first ``PROMPT_TOKENS`` tokens of the first ``count`` rows."""
     rows = (row for b in batches for row, n in zip(b.tokens_BL, b.row_ids, strict=True) if n >= 0)
     return [row[:PROMPT_TOKENS].tolist() for row in islice(rows, count)]
 
@@ -55,7 +55,7 @@ def write_samples(
     count: int,
     seed: int,
 ) -> list[Sample]:
-    """``count`` continuations of the prompts in turn; the same weights and seed give them again."""
+    """Return ``count`` continuations of the prompts in turn; equal weights and seed repeat them."""
     with torch.device("meta"):
         model = HourglassLM(config.with_checkpointing("none"))
     model.load_state_dict(dict(weights), assign=True)

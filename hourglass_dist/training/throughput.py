@@ -1,4 +1,4 @@
-"""How much of a machine a run uses: operations against the peak, and memory."""
+"""Use of a machine by a run: FLOP/s compared with the peak, and memory."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 
 class Throughput:
-    """Operations of a run's tokens, and what its ranks could do at most."""
+    """Throughput of a run in tokens, bytes and FLOPs per second."""
 
     def __init__(
         self,
@@ -18,15 +18,15 @@ class Throughput:
         flops_per_token: Callable[[int], tuple[float, float]],
         peak: float | None,
     ) -> None:
-        """``flops_per_token(length)`` is what a token costs in rows of that length, forward and
-        backward, without and with recomputation; ``peak`` is what a rank could do in a second."""
+        """Set up; ``flops_per_token(length)`` returns the FLOPs of a token in training, without and
+        with recomputation, in rows of that length; ``peak`` is the peak FLOP/s of a rank."""
         self._ranks, self._flops_per_token, self._peak = ranks, flops_per_token, peak
 
     def metrics(self, tokens: float, bytes_per_token: float, length: int) -> dict[str, float]:
-        """Metrics of ``tokens`` per second over all ranks, in rows of ``length`` tokens.
+        """Return the metrics of ``tokens`` per second over all ranks, in rows of ``length`` tokens.
 
-        MFU is the share of the peak that the model's operations take (PaLM, arXiv 2204.02311), HFU
-        that of all operations, those of recomputation too.
+        MFU is the model's FLOP/s without recomputation over the peak (PaLM, arXiv 2204.02311), HFU
+        the same with recomputation.
         """
         training, hardware = self._flops_per_token(length)
         rate = tokens / self._ranks
@@ -42,8 +42,8 @@ class Throughput:
 
 
 def memory(device: torch.device) -> dict[str, float]:
-    """Bytes by name: of a GPU what tensors take, what torch has taken for them, and the most that
-    tensors took; of a CPU the resident set of this process now and at most."""
+    """Return bytes by name: of a GPU those of tensors, those reserved by torch and the peak of
+    tensors; of a CPU the resident set of this process and its peak."""
     if device.type == "cuda":
         return {
             "allocated_bytes": torch.cuda.memory_allocated(device),

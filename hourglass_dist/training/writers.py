@@ -1,8 +1,8 @@
-"""Where the numbers of a run go besides ``metrics.jsonl``: TensorBoard, Weights & Biases, MLflow.
+"""Writers of metrics besides ``metrics.jsonl``: TensorBoard, Weights & Biases, MLflow.
 
-The last two are not installed with this package. Project, server and keys are taken from their own
+The last two are not installed with this package. Project, server and keys come from their own
 environment variables (``WANDB_PROJECT``, ``MLFLOW_TRACKING_URI``, ...), so none is in a settings
-file. A resumed run continues in the same place.
+file. A resumed run continues the same record.
 """
 
 from __future__ import annotations
@@ -18,23 +18,23 @@ from hourglass_dist.core.files import replace
 
 
 class Writer(Protocol):
-    """Takes numbers and texts."""
+    """Destination of scalars, texts and histograms."""
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        """Numbers by name, of completed step ``step``."""
+        """Write scalars by name, of completed step ``step``."""
 
     def texts(self, step: int, texts: Mapping[str, str]) -> None:
-        """Texts by name."""
+        """Write texts by name, of completed step ``step``."""
 
     def histogram(self, step: int, name: str, heights: Sequence[float]) -> None:
-        """Numbers over 0, 1, 2, ..."""
+        """Write a histogram with bar heights at 0, 1, 2, ..., of completed step ``step``."""
 
     def close(self) -> None:
-        """Nothing more comes."""
+        """Close the writer, after the last value."""
 
 
 class TensorBoard:
-    """Event files in the run folder."""
+    """Writer of TensorBoard event files in the run folder."""
 
     def __init__(self, run: Path, name: str, step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter  # slow to import: by rank 0 alone
@@ -42,17 +42,17 @@ class TensorBoard:
         self._events = SummaryWriter(str(run), purge_step=step + 1)
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        """See Writer."""
+        """Write scalars to the event files."""
         for name, value in values.items():
             self._events.add_scalar(name, value, step)
 
     def texts(self, step: int, texts: Mapping[str, str]) -> None:
-        """See Writer; in Markdown, lines that are indented stand as they are."""
+        """Write texts to the event files, indented, which Markdown shows as preformatted."""
         for name, text in texts.items():
             self._events.add_text(name, "".join(f"    {x}\n" for x in text.splitlines()), step)
 
     def histogram(self, step: int, name: str, heights: Sequence[float]) -> None:
-        """See Writer."""
+        """Write a histogram to the event files."""
         count = len(heights)
         self._events.add_histogram_raw(
             name,
@@ -63,37 +63,37 @@ class TensorBoard:
         )
 
     def close(self) -> None:
-        """See Writer."""
+        """Close the event files."""
         self._events.close()
 
 
 class Wandb:
-    """A run of Weights & Biases, known by the run folder's name and its first start."""
+    """Writer to a run of Weights & Biases whose id is the run folder's name and first start."""
 
     def __init__(self, run: Path, name: str, step: int) -> None:
         wandb: Any = importlib.import_module("wandb")
         self._run = wandb.init(dir=str(run), id=name, name=run.resolve().name, resume="allow")
-        self._run.define_metric("*", step_metric="step")  # steps may be taken again
+        self._run.define_metric("*", step_metric="step")  # steps may be repeated
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        """See Writer."""
+        """Log scalars to the run."""
         self._run.log({"step": step, **values})
 
     def texts(self, step: int, texts: Mapping[str, str]) -> None:
-        """See Writer."""
+        """Write texts to the settings of the run."""
         self._run.config.update(dict(texts), allow_val_change=True)
 
     def histogram(self, step: int, name: str, heights: Sequence[float]) -> None:
-        """See Writer; a number for each place."""
+        """Log one scalar for each bar of a histogram."""
         self.scalars(step, {f"{name}/{place}": each for place, each in enumerate(heights)})
 
     def close(self) -> None:
-        """See Writer."""
+        """Finish the run."""
         self._run.finish()
 
 
 class MLflow:
-    """A run of MLflow; its id is kept in the run folder."""
+    """Writer to a run of MLflow, whose id is kept in the run folder."""
 
     def __init__(self, run: Path, name: str, step: int) -> None:
         self._mlflow: Any = importlib.import_module("mlflow")
@@ -103,20 +103,20 @@ class MLflow:
         replace(known, f"{started.info.run_id}\n")
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        """See Writer."""
+        """Log scalars to the run, asynchronously."""
         self._mlflow.log_metrics(dict(values), step=step, synchronous=False)
 
     def texts(self, step: int, texts: Mapping[str, str]) -> None:
-        """See Writer."""
+        """Log texts as files of the run."""
         for name, text in texts.items():
             self._mlflow.log_text(text, f"{name}.txt")
 
     def histogram(self, step: int, name: str, heights: Sequence[float]) -> None:
-        """See Writer; a number for each place."""
+        """Log one scalar for each bar of a histogram."""
         self.scalars(step, {f"{name}/{place}": each for place, each in enumerate(heights)})
 
     def close(self) -> None:
-        """See Writer."""
+        """End the run."""
         self._mlflow.end_run()
 
 
@@ -134,6 +134,6 @@ def require_writers(names: Sequence[str]) -> None:
 
 
 def open_writers(names: Sequence[str], run: Path, name: str, step: int) -> list[Writer]:
-    """The writers of a run folder that continue after ``step`` steps; ``name`` is the run's own,
-    always the same."""
+    """Return the writers of a run folder, to continue after ``step`` steps; ``name`` identifies the
+    run and never changes."""
     return [WRITERS[each](run, name, step) for each in dict.fromkeys(names)]
