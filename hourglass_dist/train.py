@@ -1,10 +1,10 @@
-"""The story of a run, top to bottom.
+"""The training program: what every rank of a run executes, top to bottom.
 
     torchrun --nproc-per-node 2 -m hourglass_dist.train configs/quickstart.yaml run.dir=runs/mine
     hourglass train configs/quickstart.yaml run.dir=runs/mine         the same program on one rank
 
-Started again in the same run folder, it continues from the newest checkpoint with exactly the
-batches and losses that an uninterrupted run would have had.
+Started again in the same run folder, it continues from the newest checkpoint, with exactly the
+batches and losses of an uninterrupted run.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ from hourglass_dist.training.writers import require_writers
 
 @dataclass(frozen=True)
 class TrainingRun:
-    """A run in progress: everything that its steps need."""
+    """A run in progress: all objects that its steps use."""
 
     config: Config
     world: ranks.World
@@ -70,7 +70,7 @@ class TrainingRun:
     requests: StopRequests
     watchdog: Watchdog
     step: int
-    """Steps done before this start."""
+    """Number of optimizer steps completed before this start."""
     evaluations: Evaluations
     metrics: Metrics
     profiler: Profiler
@@ -79,10 +79,10 @@ class TrainingRun:
 
 
 def train(config: Config) -> None:
-    """Start or continue the run that ``config`` describes, and note when and how it ended.
+    """Start or continue the run that ``config`` describes, and record when and how it ended.
 
     Raises ValueError (on every rank, with the same one-line message) for anything the user can
-    mend, FloatingPointError when loss or gradient stay NaN or infinite, and Interrupted when the
+    correct, FloatingPointError when loss or gradient stay NaN or infinite, and Interrupted when the
     run was asked to stop and is saved.
     """
     with History(Path(config.run.dir)) as history:
@@ -92,14 +92,14 @@ def train(config: Config) -> None:
 
 
 def run_all_steps(run: TrainingRun) -> None:
-    """Take all steps; after a loss spike, again from the checkpoint before it."""
+    """Take all steps; after a loss spike, return to the checkpoint before it and continue."""
     try:
         while True:
             try:
                 return run_steps(run)
             except SpikeFound as spike:
                 run = go_back(run, spike)
-    except (ValueError, FloatingPointError):  # raised on all ranks: a save under way can end
+    except (ValueError, FloatingPointError):  # raised on all ranks, so a running save can end
         run.checkpoints.wait()
         raise
     finally:
@@ -109,9 +109,9 @@ def run_all_steps(run: TrainingRun) -> None:
 
 
 def prepare(config: Config, history: History) -> TrainingRun | None:
-    """Open data and run folder, make the engine, load the state; None when all steps are done."""
+    """Open data and run folder, make the engine and load the state; None if all steps are done."""
     record_collectives(Path(config.run.dir))
-    # longer than the watchdog waits, which writes down what hangs
+    # longer than the watchdog, which must first write the stacks of a hang
     world = ranks.init(ranks.TIMEOUT + timedelta(minutes=config.run.hang_minutes))
     require_same_start(config, world)
     given, cost = config, find_cost(config, world)
@@ -170,9 +170,9 @@ def prepare(config: Config, history: History) -> TrainingRun | None:
 
 
 def find_cost(config: Config, world: ranks.World) -> Plan:
-    """Settle activation checkpointing, and return what the run costs.
+    """Choose the activation checkpointing and return the run's cost (FLOPs, memory, sizes).
 
-    Raises ValueError, before anything is written, for what does not fit the ranks or their memory.
+    Raises ValueError, before anything is written, if ranks or activation memory do not suffice.
     """
     cost = plan(settle_checkpointing(config, world.device.type), world.size)
     deepspeed_settings(config, world.size, cost.parameters.trained)
@@ -182,7 +182,7 @@ def find_cost(config: Config, world: ranks.World) -> Plan:
 def begin(
     folder: RunFolder, config: Config, tokenizer: Tokenizer, step: int, world: ranks.World
 ) -> None:
-    """Write the settings, on the main rank. Raises ValueError when earlier starts got nowhere."""
+    """Write the settings on the main rank. Raises ValueError if earlier starts got no further."""
     if world.is_main:
         require_progress(folder.path, step, config.run.max_fruitless_starts)
         folder.record(config, tokenizer)
@@ -191,9 +191,9 @@ def begin(
 def make_metrics(
     cost: Plan, history: History, tokenizer: Tokenizer, engine: Engine, world: ranks.World
 ) -> Metrics:
-    """What records the steps of a run of this cost."""
+    """Return the recorder of the steps of a run of this cost."""
     precision = cost.config.train.precision
-    # the table has peaks of bf16 only
+    # the table has peak FLOP/s for bf16 only
     peak = peak_flops(device_name(world.device)) if precision == "bf16" else None
     throughput = Throughput(world.size, cost.flops_per_token, peak)
     lengths, text = tokenizer.byte_lengths(), render_plan(cost)
@@ -201,8 +201,8 @@ def make_metrics(
 
 
 def run_steps(run: TrainingRun) -> None:
-    """The loop. Raises Interrupted when it was asked to stop, FloatingPointError when too many
-    steps are NaN, and SpikeFound when the run must go back."""
+    """Run the training loop. Raises Interrupted when it was asked to stop, FloatingPointError when
+    too many steps are NaN or infinite, and SpikeFound when the run must go back."""
     config, metrics, stream = run.config, run.metrics, run.stream
     step, total = run.step, config.train.steps
     with closing(stream.batches(start_step=run.spikes.data_step(step))) as stored:
@@ -233,7 +233,7 @@ def run_steps(run: TrainingRun) -> None:
 
 
 def go_back(run: TrainingRun, spike: SpikeFound) -> TrainingRun:
-    """The run as it was at its newest checkpoint before the spike, without the batches since then.
+    """Return the run at its newest checkpoint before the spike, without the batches since then.
 
     Raises FloatingPointError when there is no such checkpoint.
     """
@@ -253,7 +253,7 @@ def go_back(run: TrainingRun, spike: SpikeFound) -> TrainingRun:
 
 
 def save(run: TrainingRun, step: int, score: Score | None) -> None:
-    """Start to save the state after ``step``."""
+    """Start a save of the state after ``step``."""
     ranks.require_same_on_all_ranks(run.stream.identity(), run.world.device)
     progress = TrainingProgress(
         step=step,
@@ -281,7 +281,7 @@ def open_data(config: Config) -> tuple[list[Dataset], Tokenizer]:
 
 
 def open_stream(config: Config, datasets: Sequence[Dataset], world: ranks.World) -> Stream:
-    """The training rows of this rank. Its share of all shards, held-out ones too, is verified."""
+    """Open this rank's training rows, and verify its share of all shards, held-out ones too."""
     plan = make_plan(datasets, config.data, config.run.seed, config.train.steps)
     check_held_out(config, datasets, world)
     return Stream(
@@ -298,7 +298,7 @@ def open_stream(config: Config, datasets: Sequence[Dataset], world: ranks.World)
 def find_state(
     checkpoints: Checkpoints, stream: Stream, tokenizer: Tokenizer, world: ranks.World
 ) -> tuple[Path, TrainingProgress] | None:
-    """The checkpoint to resume from, if there is one; the stream is set to its position.
+    """Return the checkpoint to resume from, or None, and set the stream to its position.
 
     Raises ValueError when it belongs to other data or another tokenizer.
     """
@@ -315,8 +315,8 @@ def find_state(
 
 
 def make_model(config: Config, world: ranks.World, warm: WarmStart | None = None) -> HourglassLM:
-    """The model on this rank's device, with the same weights on every rank; at ZeRO stage 3 only
-    this rank's part is ever in memory, but for one module at a time."""
+    """Return the model on this rank's device, with the same weights on every rank. At ZeRO stage 3
+    memory holds only this rank's part and one whole module at a time."""
     with torch.device("meta"):
         model = HourglassLM(config.model)
     making = making_weights(config, world)
@@ -336,9 +336,9 @@ def make_model(config: Config, world: ranks.World, warm: WarmStart | None = None
 
 
 def warm_start(config: Config, tokenizer: Tokenizer) -> WarmStart | None:
-    """The weights of ``train.init_from``, if it is set.
+    """Return the weights of ``train.init_from``; None if it is not set.
 
-    Raises ValueError when they are of another model or tokenizer.
+    Raises ValueError when they belong to another model or tokenizer.
     """
     if config.train.init_from is None:
         return None
@@ -349,9 +349,9 @@ def warm_start(config: Config, tokenizer: Tokenizer) -> WarmStart | None:
 
 
 def dry_run_step(engine: Engine, config: Config, world: ranks.World) -> None:
-    """Take one step with the longest rows that changes nothing, to meet out-of-memory early.
+    """Take one step with the longest rows that changes nothing, to detect out-of-memory early.
 
-    Raises ValueError, with what to do about it.
+    Raises ValueError, with advice, when memory is not enough.
     """
     shape = config.train.micro_batch_size, config.data.longest
     tokens_BL = torch.zeros(shape, dtype=torch.int64)
@@ -367,7 +367,7 @@ def dry_run_step(engine: Engine, config: Config, world: ranks.World) -> None:
 
 
 def announce(config: Config, world: ranks.World, step: int) -> None:
-    """Print what is trained on what."""
+    """Print model, ranks, precision, steps and tokens of the run, on the main rank."""
     tokens = config.data.tokens(config.train.steps)
     say(
         world,
@@ -381,13 +381,13 @@ def announce(config: Config, world: ranks.World, step: int) -> None:
 
 
 def say(world: ranks.World, line: str) -> None:
-    """Print on the main rank only."""
+    """Print ``line`` on the main rank only."""
     if world.is_main:
         print(line, flush=True)
 
 
 def main(arguments: Sequence[str]) -> int:
-    """``CONFIG.yaml key=value ...``; returns the exit code; 130 after Ctrl-C, unsaved."""
+    """Run ``CONFIG.yaml key=value ...`` and return the exit code; 130 after Ctrl-C, unsaved."""
     try:
         if not arguments:
             raise ValueError("expected CONFIG [key=value ...], for example quickstart")

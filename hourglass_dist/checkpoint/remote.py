@@ -1,9 +1,9 @@
-"""Copies of checkpoints in an object store (or any place that fsspec writes to).
+"""Copies of checkpoints in an object store (or any other file system of fsspec).
 
     s3://bucket/runs/NAME/step_00000500/rank_00000.safetensors ... manifest.json, which comes last
                           /latest                                  the name of the newest one
 
-Every rank copies its own file. As in the run folder, a checkpoint without a manifest is none.
+Every rank copies its own file. As in the run folder, a checkpoint without a manifest is incomplete.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from hourglass_dist.core.remote import open_filesystem, retry
 T = TypeVar("T")
 
 TIMEOUT_S, DEADLINE_S = 60.0, 300.0
-"""For one request, and for a file with all that is tried again."""
+"""Time limits, seconds: of one request, and of one file with all its retries."""
 
 
 class RemoteCopies:
-    """The checkpoints of one run elsewhere. All methods raise ValueError, naming the address, when
-    they do not succeed before a deadline."""
+    """Remote copies of one run's checkpoints. All methods raise ValueError, naming the address,
+    when they do not succeed before a deadline."""
 
     def __init__(self, url: str) -> None:
-        """Raises ValueError for an address whose package is not installed, or that cannot be."""
+        """Open the address. Raises ValueError if it is invalid or its package is not installed."""
         self.url = url.rstrip("/")
         try:
             self._system, self._root = open_filesystem(self.url, TIMEOUT_S)
@@ -35,7 +35,7 @@ class RemoteCopies:
             raise ValueError(f"checkpoint.remote: {error}") from None
 
     def put(self, name: str, file: IO[bytes]) -> None:
-        """Write ``name`` from an open file."""
+        """Write the content of the open ``file`` to the remote file ``name``."""
 
         def write() -> None:
             path = f"{self._root}/{name}"
@@ -47,7 +47,7 @@ class RemoteCopies:
         self._retry(name, write)
 
     def finish(self, folder: Path, kept: Sequence[str]) -> None:
-        """Complete a checkpoint whose other files are there, and remove those not in ``kept``."""
+        """Write manifest and ``latest`` of a checkpoint, and remove those not in ``kept``."""
         with (folder / "manifest.json").open("rb") as file:
             self.put(f"{folder.name}/manifest.json", file)
         latest = folder.name.encode() + b"\n"
@@ -58,7 +58,7 @@ class RemoteCopies:
                 self._system.rm(path, recursive=True)
 
     def latest(self) -> str | None:
-        """The name of the newest checkpoint there."""
+        """Return the name of the newest remote checkpoint; None when there is none."""
 
         def read() -> str | None:
             try:
@@ -69,14 +69,14 @@ class RemoteCopies:
         return self._retry("latest", read)
 
     def files(self, name: str) -> list[str]:
-        """The files of a checkpoint, the manifest last."""
+        """Return the file names of a checkpoint, the manifest last."""
         path = f"{name}/manifest.json"
         text = self._retry(path, lambda: self._system.cat_file(f"{self._root}/{path}"))
         manifest: dict[str, Any] = json.loads(text)
         return [*sorted(manifest["files"]), "manifest.json"]
 
     def get(self, name: str, target: Path) -> None:
-        """Read ``name`` into a file."""
+        """Copy the remote file ``name`` to the local file ``target``."""
         self._retry(name, lambda: self._system.get_file(f"{self._root}/{name}", str(target)))
 
     def _retry(self, name: str, action: Callable[[], T]) -> T:

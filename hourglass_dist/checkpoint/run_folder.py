@@ -1,9 +1,9 @@
-"""The folder of a run: its settings, and a lock that one process holds while it trains.
+"""The folder of a run: its settings, and the lock of the process that trains.
 
 runs/NAME/
     config.yaml                the resolved settings; see MAY_CHANGE
     tokenizer/                 a copy, so that the run can be exported without its dataset
-    lock                       held by the process that trains here
+    lock                       held by the process that trains in this folder
     metrics.jsonl, events.*    written by training/metrics.py
     checkpoints/               written by save.py
 """
@@ -27,12 +27,12 @@ MAY_CHANGE = re.compile(
     r"train\.micro_batch_size|train\.max_skipped_steps|train\.compile|deepspeed\.|eval\.|"
     r"checkpoint\.|metrics\.|model\.levels\.\d+\.activation_checkpointing"
 )
-"""Settings that may change on resume: they decide where and how, not what is learned. (A dataset is
-known by its id, wherever it lies; the state of the data remembers skipped shards.)"""
+"""Settings that may change on resume: they decide where and how the run trains, not what it learns.
+(A dataset is identified by its id, not its path; the data state records skipped shards.)"""
 
 
 class RunFolder:
-    """A run's folder, held by one process while it trains."""
+    """The folder of a run, locked by one process while it trains."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -42,8 +42,8 @@ class RunFolder:
     def open(self, config: Config) -> None:
         """Take the lock and compare the settings with those of the run's first start.
 
-        Raises ValueError when another process trains here, or when a setting differs that decides
-        what is learned.
+        Raises ValueError when another process trains in this folder, or when a setting differs that
+        decides what the run learns.
         """
         self.path.mkdir(parents=True, exist_ok=True)
         self._take_lock()
@@ -58,7 +58,7 @@ class RunFolder:
             )
 
     def record(self, config: Config, tokenizer: Tokenizer) -> None:
-        """Write the settings and the tokenizer."""
+        """Write the settings and the tokenizer into the folder."""
         (self.path / "tokenizer").mkdir(exist_ok=True)
         tokenizer.save(self.path / "tokenizer")
         replace(self.path / "config.yaml", to_yaml(config))
@@ -72,5 +72,5 @@ class RunFolder:
         os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
 
     def close(self) -> None:
-        """Let another process train here. The end of this process does the same."""
+        """Release the lock, as the end of this process also does."""
         self._lock.close()

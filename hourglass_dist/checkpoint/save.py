@@ -1,4 +1,4 @@
-"""Saves and finds the checkpoints of a run.
+"""Saving and finding the checkpoints of a run.
 
     RUN/checkpoints/
         step_00000500/    rank_00000.safetensors ... and manifest.json: the progress, and size and
@@ -38,29 +38,29 @@ FORMAT = 1
 
 @dataclass(frozen=True)
 class TrainingProgress:
-    """How far a run has come. With the weights this is its whole state."""
+    """Progress of a run; with weights, optimizer state and loss scale, the whole training state."""
 
     step: int
-    """Optimizer steps completed."""
+    """Number of completed optimizer steps."""
     data: dict[str, Any]
-    """Position in the data, as ``Stream.state`` gives it: rows consumed by completed steps, and the
-    plan's hash."""
+    """Position in the data, from ``Stream.state``: rows consumed by completed steps, and the plan's
+    hash."""
     tokenizer: dict[str, str]
     """Fingerprint of the tokenizer."""
     stage: int
-    """ZeRO stage that wrote the state (for people; any stage reads it)."""
+    """ZeRO stage that wrote the state (information only; any stage can read it)."""
     score: float | None = None
-    """Held-out bits per byte, where it was measured after this very step."""
+    """Held-out bits per byte after this step; None where it was not measured."""
     guard: dict[str, Any] = field(default_factory=dict)
-    """What ``LossSpikes`` remembers."""
+    """State of ``LossSpikes``."""
 
 
 class Checkpoints:
-    """Saves and finds checkpoints. All methods are called by all ranks together.
+    """The checkpoints of a run. All ranks call all methods together.
 
     Training waits only while the state is copied: a thread of each rank writes that rank's file and
-    tells the main rank through the process group's store; the thread of the main rank finishes the
-    checkpoint when all have. No thread takes part in a collective. One save is under way at a time.
+    reports to the main rank through the process group's store; the main rank's thread completes the
+    checkpoint when all have reported. No thread joins a collective. Only one save runs at a time.
     """
 
     def __init__(
@@ -70,11 +70,11 @@ class Checkpoints:
         world: ranks.World,
         about: Mapping[str, Any] | None = None,
     ) -> None:
-        """``about`` is written into every manifest: what code with which settings made it."""
+        """Set up; ``about``, the code and settings of the run, goes into every manifest."""
         self.folder = folder
         self._about = dict(about or {})
         self.passed_over: list[str] = []
-        """What was wrong with the checkpoints that ``newest`` passed over."""
+        """Errors of the checkpoints that ``newest`` passed over, one line each."""
         self._config = config
         self._world = world
         self._attempts = 0
@@ -88,8 +88,8 @@ class Checkpoints:
             remove_unfinished(folder)
 
     def save(self, take: Callable[[], Snapshot], progress: TrainingProgress) -> None:
-        """Start to save: ``take()`` copies this rank's state, a thread writes it. A save that is
-        still under way is waited for first."""
+        """Start a save, after waiting for the previous one: ``take()`` copies this rank's state, a
+        thread writes it."""
         self.wait()
         name = f"{tag(progress.step)}_{self._session:010x}_{self._attempts}"
         self._attempts += 1
@@ -99,7 +99,7 @@ class Checkpoints:
         self._thread.start()
 
     def wait(self) -> None:
-        """Wait until the save under way has ended, whether or not it succeeded."""
+        """Wait until the running save has ended, whether or not it succeeded."""
         if self._thread:
             self._thread.join()
             self._thread = None
@@ -115,12 +115,12 @@ class Checkpoints:
         ranks.raise_on_all_ranks(check, self._world.device)
 
     def news(self) -> list[str]:
-        """Lines about saves that ended since the last call (on the main rank)."""
+        """Return lines about saves ended since the last call (a failed save: on every rank)."""
         news, self._news = self._news, []
         return news
 
     def _write(self, folder: Path, snapshot: Snapshot, progress: TrainingProgress) -> None:
-        """What the thread does: this rank's file; on the main rank also the rest."""
+        """Write this rank's file, on the main rank also the rest; it runs in the thread."""
         begun = time.perf_counter()
         file = folder / sharded_state.file_name(self._world.rank)
         self._error = None
@@ -128,7 +128,7 @@ class Checkpoints:
             folder.mkdir(parents=True, exist_ok=True)
             snapshot.write(file)
             entry: dict[str, Any] = {"bytes": file.stat().st_size, "crc32c": checksum(file)}
-        except Exception as error:  # whatever it is, the main rank must hear of it
+        except Exception as error:  # of any kind: the main rank must be told
             self._error = error
             entry = {"error": str(error)}
         try:
@@ -149,11 +149,11 @@ class Checkpoints:
     def _copy(
         self, remote: RemoteCopies, my_file: IO[bytes], attempt: str, progress: TrainingProgress
     ) -> None:
-        """Bring this rank's file to the remote place; the main rank finishes the copy there."""
+        """Copy this rank's file to the remote folder; the main rank completes the copy."""
         name, problem = tag(progress.step), ""
         try:
             remote.put(f"{name}/{sharded_state.file_name(self._world.rank)}", my_file)
-        except Exception as error:  # of whichever library: the copy is lost, nothing else
+        except Exception as error:  # of any library: only the copy is lost
             problem = f"rank {self._world.rank}: {error or type(error).__name__}"
         ranks.put_note(f"{attempt}/copy/{self._world.rank}", problem)
         if self._world.is_main:
@@ -169,7 +169,7 @@ class Checkpoints:
             self._news.append(f"step {progress.step}: {remote.url}: {result}")
 
     def _complete(self, folder: Path, progress: TrainingProgress) -> Path:
-        """The main rank's part once every file is there: manifest, rename, ``latest``, retention.
+        """Write the manifest once every file is there, rename, set ``latest``, remove old ones.
 
         Raises ValueError when a rank could not write its file.
         """
@@ -193,7 +193,7 @@ class Checkpoints:
         return target
 
     def _retain(self, newest: Path) -> None:
-        """Remove old checkpoints, and those past ``newest``: a future that was given up."""
+        """Remove old checkpoints, and those of later steps than ``newest``, which are abandoned."""
         saved = {path: read_manifest(path)["progress"] for path in complete(self.folder)}
         past = [path for path in saved if path <= newest]
         kept = past[-self._config.keep :]
@@ -207,11 +207,11 @@ class Checkpoints:
                 remove(path)
 
     def newest(self, up_to: int | None = None) -> tuple[Path, TrainingProgress] | None:
-        """The newest whole checkpoint (of step ``up_to`` or before), verified by all ranks
+        """Return the newest intact checkpoint (of step ``up_to`` or before), verified by all ranks
         together, or None when there is none.
 
-        Those that were passed over are named in ``passed_over``: the one that ``latest`` names when
-        it is missing or damaged, then older ones. Raises ValueError when none of them is whole.
+        ``passed_over`` then names the damaged ones: the one that ``latest`` names when it is
+        missing or damaged, then older ones. Raises ValueError when none is intact.
         """
         if self._remote and up_to is None:
             self._fetch_newer(self._remote)
@@ -238,9 +238,9 @@ class Checkpoints:
         raise ValueError(f"{self.passed_over[0]}; there is no other good checkpoint")
 
     def _fetch_newer(self, remote: RemoteCopies) -> None:
-        """Bring the newest remote checkpoint here when the run folder has none as new.
+        """Copy the newest remote checkpoint to the run folder if it is newer than those there.
 
-        Raises ValueError, on all ranks, when the remote place cannot be reached: the run would
+        Raises ValueError, on all ranks, when the remote folder cannot be reached: the run would
         otherwise start again from step 0.
         """
 
@@ -271,17 +271,17 @@ class Checkpoints:
 
 
 def tag(step: int) -> str:
-    """The folder name of a step's checkpoint."""
+    """Return the folder name of a step's checkpoint."""
     return f"step_{step:08d}"
 
 
 def complete(folder: Path) -> list[Path]:
-    """Checkpoints that were written to their end, oldest first."""
+    """Return the complete checkpoints (those with a manifest), oldest first."""
     return sorted(path for path in folder.glob("step_*") if (path / "manifest.json").exists())
 
 
 def remove(path: Path) -> None:
-    """Take a checkpoint away; killed in the middle, it is not left half removed."""
+    """Remove a checkpoint; if killed meanwhile, it leaves no partly removed checkpoint."""
     gone = path.with_name(f".unfinished_removal_of_{path.name}")
     shutil.rmtree(gone, ignore_errors=True)
     path.rename(gone)
@@ -289,14 +289,14 @@ def remove(path: Path) -> None:
 
 
 def remove_unfinished(folder: Path) -> None:
-    """Clear what a killed process left half-written, or half removed."""
+    """Remove the folders that a killed process left partly written or partly removed."""
     for path in folder.glob(".unfinished_*"):
         shutil.rmtree(path)
 
 
 def latest(folder: Path) -> Path | None:
-    """The checkpoint that ``latest`` names; without that file the newest one; None when there is
-    none."""
+    """Return the checkpoint that ``latest`` names; without that file the newest one; None when
+    there is none."""
     try:
         return folder / (folder / "latest").read_text().strip()
     except FileNotFoundError:
@@ -305,7 +305,7 @@ def latest(folder: Path) -> Path | None:
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
-    """A checkpoint's manifest. Raises ValueError when it is missing, unreadable or from a newer
+    """Return a checkpoint's manifest. Raises ValueError when it is missing, damaged or from a newer
     version."""
     file = path / "manifest.json"
     try:
@@ -324,12 +324,12 @@ def read_manifest(path: Path) -> dict[str, Any]:
 
 
 def _own_checksum(manifest: dict[str, Any]) -> int:
-    """crc32c of a manifest without its checksum."""
+    """Return the crc32c of a manifest without its checksum."""
     return int(google_crc32c.value(json.dumps(manifest, sort_keys=True).encode()))
 
 
 def verify(path: Path, share: tuple[int, int] = (0, 1)) -> TrainingProgress:
-    """Check size and checksum of a checkpoint's files (every n-th one from r for ``share=(r, n)``).
+    """Check size and checksum of a checkpoint's files (``share=(r, n)``: each n-th one from r on).
 
     Raises ValueError naming the first file that is missing, truncated or altered.
     """

@@ -1,4 +1,4 @@
-"""Looking after a run's checkpoints: ``hourglass checkpoint list``, ``verify``, ``delete``."""
+"""Management of checkpoints: ``hourglass checkpoint list``, ``verify`` and ``delete``."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from hourglass_dist.core.text import show_bytes
 
 
 def saved_in(run: Path) -> Path:
-    """The folder of a run's checkpoints. Raises ValueError when ``run`` has none."""
+    """Return the folder of a run's checkpoints. Raises ValueError when ``run`` has none."""
     folder = run / "checkpoints"
     if not (run / "config.yaml").exists():
         raise ValueError(f"{run}: expected a run folder (with config.yaml), found none")
@@ -21,7 +21,7 @@ def saved_in(run: Path) -> Path:
 
 
 def listing(run: Path) -> Iterator[str]:
-    """A line for each checkpoint, oldest first."""
+    """Yield a header and a line for each checkpoint, oldest first."""
     folder = saved_in(run)
     newest = latest(folder)
     yield f"{'step':>10}  {'written':<16}  {'size':>10}  ranks  ZeRO  held out"
@@ -43,9 +43,9 @@ def listing(run: Path) -> Iterator[str]:
 
 
 def check(run: Path, step: int | None = None) -> Iterator[str]:
-    """Verify every byte of all checkpoints, or that of ``step``, with a line for each.
+    """Verify every byte of all checkpoints, or of that of ``step``, and yield a line for each.
 
-    Raises ValueError at the end when one is damaged, naming how many.
+    Raises ValueError at the end, with the number of damaged checkpoints, if there are any.
     """
     folder = saved_in(run)
     bad = 0
@@ -62,7 +62,7 @@ def check(run: Path, step: int | None = None) -> Iterator[str]:
 
 
 def delete(run: Path, steps: Sequence[int]) -> Iterator[str]:
-    """Remove the checkpoints of ``steps``.
+    """Remove the checkpoints of ``steps`` and yield a line for each.
 
     Raises ValueError, and removes nothing, when one does not exist or is the newest: the run would
     go back to an older one.

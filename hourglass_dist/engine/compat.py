@@ -1,7 +1,7 @@
-"""DeepSpeed, patched: everything that this project changes in it, each with the reason.
+"""Patches of DeepSpeed: everything that this project changes in it, each with the reason.
 
-DeepSpeed is pinned to one version. ``test_compat.py`` fails when another one changes what a patch
-relies on. Its tensors are looked up in ``zero_layout.py`` and ``offload.py``.
+DeepSpeed is pinned to one version. ``test_compat.py`` fails when another version changes what a
+patch relies on. ``zero_layout.py`` and ``offload.py`` read DeepSpeed's tensors.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ deepspeed.runtime.compiler.compile = lambda: lambda function: function
 
 
 def change_accumulation(engine: Any, batch_rows: int) -> None:
-    """Let optimizer steps of DeepSpeed's ``engine`` cover ``batch_rows`` rows over all ranks."""
+    """Set the rows of one optimizer step of DeepSpeed's ``engine``, summed over all ranks."""
     engine.set_train_batch_size(batch_rows)
-    engine.micro_steps = 0  # it would go on counting, and steps would end after the wrong pass
+    engine.micro_steps = 0  # its count would continue, and steps would end after the wrong pass
 
 
 def secondary_group(size: int | None) -> Any:
-    """The group of ``size`` ranks that keep a second copy of the weights (hpZ) among them, made
-    when it is not there; None where nobody keeps one."""
+    """Return the group of ``size`` ranks that share a second copy of the weights (hpZ), created if
+    missing; None without hpZ."""
     groups = deepspeed.utils.groups
     if size and groups._get_zero_param_intra_parallel_group() is None:
-        deepspeed.init_distributed(verbose=False)  # takes PyTorch's process group, which is there
+        deepspeed.init_distributed(verbose=False)  # uses PyTorch's existing process group
         groups._create_zero_param_parallel_group(size)
     return groups._get_zero_param_intra_parallel_group()

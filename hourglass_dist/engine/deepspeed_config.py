@@ -1,4 +1,4 @@
-"""DeepSpeed's configuration, derived from ours: one fact, one place."""
+"""DeepSpeed's configuration, derived from this project's settings."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import torch
 from hourglass_dist.config.schema import Config
 
 REDUCE_BUCKET = 500_000_000
-"""DeepSpeed's default, in elements."""
+"""Default size of DeepSpeed's reduce bucket, elements."""
 
 
 def deepspeed_settings(config: Config, world_size: int, trained: int) -> dict[str, Any]:
-    """DeepSpeed's configuration for a run that trains so many parameters.
+    """Return DeepSpeed's configuration for a run that trains ``trained`` parameters.
 
     Raises ConfigError when ``world_size`` ranks cannot share the batch or the weights.
     """
@@ -35,11 +35,11 @@ def deepspeed_settings(config: Config, world_size: int, trained: int) -> dict[st
         "train_batch_size": config.data.batch_size,
         "train_micro_batch_size_per_gpu": config.train.micro_batch_size,
         "gradient_accumulation_steps": config.accumulation_steps(world_size),
-        # Without clipping DeepSpeed does not look whether gradients are numbers.
+        # Without clipping DeepSpeed does not check that gradients are finite.
         "gradient_clipping": (config.optim.clip_grad_norm or 1e30) if config.deepspeed.stage else 0,
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
-        "zero_force_ds_cpu_optimizer": False,  # torch's fused AdamW steps on the host as well
+        "zero_force_ds_cpu_optimizer": False,  # torch's fused AdamW also runs on the CPU
         "steps_per_print": 2**62,
     }
     if config.train.precision == "bf16" and config.deepspeed.stage > 0:
@@ -49,12 +49,12 @@ def deepspeed_settings(config: Config, world_size: int, trained: int) -> dict[st
         settings["fp16"] = {"enabled": True, "hysteresis": 1}  # the scale halves at each overflow
         settings["data_types"] = {"grad_accum_dtype": "fp32"}
     elif config.train.precision == "bf16":
-        # DeepSpeed's own bf16 takes a hidden optimizer step at stage 0; autocast is right.
+        # DeepSpeed's own bf16 takes a hidden optimizer step at stage 0; autocast does not.
         settings["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
     return settings
 
 
 def reduce_bucket(config: Config, trained: int) -> int:
-    """Elements reduced at a time: not more than are trained, because DeepSpeed makes a buffer of so
-    many, 1 or 2 GB by default, for the smallest model, too."""
+    """Return the elements reduced at a time: at most ``trained``, because DeepSpeed allocates a
+    buffer of this size, by default 1 or 2 GB, even for the smallest model."""
     return min(config.deepspeed.zero_optimization.reduce_bucket_size or REDUCE_BUCKET, trained)

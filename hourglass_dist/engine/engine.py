@@ -1,18 +1,18 @@
-"""DeepSpeed behind five verbs: a model on this rank's device becomes an engine.
+"""The training engine: a model on this rank's device, trained by DeepSpeed. Its main methods:
 
     step(rows, step)  ->  StepResult     one optimizer step on this rank's rows
-    eval_loss(rows)   ->  nats (B, L)    of each target; no gradient, nothing changed
-    weights()         ->  (name, value)  of every weight, whole
-    snapshot()        this rank's part of the whole training state, as it is now
-    load(folder)      the state, whichever stage and world size wrote it
+    eval_loss(rows)   ->  nats (B, L)    of each target; no gradient, no state changes
+    weights()         ->  (name, value)  of every weight, unsharded
+    snapshot()        copies this rank's part of the training state
+    load(folder)      restores a state, of any ZeRO stage and world size
 
-Rows are a mapping of tensors that begin with B, the rows of this rank: the arguments of the model,
-which returns its loss: ``model(**rows) -> (nats summed over the targets that count, how many those
-are)``, or with ``each_target=True`` the nats (B, L), not summed.
+Rows are a mapping of tensors whose first dimension is B, the rows of this rank. They are the
+arguments of the model: ``model(**rows) -> (nats summed over the scored targets, number of scored
+targets)``, or with ``each_target=True`` the nats (B, L), not summed, and that number.
 
-DeepSpeed 0.19.8 is used for what it is good at, sharding and communication. Batch sizes, clipping
-and precision are derived from our settings; the learning rate and the checkpoint files are ours,
-because DeepSpeed's files need pickle and the world size that wrote them.
+DeepSpeed 0.19.8 does the sharding and the communication. Batch sizes, clipping and precision are
+derived from our settings. The learning rate and the checkpoint files are our own, because
+DeepSpeed's files need pickle and the world size that wrote them.
 """
 
 from __future__ import annotations
@@ -38,32 +38,32 @@ from hourglass_dist.engine.zero_layout import ZeroLayout
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 Rows = Mapping[str, Tensor | None]
-"""Arguments of the model: ``targets_BL`` and whatever it reads."""
+"""Arguments of the model by name: ``targets_BL`` and its inputs."""
 
 
 class StepResult(NamedTuple):
-    """What one optimizer step did, over all ranks."""
+    """Result of one optimizer step, over all ranks."""
 
     nll: float
-    """Nats, summed over the global batch."""
+    """Negative log-likelihood summed over the global batch, nats."""
     tokens: int
-    """Targets that were scored."""
+    """Number of scored targets of the global batch."""
     grad_norm: float
     """Global gradient norm before clipping; NaN when it was not finite."""
     lr: float
     applied: bool
-    """Whether the weights were changed: not when the gradient is NaN or infinite."""
+    """Whether the weights were updated: False when the gradient is NaN or infinite."""
     stop_flags: list[int]
-    """Number of ranks that ask for a stop, by reason."""
+    """Number of ranks that ask for a stop, for each reason."""
 
     @property
     def loss(self) -> float:
-        """Nats per token."""
+        """Mean loss, nats per scored target."""
         return self.nll / max(1, self.tokens)
 
 
 class Engine:
-    """A model, its AdamW and DeepSpeed around both.
+    """A model and its optimizer (AdamW, or Muon with AdamW), wrapped by DeepSpeed.
 
     Raises ConfigError when the settings do not fit the world size.
     """
@@ -95,12 +95,12 @@ class Engine:
     def step(
         self, rows: Rows, step: int, stop_flags: Callable[[], Sequence[int]] = tuple
     ) -> StepResult:
-        """One optimizer step, number ``step`` (0 is the first), on this rank's rows of the global
-        batch. ``stop_flags`` is called at its end: the flags travel with the loss, so they cost no
-        collective of their own.
+        """Take optimizer step number ``step`` (0 is the first) on this rank's rows of the global
+        batch. ``stop_flags`` is called at the end: its flags are reduced together with the loss,
+        without a collective of their own.
 
-        The gradient is that of nats summed over the batch and divided by its number of positions,
-        so it does not depend on how the rows are divided among ranks and micro batches.
+        The gradient is that of the nats summed over the batch, divided by its number of positions:
+        it does not depend on how the rows are split among ranks and micro batches.
         """
         self._engine.train()
         ranks.seed_step(self._config.run.seed, step, self._world.rank)
@@ -126,8 +126,8 @@ class Engine:
         return StepResult(total_nll, int(total_count), norm, lr, applied, [int(n) for n in told])
 
     def dry_run_step(self, rows: Rows) -> None:
-        """One step with the learning rate 0, on one micro batch: all memory that a step takes, and
-        nothing changed by it. Only before the first step and before ``load``."""
+        """Take a step of learning rate 0 on one micro batch: it allocates the memory of a step and
+        changes nothing. Call it only before the first step and before ``load``."""
         self._engine.train()
         for group in self._engine.optimizer.param_groups:
             group["lr"] = 0.0
@@ -141,56 +141,56 @@ class Engine:
 
     @property
     def module(self) -> nn.Module:
-        """The model, as DeepSpeed has wrapped it."""
+        """The model inside DeepSpeed's engine."""
         return self._module
 
     @property
     def optimizer(self) -> torch.optim.Optimizer:
-        """Ours: the tensors that it steps are this rank's fp32 weights."""
+        """Our optimizer; the tensors that it steps are this rank's fp32 master weights."""
         outer = self._engine.optimizer
         inner: torch.optim.Optimizer = getattr(outer, "optimizer", outer)
         return inner
 
     @property
     def deepspeed(self) -> Any:
-        """DeepSpeed's engine, for a profile to look at."""
+        """DeepSpeed's engine, for profiling."""
         return self._engine
 
     def _accumulate(self, micro_batches: int) -> None:
-        """Make an optimizer step of so many forward passes: the batch may grow during a run."""
+        """Set the micro batches of an optimizer step: the batch may grow during a run."""
         if micro_batches != self._engine.gradient_accumulation_steps():
             rows = micro_batches * self._config.train.micro_batch_size * self._world.size
             compat.change_accumulation(self._engine, rows)
 
     def _clip(self) -> float:
-        """Stage 0 only, where DeepSpeed clips but does not tell the norm, and takes any step."""
+        """Clip gradients at stage 0, where DeepSpeed gives no norm, and return the norm."""
         trained = [p for p in self._module.parameters() if p.requires_grad]
         limit = self._config.optim.clip_grad_norm or math.inf
         norm = float(nn.utils.clip_grad_norm_(trained, limit))
         if not math.isfinite(norm):
             for parameter in trained:
-                parameter.grad = None  # AdamW leaves what has no gradient alone
+                parameter.grad = None  # AdamW skips parameters without gradient
         return norm
 
     @torch.no_grad()
     def eval_loss(self, rows: Rows) -> Tensor:
-        """(B, L) the nats of each target of this rank's rows, 0 where there is none."""
+        """Return the nats of each target of this rank's rows, (B, L); 0 without a target."""
         self._engine.eval()
         nats_BL: Tensor = self._engine(**self._place(rows), each_target=True)[0]
         return nats_BL
 
     @torch.no_grad()
     def weights(self) -> Iterator[tuple[str, Tensor]]:
-        """(name, value) of every weight as forward passes see it, whole, one after another. Called
-        by all ranks, to the end."""
+        """Yield (name, value) of every weight as forward passes use it, unsharded. All ranks must
+        iterate together, to the end."""
         yield from self._layout.whole_weights()
 
     def fragments(self) -> Iterator[Fragment]:
-        """Every range of trained weights whose master copy this rank holds."""
+        """Yield every range of trained weights whose master copy this rank holds."""
         return self._layout.fragments()
 
     def tensors(self) -> dict[str, list[Tensor]]:
-        """What this rank keeps, by kind; see ``ZeroLayout.tensors``."""
+        """Return the tensors of this rank by kind; see ``ZeroLayout.tensors``."""
         return self._layout.tensors()
 
     def _micro_batches(self, rows: Rows) -> Iterator[dict[str, Tensor]]:
@@ -210,15 +210,15 @@ class Engine:
     # --- state ---------------------------------------------------------------------------------
 
     def snapshot(self) -> sharded_state.Snapshot:
-        """Copy this rank's part of the state; the next snapshot overwrites it."""
+        """Return a copy of this rank's part of the state; the next snapshot overwrites it."""
         states = self._engine.optimizer.state.values()
         steps = max((int(state["step"]) for state in states if state), default=0)
         scale = loss_scale.state(self._engine.optimizer)
         return self._buffers.snapshot(self._saved(), self._layout.shapes(), steps, scale)
 
     def _saved(self) -> Iterator[tuple[Key, Tensor]]:
-        """The ranges that this rank saves. With optimizer state in files a tensor holds something
-        else once the next one is asked for."""
+        """Yield the ranges that this rank saves. With optimizer state in files, a tensor is valid
+        only until the next one is requested."""
         fragments = self._layout.fragments()
         for fragment in offload.each_in_memory(self._engine.optimizer, fragments):
             if fragment.is_saved_here and fragment.numel:
@@ -232,10 +232,10 @@ class Engine:
                 yield key, fragment.view(fragment.flat)
 
     def load(self, folder: Path) -> None:
-        """Take weights and moments from a folder of snapshots, of any stage and world size.
+        """Load weights and moments from a folder of snapshots, of any stage and world size.
 
-        Called by all ranks together. Raises ValueError, on all of them, when it is the state of
-        another model or cannot be read.
+        All ranks call it together. Raises ValueError, on all ranks, when it is the state of another
+        model or cannot be read.
         """
         ranks.raise_on_all_ranks(
             lambda: self._read_state(sharded_state.Reader(folder)), self._world.device
@@ -264,8 +264,8 @@ class Engine:
             fragment.view(fragment.flat).copy_(reader.read("frozen", *fragment.range))
 
     def _state(self, fragment: Fragment) -> dict[str, Tensor]:
-        """The optimizer's state of a fragment's tensor; zeros before the first step that changed
-        anything."""
+        """Return the optimizer's state of a fragment's tensor; zeros before the first applied
+        step."""
         states = self._engine.optimizer.state
         flat = fragment.flat
         if not states.get(flat):
@@ -275,11 +275,11 @@ class Engine:
         return state
 
     def _moments(self, name: str) -> tuple[str, ...]:
-        """What the optimizer keeps of a parameter besides its fp32 weights."""
+        """Return the names of the optimizer's moments of a parameter."""
         return optim.MUON_MOMENTS if name in self._muons else optim.ADAMW_MOMENTS
 
     def _exchanges(self) -> dict[int, Exchange]:
-        """For each flat tensor with Muon's matrices: their shapes, and this rank's fragments."""
+        """Return Muon's exchange of each flat tensor (by ``id``) with Muon's matrices."""
         shapes = self._layout.shapes()
         matrices: dict[int, list[Any]] = defaultdict(list)
         fragments: dict[int, list[Fragment]] = defaultdict(list)
@@ -298,8 +298,8 @@ class Engine:
 def making_weights(
     config: Config, world: ranks.World
 ) -> Callable[[nn.Module], AbstractContextManager[None]]:
-    """For ``HourglassLM.init_weights`` on the meta device: a module's own weights come to this
-    rank's device before they are drawn; at stage 3 only a part of them stays."""
+    """Return the context for ``HourglassLM.init_weights`` on the meta device: it allocates a
+    module's own weights on this rank's device, and at stage 3 partitions them afterwards."""
     dtype = DTYPES[config.train.precision]
     secondary = config.deepspeed.group_size(world.size)
 

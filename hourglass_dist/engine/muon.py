@@ -1,13 +1,13 @@
-"""Muon: the momentum of a matrix, made orthogonal, is its update (Jordan et al. 2024,
-kellerjordan.github.io/posts/muon), however ZeRO has cut the matrix.
+"""Muon: the update of a matrix is its orthogonalized momentum (Jordan et al. 2024,
+kellerjordan.github.io/posts/muon), for any way that ZeRO partitions the matrix.
 
     gradients of my fragments -> momentum of my fragments       like AdamW, element by element
     fragments -> owner of the matrix -> orthogonal -> back      two all-to-alls a group
     weights -= lr * (0.2 * sqrt(longer side) * update + weight_decay * weights)
 
-The factor makes the update as large as AdamW's usually is, so that both share one learning rate
-(Liu et al. 2025, arXiv 2502.16982). The owner of a matrix is the rank that holds most of it; where
-ZeRO-3 gives all the same, the ranks take turns by work. At stage 0 every rank does everything.
+The factor makes the update about as large as AdamW's, so that both use one learning rate (Liu et
+al. 2025, arXiv 2502.16982). The owner of a matrix is the rank that holds the largest part of it; of
+equal holders (ZeRO-3), the one with the least work so far. At stage 0 each rank owns everything.
 
 Legend: M, N the sides of a matrix, M <= N.
 """
@@ -25,13 +25,13 @@ from hourglass_dist.engine.sharded_state import Fragment
 
 MOMENTUM = 0.95
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
-"""Coefficients of the quintic that Jordan et al. iterate five times."""
+"""Coefficients of the quintic polynomial that Jordan et al. iterate five times."""
 SCALE = 0.2
 """Typical root mean square of an AdamW update (Liu et al. 2025)."""
 
 
 class Exchange:
-    """Who orthogonalizes which matrix of one flat tensor, and who holds which range of it."""
+    """Owner of each matrix of one flat tensor, and the ranges of it that each rank holds."""
 
     def __init__(
         self,
@@ -40,8 +40,8 @@ class Exchange:
         everywhere: bool,
         device: torch.device,
     ) -> None:
-        """Called by all ranks, with all ``matrices`` and this rank's ``fragments`` of them.
-        ``everywhere``: each rank holds all of every matrix and does the work alone."""
+        """Exchange the ranges; all ranks call it, with all ``matrices`` (name, (rows, columns)) and
+        this rank's ``fragments`` of them. ``everywhere``: each rank holds every matrix whole."""
         self._matrices = list(matrices)
         self._mine = {fragment.name: fragment for fragment in fragments}
         self._alone = everywhere or td.get_world_size() == 1
@@ -55,7 +55,7 @@ class Exchange:
         if not self._alone:
             tables = [torch.empty_like(table) for _ in range(td.get_world_size())]
             td.all_gather(tables, table)
-        # of a rank, of a matrix: start and numel
+        # start and numel, by rank and matrix
         self._ranges = [[(int(a), int(b)) for a, b in each.tolist()] for each in tables]
         self._owners = self._choose_owners()
 
@@ -72,8 +72,8 @@ class Exchange:
         return owners
 
     def orthogonalize(self, tensor: Tensor) -> Tensor:
-        """This rank's fragments of the orthogonal matrices, zeros elsewhere; ``tensor`` and the
-        result are laid out like the flat tensor."""
+        """Return this rank's fragments of the orthogonal matrices, zeros elsewhere; ``tensor`` and
+        the result have the layout of the flat tensor."""
         flat = tensor.reshape(-1)
         received = self._swap(self._outgoing(flat), self._counts(out=True), self._counts(out=False))
         whole = self._assemble(received)
@@ -95,7 +95,7 @@ class Exchange:
         return [index for index, other in enumerate(self._owners) if other == owner]
 
     def _counts(self, out: bool) -> list[int]:
-        """Elements that go to each rank (``out``: my fragments), or come from each."""
+        """Return the elements sent to each rank (``out``), or received from each."""
         ranks, me = range(len(self._ranges)), self._rank
         if out:
             return [sum(self._ranges[me][i][1] for i in self._owned(rank)) for rank in ranks]
@@ -142,10 +142,10 @@ class Exchange:
 
 
 def orthogonal(matrix: Tensor) -> Tensor:
-    """The nearest (semi-)orthogonal matrix, roughly: singular values between 0.7 and 1.2, times
-    the factor that makes it as large as an AdamW update.
+    """Return about the nearest (semi-)orthogonal matrix: singular values between 0.7 and 1.2,
+    times the factor that makes it as large as an AdamW update.
 
-    On a GPU in bf16, as published; on the CPU in fp32.
+    It is computed in bf16 on a GPU, as published, and in fp32 on the CPU.
     """
     a, b, c = NEWTON_SCHULZ
     tall = matrix.shape[0] > matrix.shape[1]
@@ -162,14 +162,14 @@ def orthogonal(matrix: Tensor) -> Tensor:
 
 
 class MuonAdamW(torch.optim.AdamW):
-    """Muon for the groups with ``muon: True``, torch's AdamW for the others."""
+    """Optimizer: Muon for groups with ``muon: True``, torch's AdamW for the others."""
 
     exchanges: dict[int, Exchange]
-    """Of each flat tensor (by ``id``) with Muon's matrices. Whoever makes the flats sets this."""
+    """Exchange of each flat tensor (by ``id``) with Muon's matrices; set by ``Engine``."""
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        """One step of every group whose parameters have gradients."""
+        """Take one step with every parameter that has a gradient."""
         assert closure is None
         hidden = []
         for group in self.param_groups:

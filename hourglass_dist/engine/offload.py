@@ -1,7 +1,7 @@
-"""ZeRO-3's optimizer state in files, as on an NVMe disk: in memory while it is looked at.
+"""ZeRO-3's optimizer state in files (NVMe offload): loaded into memory while it is used.
 
-DeepSpeed steps one sub-group after another and keeps each one's fp32 weights and moments in files
-between its steps; the tensors are empty then. Sub-groups of less than 1 MiB stay in memory.
+DeepSpeed steps one sub-group after another and keeps its fp32 weights and moments in files between
+steps; the tensors are empty meanwhile. Sub-groups of less than 1 MiB stay in memory.
 
     with in_memory(optimizer, flat)        flat and its moments are in memory inside
     each_in_memory(optimizer, fragments)   fragments, each while its flat tensor is in memory
@@ -23,13 +23,13 @@ from hourglass_dist.engine.sharded_state import Fragment
 
 @contextmanager
 def in_memory(optimizer: Any, flat: torch.Tensor, *, changed: bool = False) -> Iterator[None]:
-    """Keep DeepSpeed's state of a flat tensor in memory inside, and write it to its files
-    afterwards if ``changed``. Nothing happens where no files are used."""
+    """Load DeepSpeed's state of a flat tensor into memory in this context, and write it to its
+    files afterwards if ``changed``. Without offload to files, do nothing."""
     swapper = getattr(optimizer, "optimizer_swapper", None)
     if swapper is None or flat.ds_id not in swapper.swap_params_info:  # type: ignore[attr-defined]
         yield
         return
-    is_new = not optimizer.state.get(flat)  # it has no files yet, and may be made inside
+    is_new = not optimizer.state.get(flat)  # it has no files yet; the context may create it
     swapper.swap_in_optimizer_state(parameter=flat)
     try:
         yield
@@ -38,13 +38,13 @@ def in_memory(optimizer: Any, flat: torch.Tensor, *, changed: bool = False) -> I
             swapper.swap_out_optimizer_state(parameter=flat)
         else:
             swapper.release_swap_buffers(parameter=flat)
-        flat.grad = None  # it was in the buffers, too
+        flat.grad = None  # it pointed into the buffers
 
 
 def each_in_memory(
     optimizer: Any, fragments: Iterable[Fragment], *, changed: bool = False
 ) -> Iterator[Fragment]:
-    """The same fragments, one flat tensor after another."""
+    """Yield the same fragments, each while its flat tensor is in memory."""
     for _, group in groupby(fragments, key=lambda fragment: id(fragment.flat)):
         same = list(group)
         with in_memory(optimizer, same[0].flat, changed=changed):
@@ -52,7 +52,7 @@ def each_in_memory(
 
 
 def forget_moments(optimizer: Any) -> None:
-    """Set the optimizer's state to zero, all but the weights."""
+    """Set the optimizer's state to zero, except the weights."""
     for flat, state in optimizer.state.items():
         with in_memory(optimizer, flat, changed=True):
             for tensor in state.values():
@@ -60,10 +60,9 @@ def forget_moments(optimizer: Any) -> None:
 
 
 def require_files(builder: Any, folder: Path) -> None:
-    """Make the folder, and compile what reads and writes files, if that was not done before:
-    minutes.
+    """Create the folder, and compile DeepSpeed's async_io unless it is compiled already (minutes).
 
-    ``builder`` is DeepSpeed's of async_io. Raises ConfigError when one of them cannot be had.
+    ``builder`` is DeepSpeed's builder of async_io. Raises ConfigError when either fails.
     """
     section = "deepspeed.zero_optimization"
     try:

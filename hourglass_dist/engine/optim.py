@@ -1,4 +1,4 @@
-"""Parameter groups, the optimizers, and the learning rate: a pure function of the step."""
+"""Parameter groups, optimizers, and the learning rate as a function of the step alone."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ MUON_MOMENTS = ("momentum_buffer",)
 
 
 def learning_rate(step: int, config: OptimConfig, total_steps: int) -> float:
-    """The learning rate of optimizer step ``step`` (0 is the first one).
+    """Return the learning rate of optimizer step ``step`` (0 is the first one).
 
     Linear warm-up over ``warmup_steps``; then half a cosine to ``min_lr_ratio`` (Loshchilov and
     Hutter 2017, arXiv 1608.03983), a straight line to it, or a plateau and a straight line over the
@@ -38,20 +38,20 @@ def learning_rate(step: int, config: OptimConfig, total_steps: int) -> float:
 
 
 def level_of(name: str) -> int:
-    """The level of a parameter, 0 at full resolution; embeddings and output layer are at 0.
+    """Return the level of a parameter: 0 at full resolution, for embeddings and the output layer.
 
-    What leads to the next level, and back from it, belongs to the outer one.
+    Resampling layers between two levels belong to the outer one.
     """
     match = re.match(r"hourglass\.((?:inner\.)*)", name)
     return match[1].count("inner") if match else 0
 
 
 def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict[str, Any]]:
-    """Groups of one kind, decay and level each: ``params``, ``weight_decay``, ``lr_scale``,
-    ``muon``.
+    """Return groups of equal optimizer, decay and rate, with keys ``params``, ``weight_decay``,
+    ``lr_scale`` and ``muon``.
 
-    Matrices decay; embeddings, norms and biases do not. Under ``muon`` the matrices between
-    embeddings and output layer are Muon's. Frozen parameters are left out: weight decay would
+    Matrices decay; embeddings, norms and biases do not. With ``muon``, Muon trains the matrices
+    between the embeddings and the output layer. Frozen parameters are left out: weight decay would
     shrink them, and ZeRO would wait for their gradients.
     """
     embeddings = {
@@ -79,14 +79,14 @@ def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict[str, An
 
 
 def is_muons(name: str, shape: Sequence[int], config: OptimConfig) -> bool:
-    """Whether Muon takes this parameter, if it is trained."""
+    """Return whether Muon trains this parameter, unless it is frozen."""
     hidden = name.startswith("hourglass.") and len(shape) == 2 and min(shape) > 1
     return config.name == "muon" and hidden
 
 
 def make_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
-    """AdamW (Loshchilov & Hutter 2019, arXiv 1711.05101) in torch's fused form, or Muon beside
-    it, over ``parameter_groups``."""
+    """Return torch's fused AdamW (Loshchilov & Hutter 2019, arXiv 1711.05101), or Muon with it,
+    over ``parameter_groups``."""
     kind = MuonAdamW if config.name == "muon" else torch.optim.AdamW
     return kind(
         parameter_groups(model, config),

@@ -1,15 +1,15 @@
 """Training state on disk: flat ranges of named tensors, in one safetensors file for each rank.
 
-However ZeRO cuts a tensor, a rank holds a range of its flattened elements. That range is what is
-written, under ``kind/name@start``:
+At every ZeRO stage a rank holds one range of a tensor's flattened elements. It writes that range
+under the key ``kind/name@start``:
 
     rank_00000.safetensors   fp32/blocks.0.weight@0      exp_avg/blocks.0.weight@0     ...
     rank_00001.safetensors   fp32/blocks.0.weight@4096   exp_avg/blocks.0.weight@4096  ...
 
-A reader asks for any range of any tensor and gets it from whichever files hold it, so a state
-written by one number of ranks and one ZeRO stage is read by any other, and nothing is unpickled.
-Kinds: ``fp32`` (master weights), ``exp_avg``, ``exp_avg_sq`` (AdamW), ``frozen`` (weights without
-gradient).
+``Reader`` reads any range of any tensor from the files that hold it, so a state written at one
+number of ranks and ZeRO stage is read at any other. Nothing is unpickled. Kinds: ``fp32`` (master
+weights), ``exp_avg``, ``exp_avg_sq`` (AdamW), ``momentum_buffer`` (Muon), ``frozen`` (weights
+without gradient).
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from hourglass_dist.core.files import sync
 
 
 class Key(NamedTuple):
-    """A range of a flattened tensor, from ``start`` on."""
+    """Key of a range of a flattened tensor, which begins at element ``start``."""
 
     kind: str
     name: str
@@ -41,7 +41,7 @@ class Key(NamedTuple):
 
     @classmethod
     def parse(cls, text: str) -> Key:
-        """The inverse of ``str``."""
+        """Return the key that ``str`` writes as ``text``."""
         kind, _, rest = text.partition("/")
         name, _, start = rest.rpartition("@")
         return cls(kind, name, int(start))
@@ -55,13 +55,13 @@ class Fragment(NamedTuple):
     start: int
     """First element of the flattened parameter."""
     numel: int
-    """Number of elements; 0 where a rank has none of it."""
+    """Number of elements; 0 where this rank holds none."""
     flat: Tensor
-    """The tensor that holds it: the fp32 one that the optimizer steps, or a frozen weight."""
+    """Tensor that holds it: the fp32 tensor that the optimizer steps, or a frozen weight."""
     offset: int
     """First element in ``flat``."""
     is_saved_here: bool
-    """Whether this rank saves it; others may hold the same."""
+    """Whether this rank saves it; other ranks may hold the same range."""
 
     @property
     def range(self) -> tuple[str, int, int]:
@@ -69,29 +69,29 @@ class Fragment(NamedTuple):
         return self.name, self.start, self.numel
 
     def view(self, tensor: Tensor) -> Tensor:
-        """These elements of ``tensor``, which is laid out like ``flat``."""
+        """Return these elements of ``tensor``, which has the layout of ``flat``."""
         return tensor.detach().view(-1).narrow(0, self.offset, self.numel)
 
 
 def file_name(rank: int) -> str:
-    """The name of a rank's file."""
+    """Return the name of a rank's state file."""
     return f"rank_{rank:05d}.safetensors"
 
 
 class Snapshot(NamedTuple):
-    """One rank's state as it was at one moment, on the CPU: another thread may write it while
-    training continues."""
+    """Copy of one rank's state at one step, on the CPU: another thread may write it while training
+    continues."""
 
     tensors: dict[str, Tensor]
     metadata: dict[str, str]
 
     def write(self, path: Path) -> None:
-        """Make the file. Raises OSError when it cannot be written."""
+        """Write the state to ``path``. Raises OSError when it cannot be written."""
         write_tensors(path, self.tensors, self.metadata)
 
 
 class PinnedBuffers:
-    """Host memory for snapshots, allocated once: the next snapshot overwrites the last one."""
+    """CPU memory for snapshots, allocated once: each snapshot overwrites the previous one."""
 
     def __init__(self) -> None:
         self._buffers: dict[str, Tensor] = {}
@@ -103,8 +103,8 @@ class PinnedBuffers:
         optimizer_steps: int,
         loss_scale: Mapping[str, float],
     ) -> Snapshot:
-        """Copy one rank's flat ranges (any device), each when its turn comes, and note the full
-        shapes of all tensors of the model."""
+        """Return a copy of one rank's flat ranges (any device), copied one by one as ``ranges``
+        yields them, with the full shapes of all tensors of the model."""
         copies = {}
         for key, values in ranges:
             copies[str(key)] = self._buffer(str(key), values)
@@ -127,7 +127,7 @@ class PinnedBuffers:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
-    """A synced safetensors file with the usual permissions. Raises OSError on a full disk."""
+    """Write and sync a safetensors file with umask permissions. Raises OSError on a full disk."""
     try:
         save_file(dict(tensors), path, metadata=metadata)
     except SafetensorError as error:
@@ -139,7 +139,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str,
 
 
 class Reader:
-    """Reads ranges of the tensors in a folder of rank files.
+    """Reader of ranges of the tensors in a folder of rank files.
 
     Raises ValueError when the folder holds no readable state or a range of a tensor is in none of
     its files.
@@ -172,11 +172,11 @@ class Reader:
             raise ValueError(f"{path}: not a readable state file: {error}") from None
 
     def names(self, kind: str) -> list[str]:
-        """Names of the tensors of one kind, sorted."""
+        """Return the names of the tensors of one kind, sorted."""
         return sorted(name for other, name in self._ranges if other == kind)
 
     def read(self, kind: str, name: str, start: int, numel: int) -> Tensor:
-        """Elements [start, start + numel) of the flattened tensor, on the CPU in the stored
+        """Return elements [start, start + numel) of the flattened tensor, on the CPU in the stored
         dtype."""
         parts, position, end = [], start, start + numel
         for range_start, range_numel, path, text in sorted(self._ranges[kind, name]):
@@ -193,7 +193,7 @@ class Reader:
         return torch.cat(parts) if parts else torch.empty(0)
 
     def full(self, kind: str, name: str) -> Tensor:
-        """A whole tensor in its shape."""
+        """Return a whole tensor, in its shape."""
         shape = self.shapes[name]
         numel = 1
         for size in shape:

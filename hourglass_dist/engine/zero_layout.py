@@ -1,12 +1,12 @@
-"""Where the weights, fp32 master weights and moments of a rank lie, at every ZeRO stage.
+"""Layout of a rank's weights, fp32 master weights and moments at every ZeRO stage.
 
-    stage 0      the parameters are their own master weights, the same on all ranks, which save them
-                 in turn
+    stage 0      the parameters are their own master weights, the same on all ranks; rank r saves
+                 every N-th one, from number r on
     stages 1, 2  a flat fp32 tensor for each parameter group: this rank's share of its parameters,
-                 laid end to end
+                 concatenated
     stage 3      a flat fp32 tensor for each sub-group: 1/N of each of its parameters
 
-The optimizer steps these flat tensors. Whoever wants a parameter's range in one asks for fragments.
+The optimizer steps these flat tensors. ``fragments`` gives the range of each parameter in them.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from hourglass_dist.engine.sharded_state import Fragment
 
 
 class ZeroLayout:
-    """The tensors behind one DeepSpeed engine."""
+    """Layout of the tensors of one DeepSpeed engine."""
 
     def __init__(self, engine: Any, stage: int, world: ranks.World) -> None:
         self._stage, self._world = stage, world
@@ -34,14 +34,14 @@ class ZeroLayout:
         self._untrained: list[tuple[str, Any]] = [(n, p) for n, p in named if not p.requires_grad]
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """The full shape of every parameter."""
+        """Return the full shape of every parameter, by name."""
         return {
             name: tuple(getattr(parameter, "ds_shape", parameter.shape))
             for name, parameter in self._module.named_parameters()
         }
 
     def fragments(self) -> Iterator[Fragment]:
-        """Every range of trained weights whose master copy this rank holds."""
+        """Yield every range of trained weights whose master copy this rank holds."""
         if self._stage == 0:
             for index, (name, p) in enumerate(self._trained):
                 mine = index % self._world.size == self._world.rank
@@ -63,7 +63,7 @@ class ZeroLayout:
                     offset += p.partition_numel()
 
     def frozen(self) -> Iterator[Fragment]:
-        """Every range of untrained weights that this rank holds."""
+        """Yield every range of frozen weights that this rank holds."""
         for name, p in self._untrained:
             if self._stage < 3:
                 yield Fragment(name, 0, p.numel(), p, 0, self._world.is_main)
@@ -71,8 +71,8 @@ class ZeroLayout:
                 yield Fragment(name, *self._share(p), p.ds_tensor, 0, True)
 
     def flats(self) -> Iterator[tuple[str, Tensor]]:
-        """Every trained parameter, on all ranks in the same order, and the flat tensor of its
-        group, whether or not this rank holds a range of it."""
+        """Yield (name, flat tensor of its group) of every trained parameter, in the same order on
+        all ranks, whether or not this rank holds a range of it."""
         optimizer = self._optimizer
         if self._stage == 0:
             yield from self._trained
@@ -88,8 +88,8 @@ class ZeroLayout:
             yield from ((names[id(p)], flat) for p in group)
 
     def whole_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """(name, value) of every weight as forward passes see it. All ranks together, to the end:
-        at stage 3 each is gathered when its turn comes; otherwise there are no copies."""
+        """Yield (name, value) of every weight as forward passes use it. All ranks must iterate
+        together, to the end: stage 3 gathers them one by one. Other stages make no copies."""
         for name, parameter in self._module.named_parameters():
             if self._stage < 3:
                 yield name, parameter.detach()
@@ -106,9 +106,9 @@ class ZeroLayout:
         if self._stage in (1, 2):
             optimizer.update_lp_params()
         elif self._stage == 3:
-            optimizer._partition_all_parameters()  # an evaluation leaves the old ones gathered
+            optimizer._partition_all_parameters()  # an evaluation leaves the old weights gathered
             for _, parameter in [*self._trained, *self._untrained]:
-                parameter.ds_secondary_tensor = None  # hpZ's copy, of the weights before
+                parameter.ds_secondary_tensor = None  # hpZ's copy of the old weights
             for index, flat in enumerate(optimizer.fp32_partitioned_groups_flat):
                 with offload.in_memory(optimizer, flat):
                     optimizer._reassign_or_swap_out_partitioned_parameters(index)
@@ -116,9 +116,9 @@ class ZeroLayout:
                 optimizer.persistent_parameters[0].all_gather(optimizer.persistent_parameters)
 
     def tensors(self) -> dict[str, list[Tensor]]:
-        """What this rank keeps, by kind: weights (at stage 3 its share), gathered weights, fp32
-        master weights, moments, and the buffers in which gradients wait. Gradients are elsewhere at
-        every stage and moment, and are not listed."""
+        """Return this rank's tensors by kind: weights (stage 3: its share), gathered weights, fp32
+        master weights, moments, and the buffers of gradients to reduce. Gradients are not listed:
+        their tensors depend on the stage and the moment."""
         optimizer = self._optimizer
         parameters: list[Any] = list(self._module.parameters())
         is_split = self._stage == 3
@@ -134,20 +134,20 @@ class ZeroLayout:
         }
 
     def _partitions(self) -> list[Tensor]:
-        """This rank's flat tensors at stages 1 and 2, one a parameter group. bf16 at stage 1 has an
-        optimizer of its own, with another name for them."""
+        """Return this rank's flat tensors at stages 1 and 2, one for each parameter group. bf16 at
+        stage 1 has its own optimizer class, with another name for them."""
         own_bf16 = getattr(self._optimizer, "fp32_groups_flat_partition", None)
         flats: list[Tensor] = own_bf16 or self._optimizer.single_partition_of_fp32_groups
         return flats
 
     def _sub_groups(self) -> list[tuple[Tensor, list[Any]]]:
-        """The flat tensor and the parameters of each sub-group of stage 3."""
+        """Return the flat tensor and the parameters of each sub-group of stage 3."""
         optimizer = self._optimizer
         flats = optimizer.fp32_partitioned_groups_flat
         return list(zip(flats, optimizer.fp16_groups, strict=True))
 
     def _share(self, parameter: Any) -> tuple[int, int]:
-        """Start and length of this rank's 1/N of a parameter at stage 3; the last are padded."""
+        """Return start and length of this rank's 1/N of a parameter at stage 3, without padding."""
         size = parameter.partition_numel()
         start = size * self._world.rank
         return start, max(0, min(size, parameter.ds_numel - start))
