@@ -45,7 +45,7 @@ USEFUL = "time/useful_seconds"
 
 
 class Metrics:
-    """Recorder of metrics: all ranks call its methods, the main rank writes."""
+    """Recorder of the metrics of a run; only the main rank writes."""
 
     def __init__(
         self,
