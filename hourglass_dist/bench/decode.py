@@ -86,7 +86,7 @@ def bench_contexts(
     def with_cache(context: int) -> Callable[[], float]:
         def run() -> float:
             _, cache = prefill(model, tokens_BL[:, : context - 1])
-            step(model, tokens_BL[:, context - 1], cache)  # the cache allocates its buffers
+            step(model, tokens_BL[:, context - 1], cache)  # the cache grows here, before the timing
             rest = tokens_BL[:, context : context + TOKENS].unbind(dim=1)
             return (
                 seconds(lambda: [step(model, token_B, cache) for token_B in rest], device) / TOKENS
