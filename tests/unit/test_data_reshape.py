@@ -155,7 +155,7 @@ def test_the_benchmark_measures_all_kinds() -> None:
     assert done.returncode == 0, done.stderr
     head, columns, *kinds = done.stdout.splitlines()
     assert head.startswith("333 documents, 1.0 MB, 1 rounds, one core")
-    assert columns.split() == ["tokenizer", "raw", "prepare", "ratio", "stages"]
+    assert columns.split() == ["tokenizer", "raw", "prepare", "ratio", "steps"]
     assert [line.split()[0] for line in kinds] == ["bytes", "unigram", "bpe"]
     wrong = hourglass("bench", "prepare", corpus, "--kinds", "words")
     assert wrong.stderr == "error: --kinds: expected some of bytes,unigram,bpe, given 'words'\n"
