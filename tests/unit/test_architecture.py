@@ -33,7 +33,7 @@ EXCEPTIONS: set[tuple[str, str]] = set()
 """(room, a room it imports against the rules): to be removed."""
 
 LONGEST_FUNCTION, LONGEST_FILE, FULLEST_FOLDER = 60, 450, 15
-LINES_TO_TRUST_A_RUN, LINES = 9_400, 25_200
+LINES_TO_TRUST_A_RUN, LINES = 9_400, 24_200
 
 HOUSE = Graph(ROOT)
 ROOMS = HOUSE.rooms()
